@@ -1,0 +1,36 @@
+/// The concept that every method models, exact ones included.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/matrix.hpp>
+
+#include <concepts>
+#include <string_view>
+
+namespace attn {
+
+/// A way to compute attention. A small immutable value: copyable, usable from several threads at once (each with a Context of its
+/// own), with all scratch memory in the Context.
+///   typename A::Scalar                  the type of the matrices' elements
+///   A::kName                            its name, for tables and error messages
+///   a.supports(inputs)                  whether forward accepts these masks and shapes
+///   a.forward(inputs, out, context)     out (n_q, d_v) is overwritten; throws std::invalid_argument when it does not support them
+template <class A>
+concept Approximator = std::copyable<A> && requires(const A& a, const Inputs<typename A::Scalar>& inputs,
+                                                    MatrixRef<typename A::Scalar> out, Context& context) {
+  { A::kName } -> std::convertible_to<std::string_view>;
+  { a.supports(inputs) } -> std::same_as<bool>;
+  a.forward(inputs, out, context);
+};
+
+/// out = attention of q (n_q, d) to k (n_k, d) and v (n_k, d_v) by method a, in one line: allocates its result, runs serially.
+template <Approximator A>
+Matrix<typename A::Scalar> attention(const A& a, ConstMatrixRef<typename A::Scalar> q, ConstMatrixRef<typename A::Scalar> k,
+                                     ConstMatrixRef<typename A::Scalar> v, const Mask& mask = {}) {
+  Matrix<typename A::Scalar> out(q.rows(), v.cols());
+  Context context;
+  a.forward({.q = q, .k = k, .v = v, .mask = mask}, out, context);
+  return out;
+}
+
+}  // namespace attn

@@ -1,0 +1,15 @@
+/// attn: attention and its approximations. Includes everything; openmp.hpp only where OpenMP is on.
+#pragma once
+
+#include <attn/approximator.hpp>
+#include <attn/context.hpp>
+#include <attn/exact.hpp>
+#include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/mask.hpp>
+#include <attn/matrix.hpp>
+#include <attn/version.hpp>
+
+#ifdef _OPENMP
+#include <attn/openmp.hpp>
+#endif

@@ -1,0 +1,188 @@
+/// Where work runs (an executor) and where its scratch memory lives (a grow-only arena).
+#pragma once
+
+#include <Eigen/Core>
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <attn/matrix.hpp>
+
+namespace attn {
+
+/// A reference to something callable as task(item, worker); two pointers, never allocates, valid during the call it is passed to.
+class TaskRef {
+ public:
+  template <std::invocable<Index, int> F>
+    requires(!std::same_as<std::remove_cvref_t<F>, TaskRef>)
+  TaskRef(F& f)  // NOLINT: implicit, as a function reference is
+      : object_(std::addressof(f)), call_([](void* object, Index item, int worker) { (*static_cast<F*>(object))(item, worker); }) {}
+
+  void operator()(Index item, int worker) const { call_(object_, item, worker); }
+
+ private:
+  void* object_;
+  void (*call_)(void*, Index, int);
+};
+
+/// Runs independent items: run(n, task) calls task(item, worker) once for each item in [0, n), in any order, from at most workers()
+/// threads, each with a worker number of its own below workers(), and returns when all are done.
+template <class E>
+concept Executor = std::movable<E> && requires(E& e, Index n, const TaskRef& task) {
+  { e.workers() } -> std::convertible_to<int>;
+  e.run(n, task);
+};
+
+namespace detail {
+
+/// Grow-only stack of memory. The same sequence of requests finds the same blocks again, so it allocates at most once.
+class Arena {
+ public:
+  struct Mark {
+    std::size_t block = 0, used = 0;
+  };
+
+  Mark mark() const { return top_; }
+  void release(Mark mark) { top_ = mark; }
+
+  /// 64-byte aligned memory, valid until a mark taken before is released. Throws std::bad_alloc, and is then as it was.
+  std::byte* take(std::size_t bytes) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (blocks_.empty() || blocks_[top_.block].size - top_.used < bytes) next_block(bytes);
+    std::byte* p = blocks_[top_.block].data.get() + top_.used;
+    top_.used += bytes;
+    return p;
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64, kSmallestBlock = std::size_t{1} << 16;
+
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{kAlignment}); }
+  };
+  struct Block {
+    std::unique_ptr<std::byte[], Free> data;
+    std::size_t size = 0;
+  };
+
+  static Block allocate(std::size_t bytes) {
+    const std::size_t size = std::max(bytes, kSmallestBlock);
+    return {std::unique_ptr<std::byte[], Free>(static_cast<std::byte*>(::operator new[](size, std::align_val_t{kAlignment}))), size};
+  }
+
+  /// Moves on to the next block, which is made, or made anew, when it is missing or too small.
+  void next_block(std::size_t bytes) {
+    const std::size_t next = blocks_.empty() ? 0 : top_.block + 1;
+    if (next == blocks_.size()) {
+      blocks_.push_back(allocate(bytes));
+    } else if (blocks_[next].size < bytes) {
+      blocks_[next] = allocate(bytes);
+    }
+    top_ = {next, 0};
+  }
+
+  std::vector<Block> blocks_;
+  Mark top_;
+};
+
+}  // namespace detail
+
+/// Scratch memory of one scope: what it hands out is uninitialised and lives until the Scratch does. From Context::scratch().
+class Scratch {
+ public:
+  explicit Scratch(detail::Arena& arena) : arena_(arena), mark_(arena.mark()) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { arena_.release(mark_); }
+
+  /// n elements, 64-byte aligned, uninitialised.
+  template <class T>
+    requires std::is_trivially_destructible_v<T>
+  std::span<T> array(Index n) {
+    if (n < 0 || static_cast<std::size_t>(n) > static_cast<std::size_t>(PTRDIFF_MAX) / sizeof(T)) throw std::bad_alloc();
+    T* data = reinterpret_cast<T*>(arena_.take(static_cast<std::size_t>(n) * sizeof(T)));
+    std::uninitialized_default_construct_n(data, n);
+    return {data, static_cast<std::size_t>(n)};
+  }
+
+  /// n objects, each constructed from args. Never destroyed, so they must not need to be.
+  template <class T, class... Args>
+    requires std::is_trivially_destructible_v<T>
+  std::span<T> make(Index n, Args&... args) {
+    T* data = reinterpret_cast<T*>(arena_.take(static_cast<std::size_t>(n) * sizeof(T)));
+    for (Index i = 0; i < n; ++i) std::construct_at(data + i, args...);
+    return {data, static_cast<std::size_t>(n)};
+  }
+
+  /// A (rows, cols) matrix without padding, uninitialised.
+  template <class T>
+  MatrixRef<T> matrix(Index rows, Index cols) {
+    return {array<T>(rows * cols).data(), rows, cols, cols};
+  }
+
+ private:
+  detail::Arena& arena_;
+  detail::Arena::Mark mark_;
+};
+
+/// What a call needs besides its data: an executor for its parallel parts and scratch memory, which grows to the largest call's
+/// need and is kept, so that a second call with the same shapes allocates nothing. One for each calling thread; move-only.
+/// Results are bitwise equal whatever the executor.
+class Context {
+ public:
+  /// Serial: everything runs on the calling thread.
+  Context() : Context(Serial{}) {}
+
+  /// Runs parallel parts on the executor, which the context keeps: Context{OpenMP{.threads = 2}}.
+  template <Executor E>
+  explicit Context(E executor) : executor_(std::make_unique<Holder<E>>(std::move(executor))) {}
+
+  /// Threads that may work at once, at least 1.
+  int workers() { return std::max(1, executor_->workers()); }
+
+  /// task(item, worker) for every item in [0, n), on the executor. The task must not throw.
+  template <std::invocable<Index, int> F>
+  void for_each(Index n, F&& task) {
+    if (n > 0) executor_->run(n, TaskRef(task));
+  }
+
+  /// Opens a scope of scratch memory.
+  Scratch scratch() { return Scratch(arena_); }
+
+ private:
+  struct Serial {
+    int workers() const { return 1; }
+    void run(Index n, const TaskRef& task) const {
+      for (Index item = 0; item < n; ++item) task(item, 0);
+    }
+  };
+
+  struct AnyExecutor {
+    AnyExecutor() = default;
+    AnyExecutor(const AnyExecutor&) = delete;
+    AnyExecutor& operator=(const AnyExecutor&) = delete;
+    virtual ~AnyExecutor() = default;
+    virtual int workers() = 0;
+    virtual void run(Index n, const TaskRef& task) = 0;
+  };
+
+  template <class E>
+  struct Holder final : AnyExecutor {
+    explicit Holder(E e) : executor(std::move(e)) {}
+    int workers() override { return static_cast<int>(executor.workers()); }
+    void run(Index n, const TaskRef& task) override { executor.run(n, task); }
+    E executor;
+  };
+
+  std::unique_ptr<AnyExecutor> executor_;
+  detail::Arena arena_;
+};
+
+}  // namespace attn

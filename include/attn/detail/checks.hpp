@@ -1,0 +1,77 @@
+/// Checks of arguments at public entry points: one std::invalid_argument that names the argument and the numbers.
+#pragma once
+
+#include <attn/kernel.hpp>
+#include <attn/matrix.hpp>
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+#include <string_view>
+
+namespace attn::detail {
+
+/// Throws std::invalid_argument("<who>: <parts>").
+template <class... Parts>
+[[noreturn]] void refuse(std::string_view who, const Parts&... parts) {
+  std::ostringstream text;
+  text << who << ": ";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+template <class M>
+void check_not_empty(std::string_view who, const char* name, const M& m) {
+  if (m.rows() == 0 || m.cols() == 0) refuse(who, name, " is empty (", m.rows(), " x ", m.cols(), ")");
+}
+
+inline void check_length(std::string_view who, const char* name, std::size_t entries, const char* of, Index rows) {
+  if (entries != 0 && entries != static_cast<std::size_t>(rows)) {
+    refuse(who, name, " has ", entries, " entries, ", of, " has ", rows, " rows");
+  }
+}
+
+/// Shapes of inputs agree with one another.
+template <class T>
+void check_inputs(std::string_view who, const Inputs<T>& in) {
+  check_not_empty(who, "q", in.q);
+  check_not_empty(who, "k", in.k);
+  check_not_empty(who, "v", in.v);
+  if (in.q.cols() != in.k.cols()) refuse(who, "q has ", in.q.cols(), " columns, k has ", in.k.cols());
+  if (in.k.rows() != in.v.rows()) refuse(who, "k has ", in.k.rows(), " rows, v has ", in.v.rows());
+  check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows());
+  check_length(who, "keep_query", in.mask.keep_query.size(), "q", in.q.rows());
+  check_length(who, "key_bias", in.key_bias.size(), "k", in.k.rows());
+}
+
+template <class T>
+void check_shape(std::string_view who, const char* name, const MatrixRef<T>& m, Index rows, Index cols) {
+  if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
+}
+
+/// The same, and out has the shape of the result.
+template <class T>
+void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
+  check_inputs(who, in);
+  check_shape(who, "out", out, in.q.rows(), in.v.cols());
+}
+
+inline void check_finite(std::string_view who, const char* name, double value) {
+  if (!std::isfinite(value)) refuse(who, name, " is ", value, ", should be finite");
+}
+
+inline void check_kernel(std::string_view who, const SoftmaxKernel& kernel) {
+  if (kernel.scale) check_finite(who, "scale", *kernel.scale);
+}
+
+inline void check_kernel(std::string_view who, const GaussianKernel& kernel) {
+  if (kernel.bandwidth && !(std::isfinite(*kernel.bandwidth) && *kernel.bandwidth > 0)) {
+    refuse(who, "bandwidth is ", *kernel.bandwidth, ", should be positive and finite");
+  }
+}
+
+/// A kernel of the user's has no fields to name; kernel_matmul checks what it returns.
+template <ScoreKernel Kernel>
+void check_kernel(std::string_view, const Kernel&) {}
+
+}  // namespace attn::detail

@@ -1,0 +1,67 @@
+/// 2^x on packets: the library's own exponential.
+#pragma once
+
+#include <attn/detail/simd.hpp>
+
+#include <iterator>
+
+namespace attn::detail {
+
+/// Coefficients of 2^r on [-1/2, 1/2], lowest degree first: minimax in relative error (Remez), but for the first, which is rounded
+/// to 1 so that 2^0 is exact; and the constants of the range reduction.
+template <class T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kBias = 127, kRound = 1.5F * (1 << 23);
+  static constexpr float kCoefficients[] = {1.0F,           0.69314696706526F, 0.24022119723969F,
+                                            0.05550713272875F, 0.00967554133102F, 0.00132764721678F};
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kBias = 1023, kRound = 1.5 * (1LL << 52);
+  static constexpr double kCoefficients[] = {1.0,
+                                             0.69314718055994533046,
+                                             0.24022650695910156205,
+                                             0.055504108664819921483,
+                                             0.0096181291075083350833,
+                                             0.0013333558146789950323,
+                                             0.00015403530462514613026,
+                                             0.0000152527334899608046,
+                                             1.3215433089594629037e-6,
+                                             1.0178198033328527662e-7,
+                                             7.0741056262456593708e-9,
+                                             4.4352809446103361611e-10};
+};
+
+/// 2^x for x <= 127 (float), x <= 1023 (double), within 2 units in the last place; exactly 0 below -126.5 (-1022.5), where the result
+/// would be subnormal. NaN stays NaN.
+///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
+/// Adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the exponent's place are 2^n; n = -kBias
+/// makes that 0.
+template <class T>
+inline Packet<T> exp2(Packet<T> x) {
+  using C = Exp2<T>;
+  constexpr int kDegree = static_cast<int>(std::size(C::kCoefficients)) - 1;
+  const auto magic = broadcast<T>(C::kRound + C::kBias);
+  x = max(x, broadcast<T>(-C::kBias));
+  const auto shifted = x + magic;
+  const auto r = x - (shifted - magic);
+  auto p = broadcast<T>(C::kCoefficients[kDegree]);
+  for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(p, r, broadcast<T>(C::kCoefficients[i]));
+  return p * shift_left<C::kMantissaBits>(shifted);
+}
+
+/// The same for one number.
+template <class T>
+inline T exp2_scalar(T x) {
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, exp2(broadcast(x)));
+  return lanes[0];
+}
+
+}  // namespace attn::detail

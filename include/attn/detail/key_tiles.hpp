@@ -1,0 +1,146 @@
+/// Keys and values, a tile at a time, as the streamed kernels read them.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/register_tile.hpp>
+#include <attn/detail/simd.hpp>
+#include <attn/kernel.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <span>
+
+namespace attn::detail {
+
+/// Keys in a tile: its weights for one strip of queries take half of a small L1 cache, and no sum in a register is longer than 256.
+template <class T>
+inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTilePackets * kLanes<T> * Index{sizeof(T)}));
+
+/// Whether the masks and the bias of a call keep key j.
+template <class T>
+inline bool keeps_key(const Inputs<T>& in, Index j) {
+  const auto at = static_cast<std::size_t>(j);
+  return (in.mask.keep_key.empty() || in.mask.keep_key[at] != 0) &&
+         (in.key_bias.empty() || in.key_bias[at] != -std::numeric_limits<T>::infinity());
+}
+
+template <class T>
+inline bool keeps_query(const Inputs<T>& in, Index i) {
+  return in.mask.keep_query.empty() || in.mask.keep_query[static_cast<std::size_t>(i)] != 0;
+}
+
+/// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
+/// bias holds what is added to a key's scores, in units of log2, or is null.
+template <class T>
+struct KeyTile {
+  const T *k, *v, *bias;
+  Index k_stride, v_stride;
+  const Index* rows;
+  Index first, count;
+
+  Index row(Index j) const { return rows != nullptr ? rows[j] : first + j; }
+
+  /// How many of its keys have a row number of at most limit.
+  Index visible(Index limit) const {
+    if (rows != nullptr) return std::upper_bound(rows, rows + count, limit) - rows;
+    return std::clamp<Index>(limit - first + 1, 0, count);
+  }
+};
+
+/// What all tiles of one call share: the origin that keys and queries are measured from (null: zero), which changes no distance but
+/// keeps digits, and the kernel in units of log2: log2 kappa = scale q.k - bias (|q|^2 + |k|^2) + a.
+template <class T>
+struct KeySpace {
+  const T* center = nullptr;
+  T scale = 0, bias = 0;
+};
+
+/// Reads tiles: in place where it can; a copy without the dropped keys, relative to the center, where it must.
+template <class T>
+class KeyReader {
+ public:
+  KeyReader(const Inputs<T>& in, const KeySpace<T>& space, Scratch& scratch)
+      : in_(in),
+        space_(space),
+        drops_keys_(!in.mask.keep_key.empty() || !in.key_bias.empty()),
+        k_(drops_keys_ || space.center != nullptr ? scratch.array<T>(kTileKeys<T> * in.k.cols()).data() : nullptr),
+        v_(drops_keys_ ? scratch.array<T>(kTileKeys<T> * in.v.cols()).data() : nullptr),
+        bias_(space.bias != 0 || !in.key_bias.empty() ? scratch.array<T>(kTileKeys<T>).data() : nullptr),
+        rows_(drops_keys_ ? scratch.array<Index>(kTileKeys<T>).data() : nullptr) {}
+
+  /// The kept keys among rows [first, last), at most kTileKeys of them.
+  KeyTile<T> read(Index first, Index last) const {
+    KeyTile<T> tile{.k = in_.k.data() + first * in_.k.outerStride(),
+                    .v = in_.v.data() + first * in_.v.outerStride(),
+                    .bias = bias_,
+                    .k_stride = in_.k.outerStride(),
+                    .v_stride = in_.v.outerStride(),
+                    .rows = rows_,
+                    .first = first,
+                    .count = last - first};
+    if (drops_keys_) gather(tile, last);
+    if (k_ != nullptr) copy_keys(tile);
+    if (bias_ != nullptr) set_bias(tile);
+    return tile;
+  }
+
+ private:
+  void gather(KeyTile<T>& tile, Index last) const {
+    tile.count = 0;
+    for (Index j = tile.first; j < last; ++j) {
+      if (!keeps_key(in_, j)) continue;
+      rows_[tile.count] = j;
+      std::copy_n(in_.v.data() + j * in_.v.outerStride(), in_.v.cols(), v_ + tile.count * in_.v.cols());
+      ++tile.count;
+    }
+    tile.v = v_;
+    tile.v_stride = in_.v.cols();
+  }
+
+  void copy_keys(KeyTile<T>& tile) const {
+    const Index d = in_.k.cols();
+    for (Index j = 0; j < tile.count; ++j) {
+      const T* from = in_.k.data() + tile.row(j) * in_.k.outerStride();
+      T* to = k_ + j * d;
+      if (space_.center == nullptr) {
+        std::copy_n(from, d, to);
+      } else {
+        for (Index c = 0; c < d; ++c) to[c] = from[c] - space_.center[c];
+      }
+    }
+    tile.k = k_;
+    tile.k_stride = d;
+  }
+
+  void set_bias(const KeyTile<T>& tile) const {
+    for (Index j = 0; j < tile.count; ++j) {
+      T bias = 0;
+      if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride);
+      if (!in_.key_bias.empty()) bias += std::numbers::log2e_v<T> * in_.key_bias[static_cast<std::size_t>(tile.row(j))];
+      bias_[j] = bias;
+    }
+  }
+
+  T squared_norm(const T* x) const {
+    const Index d = in_.k.cols(), whole = d - d % kLanes<T>;
+    auto squares = broadcast(T(0));
+    for (Index c = 0; c < whole; c += kLanes<T>) {
+      const auto y = load_unaligned(x + c);
+      squares = multiply_add(y, y, squares);
+    }
+    T total = sum(squares);
+    for (Index c = whole; c < d; ++c) total += x[c] * x[c];
+    return total;
+  }
+
+  const Inputs<T>& in_;
+  KeySpace<T> space_;
+  bool drops_keys_;
+  T *k_, *v_, *bias_;
+  Index* rows_;
+};
+
+}  // namespace attn::detail

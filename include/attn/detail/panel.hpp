@@ -1,0 +1,62 @@
+/// Panels: matrices transposed so that tokens lie along the lanes of packets.
+#pragma once
+
+#include <attn/detail/simd.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+
+namespace attn::detail {
+
+/// Lanes [first, first + kLanes) of a row of length d, zeros beyond it; a null row is all zeros.
+template <class T>
+inline Packet<T> load_row(const T* row, Index first, Index d) {
+  if (row == nullptr) return broadcast(T(0));
+  if (first + kLanes<T> <= d) return load_unaligned(row + first);
+  alignas(64) T lanes[kLanes<T>] = {};
+  std::copy(row + first, row + d, lanes);
+  return load(lanes);
+}
+
+template <class T>
+inline void store_row(T* row, Index first, Index d, Packet<T> x) {
+  if (row == nullptr) return;
+  if (first + kLanes<T> <= d) return store_unaligned(row + first, x);
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, x);
+  std::copy(lanes, lanes + (d - first), row + first);
+}
+
+/// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are zeros.
+/// stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
+template <class T>
+inline Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel, Index stride) {
+  auto squares = broadcast(T(0));
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    const auto origin = load_row(center, first, d);
+    for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row(rows[i], first, d) - origin;
+    transpose(block);
+    const Index count = std::min<Index>(kLanes<T>, d - first);
+    for (Index c = 0; c < count; ++c) {
+      squares = multiply_add(block[c], block[c], squares);
+      store(panel + (first + c) * stride, block[c] * broadcast(alpha));
+    }
+  }
+  return squares;
+}
+
+/// row_i[c] <- scale_i panel[c] of lane i: the way back. Null rows are skipped.
+template <class T>
+inline void unpack_rows(const T* panel, Index stride, Index d, Packet<T> scale, T* const (&rows)[kLanes<T>]) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    for (int c = 0; c < kLanes<T>; ++c) {
+      block[c] = first + c < d ? load(panel + (first + c) * stride) * scale : broadcast(T(0));
+    }
+    transpose(block);
+    for (int i = 0; i < kLanes<T>; ++i) store_row(rows[i], first, d, block[i]);
+  }
+}
+
+}  // namespace attn::detail

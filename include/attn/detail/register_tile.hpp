@@ -1,0 +1,64 @@
+/// The one product kernel: a small tile of a matrix product, held in registers.
+#pragma once
+
+#include <attn/detail/simd.hpp>
+#include <attn/matrix.hpp>
+
+#include <type_traits>
+#include <utility>
+
+namespace attn::detail {
+
+/// Rows of a register tile; with kTilePackets columns of packets its accumulators, operands and a broadcast fit the registers.
+inline constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
+inline constexpr int kTilePackets = 3;
+
+/// body(i) for i = 0 .. kCount-1 as compile-time constants: an array indexed by them lives in registers, where GCC 12 would keep
+/// one indexed by an unrolled loop in memory.
+template <int kCount, class Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, kI>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+/// body(r, p) over a tile of kRows x kPackets, unrolled.
+template <int kRows, int kPackets, class Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+  unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+    unroll<kPackets>([&](auto p) __attribute__((always_inline)) { body(r, p); });
+  });
+}
+
+/// How the left operand of a tile lies in memory: element (row, l) at row * stride + l, or at row + l * stride.
+enum class Left { row_major, column_major };
+
+/// tile[r][p] = sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps.
+/// b is a panel: row l holds kPackets packets, aligned, one row after another.
+template <Left kLeft, int kRows, int kPackets, class T>
+[[gnu::always_inline]] inline void multiply_tile(const T* a, Index stride, const T* b, Index depth, Packet<T> (&tile)[kRows][kPackets]) {
+  unroll<kRows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) { tile[r][p] = broadcast(T(0)); });
+  const T* row[kRows];
+  unroll<kRows>([&](auto r) __attribute__((always_inline)) { row[r] = kLeft == Left::row_major ? a + r * stride : a + r; });
+  const Index step = kLeft == Left::row_major ? 1 : stride;
+  for (Index l = 0, at = 0; l < depth; ++l, at += step) {
+    Packet<T> column[kPackets];
+    unroll<kPackets>([&](auto p) __attribute__((always_inline)) { column[p] = load(b + p * kLanes<T>); });
+    b += kPackets * kLanes<T>;
+    unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+      const auto x = broadcast(row[r][at]);
+      unroll<kPackets>([&](auto p) __attribute__((always_inline)) { tile[r][p] = multiply_add(x, column[p], tile[r][p]); });
+    });
+  }
+}
+
+/// body(first, rows) over [0, n) in tiles of kTileRows rows, then of half as many, down to 1; rows is a std::integral_constant.
+template <int kRows = kTileRows, class Body>
+[[gnu::always_inline]] inline void for_each_tile(Index n, const Body& body, Index first = 0) {
+  for (; first + kRows <= n; first += kRows) body(first, std::integral_constant<int, kRows>{});
+  if constexpr (kRows > 1) {
+    if (first < n) for_each_tile<kRows / 2>(n, body, first);
+  }
+}
+
+}  // namespace attn::detail

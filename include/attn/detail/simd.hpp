@@ -1,0 +1,137 @@
+/// Packets of the widest vector unit that Eigen was compiled for: the only file that touches Eigen::internal.
+#pragma once
+
+#include <Eigen/Core>
+
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace attn::detail {
+
+/// One register of T. A struct rather than Eigen's own type, so that its template argument is T on every architecture.
+template <class T>
+struct Packet {
+  using Raw = typename Eigen::internal::packet_traits<T>::type;
+  Raw raw;
+};
+
+/// Lanes of a packet; 1 where Eigen does not vectorise.
+template <class T>
+inline constexpr int kLanes = Eigen::internal::unpacket_traits<typename Packet<T>::Raw>::size;
+
+/// x86 before AVX-512 has 16 vector registers, later x86 and AArch64 have 32; the register tile is sized for them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorRegisters = 16;
+#endif
+
+/// A packet as a vector that the compilers' own operators and shuffles take.
+template <class T, class Element = T>
+struct VectorOf {
+  using Type [[gnu::vector_size(sizeof(Packet<T>))]] = Element;
+};
+
+template <class T>
+inline Packet<T> broadcast(T x) {
+  return {Eigen::internal::pset1<typename Packet<T>::Raw>(x)};
+}
+template <class T>
+inline Packet<T> load(const T* aligned) {
+  return {Eigen::internal::pload<typename Packet<T>::Raw>(aligned)};
+}
+template <class T>
+inline Packet<T> load_unaligned(const T* p) {
+  return {Eigen::internal::ploadu<typename Packet<T>::Raw>(p)};
+}
+template <class T>
+inline void store(T* aligned, Packet<T> x) {
+  Eigen::internal::pstore(aligned, x.raw);
+}
+template <class T>
+inline void store_unaligned(T* p, Packet<T> x) {
+  Eigen::internal::pstoreu(p, x.raw);
+}
+
+template <class T>
+inline Packet<T> operator+(Packet<T> a, Packet<T> b) {
+  return {Eigen::internal::padd(a.raw, b.raw)};
+}
+template <class T>
+inline Packet<T> operator-(Packet<T> a, Packet<T> b) {
+  return {Eigen::internal::psub(a.raw, b.raw)};
+}
+template <class T>
+inline Packet<T> operator*(Packet<T> a, Packet<T> b) {
+  return {Eigen::internal::pmul(a.raw, b.raw)};
+}
+
+/// The larger of a and b, lane by lane; a where either is NaN.
+template <class T>
+inline Packet<T> max(Packet<T> a, Packet<T> b) {
+  if constexpr (kLanes<T> == 1) {
+    return a.raw < b.raw ? b : a;
+  } else {
+    const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
+    return std::bit_cast<Packet<T>>(x < y ? y : x);
+  }
+}
+
+/// c + a b.
+template <class T>
+inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
+  return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
+}
+
+/// Each lane's bits moved left by kBits: puts an integer's low bits where the exponent is.
+template <int kBits, class T>
+inline Packet<T> shift_left(Packet<T> x) {
+  using Integer = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+  if constexpr (kLanes<T> == 1) {
+    return {std::bit_cast<T>(std::bit_cast<Integer>(x) << kBits)};
+  } else {
+    return std::bit_cast<Packet<T>>(std::bit_cast<typename VectorOf<T, Integer>::Type>(x) << kBits);
+  }
+}
+
+/// Exchanges the off-diagonal quarters of every 2 kStep x 2 kStep block that lies in rows a and b = a + kStep.
+template <int kStep, class T, int... kLane>
+inline void exchange(Packet<T>& a, Packet<T>& b, std::integer_sequence<int, kLane...>) {
+  const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
+  constexpr int kCount = kLanes<T>;
+  a = std::bit_cast<Packet<T>>(__builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane - kStep : kLane)...));
+  b = std::bit_cast<Packet<T>>(__builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane : kLane + kStep)...));
+}
+
+template <int kStep, class T, int... kLane>
+inline Packet<T> rotate(Packet<T> a, std::integer_sequence<int, kLane...>) {
+  const auto x = std::bit_cast<typename VectorOf<T>::Type>(a);
+  return std::bit_cast<Packet<T>>(__builtin_shufflevector(x, x, ((kLane + kStep) % kLanes<T>)...));
+}
+
+/// The sum of all lanes.
+template <int kStep = 1, class T>
+inline T sum(Packet<T> x) {
+  if constexpr (kStep < kLanes<T>) {
+    return sum<2 * kStep>(x + rotate<kStep>(x, std::make_integer_sequence<int, kLanes<T>>{}));
+  } else {
+    alignas(64) T lanes[kLanes<T>];
+    store(lanes, x);
+    return lanes[0];
+  }
+}
+
+/// Transposes a square block of kLanes packets in registers.
+template <int kStep = 1, class T>
+inline void transpose(Packet<T> (&rows)[kLanes<T>]) {
+  if constexpr (kStep < kLanes<T>) {
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+    transpose<2 * kStep>(rows);
+  }
+}
+
+}  // namespace attn::detail

@@ -1,0 +1,218 @@
+/// A strip of queries meets a tile of keys: the inner part of every streamed product.
+///
+///   for each key j of the tile:                          in registers, 8 (or 4) keys by 3 packets of queries at a time
+///     score[j]  = scale q.k_j + bias_j                   queries lie along the lanes, so row statistics need no horizontal step
+///     maximum   = max(maximum, score[j])
+///   correction  = 2^(old maximum - maximum)
+///   for each key j:
+///     weight[j] = 2^(score[j] - maximum)
+///     sum       = correction sum + weight[j]
+///   for each column c of v:                              in registers, 8 (or 4) columns by 3 packets of queries at a time
+///     weighted[c] = correction weighted[c] + sum_j v[j][c] weight[j]
+///
+/// Both products are multiply_tile: k row by row against the queries' panel, v column by column against the weights' panel. Neither k
+/// nor v is packed; scores and weights of a tile live in one panel that stays in L1.
+#pragma once
+
+#include <attn/detail/exp2.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/register_tile.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+namespace attn::detail {
+
+/// The statistics of a row before it has seen a key.
+template <class T>
+inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
+
+/// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and weighted (d_v rows)
+/// add up.
+template <class T>
+struct LaneState {
+  T *maximum, *sum, *weighted;
+};
+
+/// Up to kTilePackets packets of queries [first, first + count), count of them real. panel: scaled queries, d rows.
+template <class T>
+struct Strip {
+  const T* panel;
+  LaneState<T> state;
+  int packets;
+  Index first, count;
+
+  Index lanes() const { return packets * kLanes<T>; }
+};
+
+/// Scores of count keys for a strip, into a panel; their maximum into maximum.
+template <int kPackets, class T>
+[[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum) {
+  constexpr int kWidth = kPackets * kLanes<T>;
+  Packet<T> top[kPackets];
+  unroll<kPackets>([&](auto p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
+  for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
+    Packet<T> score[rows][kPackets];
+    multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
+    if (tile.bias != nullptr) {
+      unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+        score[r][p] = score[r][p] + broadcast(tile.bias[j + r]);
+      });
+    }
+    unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      top[p] = max(top[p], score[r][p]);
+      store(panel + (j + r) * kWidth + p * kLanes<T>, score[r][p]);
+    });
+  });
+  unroll<kPackets>([&](auto p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
+}
+
+/// Turns a panel of scores into weights relative to maximum, and adds them to sum.
+template <int kPackets, class T>
+[[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T* sum) {
+  Packet<T> top[kPackets], total[kPackets];
+  unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+    top[p] = load(maximum + p * kLanes<T>);
+    total[p] = broadcast(T(0));
+  });
+  for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
+    unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+      const auto weight = exp2(load(panel + p * kLanes<T>) - top[p]);
+      total[p] = total[p] + weight;
+      store(panel + p * kLanes<T>, weight);
+    });
+  }
+  unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+    store(sum + p * kLanes<T>, load(sum + p * kLanes<T>) + total[p]);
+  });
+}
+
+/// weighted <- correction weighted + v^T weights, over count keys.
+template <int kPackets, class T>
+[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count, const T* correction, T* weighted) {
+  constexpr int kWidth = kPackets * kLanes<T>;
+  for_each_tile(d_v, [&](Index c, auto rows) __attribute__((always_inline)) {
+    Packet<T> tile[rows][kPackets];
+    multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
+    unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      T* to = weighted + (c + r) * kWidth + p * kLanes<T>;
+      store(to, multiply_add(load(to), load(correction + p * kLanes<T>), tile[r][p]));
+    });
+  });
+}
+
+/// Calls body(std::integral_constant<int, packets>).
+template <class Body>
+inline void with_packets(int packets, const Body& body) {
+  static_assert(kTilePackets == 3);
+  if (packets == 3) return body(std::integral_constant<int, 3>{});
+  if (packets == 2) return body(std::integral_constant<int, 2>{});
+  body(std::integral_constant<int, 1>{});
+}
+
+/// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
+enum class Maximum { running, fixed };
+
+/// Feeds strips with tiles of keys. One for each worker: it owns the panel of weights and a few rows of statistics.
+template <class T>
+class StripKernel {
+ public:
+  StripKernel(Index d, Index d_v, Maximum maximum, Scratch& scratch)
+      : d_(d),
+        d_v_(d_v),
+        maximum_(maximum),
+        panel_(scratch.array<T>(kTileKeys<T> * kWidth).data()),
+        tile_maximum_(scratch.array<T>(kWidth).data()),
+        correction_(scratch.array<T>(kWidth).data()),
+        finite_values_(scratch.array<T>(kTileKeys<T> * d_v).data()) {}
+
+  /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
+  /// and so on; kNoLimit without a causal mask.
+  void add(const Strip<T>& strip, const KeyTile<T>& tile, Index limit) const {
+    const Index count = limit == kNoLimit ? tile.count : tile.visible(limit + strip.count - 1);
+    if (count == 0) return;
+    const Index seen_by_all = limit == kNoLimit ? count : tile.visible(limit);
+    with_packets(strip.packets, [&](auto packets) {
+      score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_);
+      if (seen_by_all < count) hide_future(strip, tile, seen_by_all, count, limit);
+      raise_maximum(strip);
+      weigh<packets>(panel_, count, strip.state.maximum, strip.state.sum);
+      if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values<packets>(strip, tile, count, limit);
+      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, strip.state.weighted);
+    });
+  }
+
+  static constexpr Index kNoLimit = std::numeric_limits<Index>::max();
+
+ private:
+  static constexpr Index kWidth = kTilePackets * kLanes<T>;
+
+  /// Scores of keys that a query must not see become -infinity, whatever they were, and the maximum is taken anew without them.
+  void hide_future(const Strip<T>& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
+    const Index lanes = strip.lanes();
+    for (Index j = first; j < count; ++j) {
+      std::fill_n(panel_ + j * lanes, std::min(tile.row(j) - limit, lanes), -std::numeric_limits<T>::infinity());
+    }
+    for (Index p = 0; p < lanes; p += kLanes<T>) {
+      auto top = broadcast(kNoMaximum<T>);
+      for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
+      store(tile_maximum_ + p, top);
+    }
+  }
+
+  /// maximum <- max(maximum, that of the tile); correction and sum follow.
+  void raise_maximum(const Strip<T>& strip) const {
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      if (maximum_ == Maximum::fixed) {
+        store(correction_ + p, broadcast(T(1)));
+        continue;
+      }
+      const auto before = load(strip.state.maximum + p), after = max(before, load(tile_maximum_ + p));
+      const auto correction = exp2(before - after);
+      store(strip.state.maximum + p, after);
+      store(correction_ + p, correction);
+      store(strip.state.sum + p, load(strip.state.sum + p) * correction);
+    }
+  }
+
+  /// Whether the values of keys that only some of a strip's queries see are finite: a weight of 0 then hides them.
+  bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
+    auto zero = broadcast(T(0));
+    for (Index j = first; j < count; ++j) {
+      const T* row = tile.v + j * tile.v_stride;
+      for (Index c = 0; c < d_v_; c += kLanes<T>) zero = multiply_add(broadcast(T(0)), load_row(row, c, d_v_), zero);
+    }
+    return sum(zero) == 0;
+  }
+
+  /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see them.
+  /// A query that sees only finite ones gets the bits that it would get from add_values.
+  template <int kPackets>
+  void add_seen_values(const Strip<T>& strip, const KeyTile<T>& tile, Index count, Index limit) const {
+    for (Index j = 0; j < count; ++j) {
+      for (Index c = 0; c < d_v_; ++c) {
+        const T x = tile.v[j * tile.v_stride + c];
+        finite_values_[j * d_v_ + c] = std::isfinite(x) ? x : T(0);
+      }
+    }
+    add_values<kPackets>(finite_values_, d_v_, d_v_, panel_, count, correction_, strip.state.weighted);
+    for (Index j = 0; j < count; ++j) {
+      for (Index c = 0; c < d_v_; ++c) {
+        const T x = tile.v[j * tile.v_stride + c];
+        if (std::isfinite(x)) continue;
+        for (Index i = std::max<Index>(0, tile.row(j) - limit); i < strip.lanes(); ++i) {
+          strip.state.weighted[c * strip.lanes() + i] += panel_[j * strip.lanes() + i] * x;
+        }
+      }
+    }
+  }
+
+  Index d_, d_v_;
+  Maximum maximum_;
+  T *panel_, *tile_maximum_, *correction_, *finite_values_;
+};
+
+}  // namespace attn::detail

@@ -1,0 +1,49 @@
+/// Exact attention: softmax, and Gaussian ("kernelized"), streamed.
+#pragma once
+
+#include <attn/approximator.hpp>
+#include <attn/detail/checks.hpp>
+#include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+
+#include <string_view>
+#include <type_traits>
+
+namespace attn {
+
+/// out <- [kappa] v for any kernel, masks and causal alignments included.
+///   SoftmaxKernel    softmax(s q k^T) v                           Vaswani et al. 2017, eq. 1
+///   GaussianKernel   exp(-|q_i - k_j|^2 / (2 h^2)) v, h^2 = sqrt d   Chen et al. 2021, eq. 3
+/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). Throws std::invalid_argument when shapes disagree or are empty, or when the
+/// kernel's parameter is out of range. 2 n_q n_k (d + d_v) flops, O(tile) memory. Dao et al. 2022, Alg. 1.
+template <class T, ScoreKernel Kernel>
+class ExactAttention {
+ public:
+  using Scalar = T;
+  static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
+                                            : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
+                                                                                     : "exact";
+
+  explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
+
+  /// Every mask is supported.
+  bool supports(const Inputs<T>&) const { return true; }
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
+    detail::check(kName, in, out);
+    detail::check_kernel(kName, kernel_);
+    kernel_matmul(kernel_, in, out, context);
+  }
+
+ private:
+  Kernel kernel_;
+};
+
+template <class T>
+using SoftmaxAttention = ExactAttention<T, SoftmaxKernel>;
+template <class T>
+using GaussianAttention = ExactAttention<T, GaussianKernel>;
+
+static_assert(Approximator<SoftmaxAttention<float>> && Approximator<GaussianAttention<double>>);
+
+}  // namespace attn

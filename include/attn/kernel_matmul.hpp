@@ -1,0 +1,184 @@
+/// The streamed primitive: out = [kappa] v without ever storing [kappa]. Everything else in the library is calls of it.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/checks.hpp>
+#include <attn/detail/row_states.hpp>
+#include <attn/detail/streamed.hpp>
+#include <attn/kernel.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numbers>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+namespace attn {
+namespace detail {
+
+inline constexpr std::string_view kMatmulName = "kernel_matmul";
+
+/// The largest bias of a kept key in units of log2; 0 without biases.
+template <class T>
+T largest_bias(const Inputs<T>& in) {
+  T largest = std::numeric_limits<T>::lowest();
+  for (Index j = 0; j < static_cast<Index>(in.key_bias.size()); ++j) {
+    if (keeps_key(in, j)) largest = std::max(largest, in.key_bias[static_cast<std::size_t>(j)]);
+  }
+  return largest == std::numeric_limits<T>::lowest() ? T(0) : largest * std::numbers::log2e_v<T>;
+}
+
+/// An origin amid the keys: the mean of up to kSampledKeys kept ones, or under a causal mask the first kept one, since results must
+/// not depend on later ones. A column whose origin is not finite gets 0.
+template <class T>
+const T* choose_center(const Inputs<T>& in, Scratch& scratch) {
+  constexpr Index kSampledKeys = 1024;
+  const std::span<T> center = scratch.array<T>(in.k.cols());
+  std::fill(center.begin(), center.end(), T(0));
+  const Index step = in.mask.causal == Causal::none ? (in.k.rows() + kSampledKeys - 1) / kSampledKeys : 1;
+  const Index wanted = in.mask.causal == Causal::none ? kSampledKeys : 1;
+  Index found = 0;
+  for (Index j = 0; j < in.k.rows() && found < wanted; j += step) {
+    if (!keeps_key(in, j)) continue;
+    const T* row = in.k.data() + j * in.k.outerStride();
+    for (std::size_t c = 0; c < center.size(); ++c) center[c] += std::isfinite(row[c]) ? row[c] : T(0);
+    ++found;
+  }
+  for (T& x : center) {
+    x = found > 0 ? x / static_cast<T>(found) : T(0);
+    if (!std::isfinite(x)) x = 0;
+  }
+  return center.data();
+}
+
+/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by exp(a_j) need no maximum, unless their sums are
+/// wanted: those may underflow.
+template <ScoreKernel Kernel, class T>
+Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_rows, Scratch& scratch) {
+  const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
+  check_finite(kMatmulName, "scale", parameters.scale);
+  check_finite(kMatmulName, "bias", parameters.bias);
+  const bool bounded = parameters.scale >= 0 && parameters.bias >= parameters.scale / 2;
+  const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
+  return {.in = in,
+          .space = {.center = is_gaussian ? choose_center(in, scratch) : nullptr,
+                    .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
+                    .bias = static_cast<T>(parameters.bias * std::numbers::log2e)},
+          .rows = parameters.rows,
+          .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
+          .largest_bias = largest_bias(in),
+          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols())};
+}
+
+template <class T>
+RowStates<T> make_states(Index n_q, Index d_v, Scratch& scratch) {
+  return {scratch.array<T>(n_q), scratch.array<T>(n_q), scratch.matrix<T>(n_q, d_v)};
+}
+
+}  // namespace detail
+
+/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree.
+template <class T>
+void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& from) {
+  detail::check_states("merge", into, from.weighted.rows(), from.weighted.cols());
+  detail::check_states("merge", from, into.weighted.rows(), into.weighted.cols());
+  for (std::size_t i = 0; i < into.sum.size(); ++i) {
+    const T top = std::max(into.maximum[i], from.maximum[i]);
+    const T keep = std::exp2(into.maximum[i] - top), add = std::exp2(from.maximum[i] - top);
+    const Index row = static_cast<Index>(i);
+    into.maximum[i] = top;
+    into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
+    for (Index c = 0; c < into.weighted.cols(); ++c) {
+      T& x = into.weighted.data()[row * into.weighted.outerStride() + c];
+      x = x * keep + from.weighted.data()[row * from.weighted.outerStride() + c] * add;
+    }
+  }
+}
+
+/// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in kernel_matmul.
+/// out may be states.weighted itself. d: features of the tokens, which the kernel's parameters may depend on.
+template <ScoreKernel Kernel, class T>
+void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type_identity_t<MatrixRef<T>> out,
+            std::type_identity_t<std::span<T>> lse = {}) {
+  detail::check_states("finish", states, out.rows(), out.cols());
+  detail::check_length("finish", "lse", lse.size(), "out", out.rows());
+  const Rows rows = score_parameters(kernel, d).rows;
+  for (std::size_t i = 0; i < states.sum.size(); ++i) {
+    const T factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
+    if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
+    out.row(static_cast<Index>(i)) = factor * states.weighted.row(static_cast<Index>(i));
+  }
+}
+
+namespace detail {
+
+/// states (n_q) <- those of all keys of a product, or, cut into splits, merged from those of each.
+template <class T>
+void run_partial(const Product<T>& product, const RowStates<T>& states, Context& context, Scratch& scratch) {
+  const auto [blocks, splits] = std::pair(product.partition.blocks, product.partition.splits);
+  const std::span<RowStates<T>> parts = scratch.make<RowStates<T>>(splits, states);
+  for (std::size_t s = 1; s < parts.size(); ++s) {
+    std::construct_at(&parts[s], make_states<T>(states.weighted.rows(), states.weighted.cols(), scratch));
+  }
+  const auto runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
+  context.for_each(blocks * splits, [&](Index item, int worker) {
+    const Index split = item % splits;
+    runners[static_cast<std::size_t>(worker)].partial_block(item / splits, nth_part(product.in.k.rows(), splits, split),
+                                                            parts[static_cast<std::size_t>(split)]);
+  });
+  for (std::size_t s = 1; s < parts.size(); ++s) merge(states, parts[s]);
+}
+
+/// out <- all blocks, each finished by one task. Under a causal mask the last blocks cost most, so they come first.
+template <class T>
+void run_blocks(const Product<T>& product, MatrixRef<T> out, std::span<T> lse, Context& context, Scratch& scratch) {
+  const auto runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
+  const Index blocks = product.partition.blocks;
+  context.for_each(blocks, [&](Index item, int worker) {
+    runners[static_cast<std::size_t>(worker)].finish_block(blocks - 1 - item, out, lse);
+  });
+}
+
+}  // namespace detail
+
+/// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their sum if the
+/// kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key bias.
+/// lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is 0.
+/// Throws std::invalid_argument when shapes disagree or are empty. 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few
+/// queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022, Alg. 1.
+template <ScoreKernel Kernel, class T>
+void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
+                   std::type_identity_t<std::span<T>> lse, Context& context) {
+  detail::check(detail::kMatmulName, in, out);
+  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
+  Scratch scratch = context.scratch();
+  const auto raw_rows = lse.empty() ? detail::Maximum::fixed : detail::Maximum::running;
+  const detail::Product<T> product = detail::make_product(kernel, in, raw_rows, scratch);
+  if (product.partition.splits == 1) return detail::run_blocks(product, out, lse, context, scratch);
+  const RowStates<T> states{scratch.array<T>(in.q.rows()), scratch.array<T>(in.q.rows()), out};
+  detail::run_partial(product, states, context, scratch);
+  finish(kernel, states, in.q.cols(), out, lse);
+}
+
+template <ScoreKernel Kernel, class T>
+void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
+  kernel_matmul(kernel, in, out, std::span<T>{}, context);
+}
+
+/// states <- the row states of these keys alone: for keys that are spread over machines, or that arrive in parts (decoding with a
+/// cache). Merge the parts, then finish. Causal limits count rows of this call's k.
+template <ScoreKernel Kernel, class T>
+void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
+                           Context& context) {
+  detail::check_inputs(detail::kMatmulName, in);
+  detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
+  Scratch scratch = context.scratch();
+  detail::run_partial(detail::make_product(kernel, in, detail::Maximum::running, scratch), states, context, scratch);
+}
+
+}  // namespace attn

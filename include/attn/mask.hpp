@@ -1,0 +1,21 @@
+/// Which query may attend to which key.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+namespace attn {
+
+/// Causal attention and its alignment when n_q != n_k. none: every query sees every key. upper_left: query i sees keys j <= i.
+/// lower_right: query i sees keys j <= i + n_k - n_q (the last query sees all; decoding with a cache).
+enum class Causal { none, upper_left, lower_right };
+
+/// Masks of one sequence; an empty span keeps everything, otherwise 0 drops and any other value keeps.
+/// keep_key (n_k): a dropped key influences nothing. keep_query (n_q): a dropped query's output row is 0 and it counts in no
+/// landmark. For a padded sequence pass the same mask to both. A query that sees no key has an output row of zeros.
+struct Mask {
+  Causal causal = Causal::none;
+  std::span<const std::uint8_t> keep_key{}, keep_query{};
+};
+
+}  // namespace attn

@@ -1,0 +1,97 @@
+/// Matrices and views: what every method takes and returns. Row-major, one token a row.
+#pragma once
+
+#include <attn/mask.hpp>
+
+#include <Eigen/Core>
+
+#include <concepts>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+namespace attn {
+
+using Eigen::Index;
+
+/// Row-major dynamic matrix: one token a row.
+template <class T>
+using Matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+namespace detail {
+
+/// The Eigen type that M is or derives from.
+template <class M>
+using EigenType = std::remove_cvref_t<decltype(std::declval<const M&>().derived())>;
+
+/// Elements between two rows; a column vector is a matrix of one column, whose rows are one element apart.
+template <class M>
+Index row_stride(const M& m) {
+  if constexpr (M::IsRowMajor) {
+    return m.outerStride();
+  } else {
+    return m.innerStride();
+  }
+}
+
+}  // namespace detail
+
+/// An Eigen object whose rows lie contiguously in memory, so that it can be viewed without a copy: a Matrix, a Map, Ref or Block of
+/// one, or a vector. A column-major matrix or an inner stride is refused at compile time, because converting it would copy silently.
+template <class M, class T>
+concept RowMajorWithContiguousRows =
+    std::same_as<typename detail::EigenType<M>::Scalar, T> && bool(detail::EigenType<M>::Flags & Eigen::DirectAccessBit) &&
+    bool(detail::EigenType<M>::IsRowMajor || detail::EigenType<M>::ColsAtCompileTime == 1) &&
+    int(detail::EigenType<M>::InnerStrideAtCompileTime) == 1;
+
+/// Read-only view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
+template <class T>
+class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>> {
+  using Map = Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+ public:
+  /// View of (rows, cols) elements at data, row_stride elements from row to row.
+  ConstMatrixRef(const T* data, Index rows, Index cols, Index row_stride)
+      : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
+
+  template <RowMajorWithContiguousRows<T> M>
+  ConstMatrixRef(const M& m)  // NOLINT: implicit, so that a Matrix can be passed as it is
+      : ConstMatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
+};
+
+/// Writable view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
+template <class T>
+class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>> {
+  using Map = Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+ public:
+  /// View of (rows, cols) elements at data, row_stride elements from row to row.
+  MatrixRef(T* data, Index rows, Index cols, Index row_stride)
+      : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
+
+  template <RowMajorWithContiguousRows<T> M>
+    requires(!std::is_const_v<std::remove_reference_t<M>> && std::is_same_v<decltype(std::declval<M&>().data()), T*>)
+  MatrixRef(M&& m)  // NOLINT: implicit, and from a temporary Block or Map too
+      : MatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
+
+  /// Writable however the view itself is qualified, as for any pointer.
+  T* data() const { return const_cast<T*>(Map::data()); }
+
+  MatrixRef(const MatrixRef&) = default;
+  using Map::operator=;  // assigns the elements, as every Eigen view does
+  MatrixRef& operator=(const MatrixRef& other) {
+    Map::operator=(other);
+    return *this;
+  }
+};
+
+/// What attention reads. q (n_q, d), k (n_k, d), v (n_k, d_v); key_bias is empty or has n_k entries a_j, which multiply key j's
+/// weight by exp(a_j) (a log-weight; -infinity removes the key).
+template <class T>
+struct Inputs {
+  ConstMatrixRef<T> q, k, v;
+  Mask mask{};
+  std::span<const T> key_bias{};
+};
+
+}  // namespace attn

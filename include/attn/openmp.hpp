@@ -1,0 +1,30 @@
+/// The OpenMP executor: Context{OpenMP{.threads = 2}}. Needs -fopenmp.
+#pragma once
+
+#ifndef _OPENMP
+#error "attn/openmp.hpp needs OpenMP: compile with -fopenmp (CMake: link OpenMP::OpenMP_CXX)"
+#endif
+
+#include <attn/context.hpp>
+
+#include <omp.h>
+
+namespace attn {
+
+/// Runs items on an OpenMP team, handing them out one by one. threads = 0: as many as OpenMP would use. Inside a parallel region
+/// of the caller's, where OpenMP does not nest by default, it runs on the calling thread.
+struct OpenMP {
+  int threads = 0;
+
+  int workers() const { return threads > 0 ? threads : omp_get_max_threads(); }
+
+  template <class Task>
+  void run(Index n, const Task& task) const {
+#pragma omp parallel for num_threads(workers()) schedule(dynamic, 1)
+    for (Index item = 0; item < n; ++item) task(item, omp_get_thread_num());
+  }
+};
+
+static_assert(Executor<OpenMP>);
+
+}  // namespace attn

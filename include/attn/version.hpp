@@ -1,0 +1,6 @@
+/// The version of attn, and nothing else: CMake reads these three numbers too.
+#pragma once
+
+#define ATTN_VERSION_MAJOR 0
+#define ATTN_VERSION_MINOR 1
+#define ATTN_VERSION_PATCH 0
