@@ -3,11 +3,14 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
+#include <attn/core.hpp>
 #include <attn/exact.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
+#include <attn/landmarks.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
+#include <attn/skyformer.hpp>
 #include <attn/version.hpp>
 
 #ifdef _OPENMP

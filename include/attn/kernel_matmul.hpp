@@ -16,7 +16,6 @@
 #include <span>
 #include <string_view>
 #include <type_traits>
-#include <utility>
 
 namespace attn {
 namespace detail {
@@ -120,7 +119,7 @@ namespace detail {
 /// states (n_q) <- those of all keys of a product, or, cut into splits, merged from those of each.
 template <class T>
 void run_partial(const Product<T>& product, const RowStates<T>& states, Context& context, Scratch& scratch) {
-  const auto [blocks, splits] = std::pair(product.partition.blocks, product.partition.splits);
+  const Index blocks = product.partition.blocks, splits = product.partition.splits;
   const std::span<RowStates<T>> parts = scratch.make<RowStates<T>>(splits, states);
   for (std::size_t s = 1; s < parts.size(); ++s) {
     std::construct_at(&parts[s], make_states<T>(states.weighted.rows(), states.weighted.cols(), scratch));

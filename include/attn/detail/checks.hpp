@@ -60,6 +60,23 @@ inline void check_finite(std::string_view who, const char* name, double value) {
   if (!std::isfinite(value)) refuse(who, name, " is ", value, ", should be finite");
 }
 
+inline void check_at_least(std::string_view who, const char* name, double value, double least) {
+  if (!(value >= least)) refuse(who, name, " is ", value, ", should be at least ", least);
+}
+
+template <class T>
+void check_not_causal(std::string_view who, const Inputs<T>& in) {
+  if (in.mask.causal != Causal::none) refuse(who, "causal masks are not supported");
+}
+
+/// Landmark policies with a count have at least one; others are taken at their word.
+template <class Landmarks>
+void check_landmarks(std::string_view who, const Landmarks& landmarks) {
+  if constexpr (requires { landmarks.num_landmarks; }) {
+    check_at_least(who, "num_landmarks", static_cast<double>(landmarks.num_landmarks), 1);
+  }
+}
+
 inline void check_kernel(std::string_view who, const SoftmaxKernel& kernel) {
   if (kernel.scale) check_finite(who, "scale", *kernel.scale);
 }

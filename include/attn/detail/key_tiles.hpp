@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
 #include <attn/detail/simd.hpp>
 #include <attn/kernel.hpp>
@@ -118,22 +119,10 @@ class KeyReader {
   void set_bias(const KeyTile<T>& tile) const {
     for (Index j = 0; j < tile.count; ++j) {
       T bias = 0;
-      if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride);
+      if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
       if (!in_.key_bias.empty()) bias += std::numbers::log2e_v<T> * in_.key_bias[static_cast<std::size_t>(tile.row(j))];
       bias_[j] = bias;
     }
-  }
-
-  T squared_norm(const T* x) const {
-    const Index d = in_.k.cols(), whole = d - d % kLanes<T>;
-    auto squares = broadcast(T(0));
-    for (Index c = 0; c < whole; c += kLanes<T>) {
-      const auto y = load_unaligned(x + c);
-      squares = multiply_add(y, y, squares);
-    }
-    T total = sum(squares);
-    for (Index c = whole; c < d; ++c) total += x[c] * x[c];
-    return total;
   }
 
   const Inputs<T>& in_;

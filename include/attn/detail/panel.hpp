@@ -27,6 +27,17 @@ inline void store_row(T* row, Index first, Index d, Packet<T> x) {
   std::copy(lanes, lanes + (d - first), row + first);
 }
 
+/// |row|^2 of a row of length d.
+template <class T>
+inline T squared_norm(const T* row, Index d) {
+  auto squares = broadcast(T(0));
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    const auto x = load_row(row, first, d);
+    squares = multiply_add(x, x, squares);
+  }
+  return sum(squares);
+}
+
 /// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are zeros.
 /// stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
 template <class T>

@@ -1,0 +1,84 @@
+/// Products of small matrices (landmarks by landmarks) with the library's own register tile: Eigen's would allocate.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/partition.hpp>
+#include <attn/detail/register_tile.hpp>
+#include <attn/detail/strip.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <span>
+
+namespace attn::detail {
+
+/// Whether the right operand of a product is taken as it is or transposed.
+enum class Right { plain, transposed };
+
+/// panel <- depth x width of b (plain: rows first .., columns column ..) or of b^T, zeros beyond its columns.
+template <Right kRight, class T>
+void pack_right(const ConstMatrixRef<T>& b, Range depth, Range columns, int packets, T* panel) {
+  const Index width = packets * kLanes<T>;
+  if constexpr (kRight == Right::plain) {
+    for (Index l = depth.first; l < depth.last; ++l, panel += width) {
+      const T* row = b.data() + l * b.outerStride();
+      for (Index p = 0; p < width; p += kLanes<T>) store(panel + p, load_row(row, columns.first + p, columns.last));
+    }
+  } else {
+    for (Index p = 0; p < width; p += kLanes<T>) {
+      const T* rows[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        const Index column = columns.first + p + i;
+        rows[i] = column < columns.last ? b.data() + column * b.outerStride() + depth.first : nullptr;
+      }
+      pack_rows<T>(rows, depth.last - depth.first, nullptr, T(1), panel + p, width);
+    }
+  }
+}
+
+/// c <- keep c + scale a b for some rows and columns of c, b given as a packed panel; Left::column_major takes a^T for a.
+template <Left kLeft, int kPackets, class T>
+[[gnu::noinline]] void multiply_panel(T scale, const ConstMatrixRef<T>& a, Range depth, const T* panel, T keep, MatrixRef<T> c,
+                                      Range rows, Range columns) {
+  for_each_tile(rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
+    Packet<T> tile[count][kPackets];
+    const Index row_step = kLeft == Left::row_major ? a.outerStride() : 1, depth_step = kLeft == Left::row_major ? 1 : a.outerStride();
+    const T* from = a.data() + (rows.first + r0) * row_step + depth.first * depth_step;
+    multiply_tile<kLeft>(from, a.outerStride(), panel, depth.last - depth.first, tile);
+    unroll<count, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      T* row = c.data() + (rows.first + r0 + r) * c.outerStride();
+      const Index at = columns.first + p * kLanes<T>;
+      if (at >= columns.last) return;
+      const auto product = broadcast(scale) * tile[r][p];
+      store_row(row, at, columns.last, keep == 0 ? product : multiply_add(broadcast(keep), load_row(row, at, columns.last), product));
+    });
+  });
+}
+
+/// c <- keep c + scale a b, with a^T for Left::column_major and b^T for Right::transposed. c must not overlap a or b, and is not read
+/// where keep is 0. Sums run over at most 256 terms at a time.
+template <class T, Left kLeft = Left::row_major, Right kRight = Right::plain>
+void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep,
+          MatrixRef<T> c, Context& context) {
+  constexpr Index kRowBlock = 96, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
+  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (c.cols() + kWidth - 1) / kWidth;
+  const Index terms = kLeft == Left::row_major ? a.cols() : a.rows();
+  Scratch scratch = context.scratch();
+  const std::span<T> panels = scratch.array<T>(context.workers() * kDepth * kWidth);
+  context.for_each(row_blocks * strips, [&](Index item, int worker) {
+    T* panel = panels.data() + worker * kDepth * kWidth;
+    const Range rows = nth_part(c.rows(), row_blocks, item / strips);
+    const Range columns{item % strips * kWidth, std::min(c.cols(), (item % strips + 1) * kWidth)};
+    const int packets = static_cast<int>((columns.last - columns.first + kLanes<T> - 1) / kLanes<T>);
+    for (Index first = 0; first < terms; first += kDepth) {
+      const Range depth{first, std::min(terms, first + kDepth)};
+      pack_right<kRight, T>(b, depth, columns, packets, panel);
+      with_packets(packets, [&](auto count) {
+        multiply_panel<kLeft, count, T>(scale, a, depth, panel, first == 0 ? keep : T(1), c, rows, columns);
+      });
+    }
+  });
+}
+
+}  // namespace attn::detail

@@ -1,0 +1,132 @@
+/// Landmarks: the few tokens through which an approximation sees all of them.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <concepts>
+#include <cstdint>
+#include <span>
+#include <utility>
+
+namespace attn {
+
+/// A choice of landmarks for queries and keys together: select(inputs, scratch) gives them as the rows of an (m, d) matrix in
+/// scratch memory, m at least 1 where a query and a key are kept. It must depend on kept rows alone and be the same at every call.
+template <class L, class T>
+concept JointLandmarks = std::copyable<L> && requires(const L& landmarks, const Inputs<T>& in, Scratch& scratch) {
+  { landmarks.select(in, scratch) } -> std::same_as<MatrixRef<T>>;
+};
+
+namespace detail {
+
+/// Which matrix rows are drawn from; a random sampler draws differently for each.
+enum class Side : std::uint64_t { queries, keys };
+
+/// Turns ascending ranks among the kept rows into row numbers.
+template <class Keeps>
+void ranks_to_rows(std::span<Index> ranks, const Keeps& keeps) {
+  Index row = 0, rank = 0;
+  for (Index& wanted : ranks) {
+    while (!keeps(row) || rank < wanted) rank += keeps(row++) ? 1 : 0;
+    wanted = row;
+  }
+}
+
+template <class Keeps>
+Index count_kept(Index n, const Keeps& keeps) {
+  Index kept = 0;
+  for (Index i = 0; i < n; ++i) kept += keeps(i) ? 1 : 0;
+  return kept;
+}
+
+/// min(m / 2, kept queries) rows of q, then min(the rest of m, kept keys) rows of k. choose(n, side, chosen) fills chosen with
+/// ascending numbers below n.
+template <class T, class Choose>
+MatrixRef<T> sample_rows(const Inputs<T>& in, Index m, Scratch& scratch, const Choose& choose) {
+  const auto keeps_q = [&](Index i) { return keeps_query(in, i); };
+  const auto keeps_k = [&](Index j) { return keeps_key(in, j); };
+  const Index n_q = count_kept(in.q.rows(), keeps_q), n_k = count_kept(in.k.rows(), keeps_k);
+  const Index m_q = std::min(m / 2, n_q), m_k = std::min(m - m_q, n_k);
+  const auto landmarks = scratch.matrix<T>(m_q + m_k, in.q.cols());
+  const std::span<Index> rows = scratch.array<Index>(m_q + m_k);
+  const auto from_q = rows.first(static_cast<std::size_t>(m_q)), from_k = rows.subspan(static_cast<std::size_t>(m_q));
+  choose(n_q, Side::queries, from_q);
+  choose(n_k, Side::keys, from_k);
+  ranks_to_rows(from_q, keeps_q);
+  ranks_to_rows(from_k, keeps_k);
+  for (Index j = 0; j < m_q + m_k; ++j) {
+    const ConstMatrixRef<T>& from = j < m_q ? in.q : in.k;
+    std::copy_n(from.data() + rows[static_cast<std::size_t>(j)] * from.outerStride(), from.cols(), landmarks.data() + j * landmarks.cols());
+  }
+  return landmarks;
+}
+
+/// SplitMix64 (Steele, Lea and Flood 2014): the same numbers on every platform.
+class SplitMix64 {
+ public:
+  explicit SplitMix64(std::uint64_t seed) : state_(seed) {}
+
+  std::uint64_t operator()() {
+    state_ += 0x9e3779b97f4a7c15U;
+    std::uint64_t z = state_;
+    z = (z ^ (z >> 30U)) * 0xbf58476d1ce4e5b9U;
+    z = (z ^ (z >> 27U)) * 0x94d049bb133111ebU;
+    return z ^ (z >> 31U);
+  }
+
+  /// A number below n, each as likely as any other: draws that would favour small ones are thrown away.
+  Index below(Index n) {
+    const auto bound = static_cast<std::uint64_t>(n);
+    const std::uint64_t rejected = (0 - bound) % bound;
+    std::uint64_t x = (*this)();
+    while (x < rejected) x = (*this)();
+    return static_cast<Index>(x % bound);
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+}  // namespace detail
+
+/// Rows spread evenly: floor((2 j + 1) n / (2 m)) of the n kept rows, half of the landmarks from q and half from k.
+struct StridedSample {
+  Index num_landmarks = 128;
+
+  template <class T>
+  MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return detail::sample_rows(in, num_landmarks, scratch, [](Index n, detail::Side, std::span<Index> chosen) {
+      const auto m = static_cast<Index>(chosen.size());
+      for (Index j = 0; j < m; ++j) chosen[static_cast<std::size_t>(j)] = (2 * j + 1) * n / (2 * m);
+    });
+  }
+};
+
+/// Rows drawn uniformly without replacement, half of the landmarks from q and half from k: the same at every call and on every
+/// platform. Chen et al. 2021, section 4.2. A partial Fisher-Yates shuffle, O(n) scratch.
+struct UniformSample {
+  Index num_landmarks = 128;
+  std::uint64_t seed = 0;
+
+  template <class T>
+  MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return detail::sample_rows(in, num_landmarks, scratch, [&](Index n, detail::Side side, std::span<Index> chosen) {
+      detail::SplitMix64 random(seed + static_cast<std::uint64_t>(side) * 0x632be59bd9b4e019U);
+      const std::span<Index> deck = scratch.array<Index>(n);
+      for (Index i = 0; i < n; ++i) deck[static_cast<std::size_t>(i)] = i;
+      for (std::size_t j = 0; j < chosen.size(); ++j) {
+        const auto other = j + static_cast<std::size_t>(random.below(n - static_cast<Index>(j)));
+        std::swap(deck[j], deck[other]);
+        chosen[j] = deck[j];
+      }
+      std::sort(chosen.begin(), chosen.end());
+    });
+  }
+};
+
+static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSample, double>);
+
+}  // namespace attn
