@@ -23,7 +23,8 @@ class TaskRef {
   template <std::invocable<Index, int> F>
     requires(!std::same_as<std::remove_cvref_t<F>, TaskRef>)
   TaskRef(F& f)  // NOLINT: implicit, as a function reference is
-      : object_(std::addressof(f)), call_([](void* object, Index item, int worker) { (*static_cast<F*>(object))(item, worker); }) {}
+      : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
+        call_([](void* object, Index item, int worker) { (*static_cast<F*>(object))(item, worker); }) {}
 
   void operator()(Index item, int worker) const { call_(object_, item, worker); }
 
@@ -101,6 +102,9 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { arena_.release(mark_); }
+
+  /// A scope within this one, for memory that is needed less long. Nothing may be taken from this one until it ends.
+  Scratch nested() { return Scratch(arena_); }
 
   /// n elements, 64-byte aligned, uninitialised.
   template <class T>

@@ -115,7 +115,8 @@ struct UniformSample {
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
     return detail::sample_rows(in, num_landmarks, scratch, [&](Index n, detail::Side side, std::span<Index> chosen) {
       detail::SplitMix64 random(seed + static_cast<std::uint64_t>(side) * 0x632be59bd9b4e019U);
-      const std::span<Index> deck = scratch.array<Index>(n);
+      Scratch temporary = scratch.nested();
+      const std::span<Index> deck = temporary.array<Index>(n);
       for (Index i = 0; i < n; ++i) deck[static_cast<std::size_t>(i)] = i;
       for (std::size_t j = 0; j < chosen.size(); ++j) {
         const auto other = j + static_cast<std::size_t>(random.below(n - static_cast<Index>(j)));

@@ -62,11 +62,12 @@ template <class T, Left kLeft = Left::row_major, Right kRight = Right::plain>
 void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep,
           MatrixRef<T> c, Context& context) {
   constexpr Index kRowBlock = 96, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
+  constexpr Index kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
   const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (c.cols() + kWidth - 1) / kWidth;
   const Index terms = kLeft == Left::row_major ? a.cols() : a.rows();
   Scratch scratch = context.scratch();
   const std::span<T> panels = scratch.array<T>(context.workers() * kDepth * kWidth);
-  context.for_each(row_blocks * strips, [&](Index item, int worker) {
+  const auto multiply = [&](Index item, int worker) {
     T* panel = panels.data() + worker * kDepth * kWidth;
     const Range rows = nth_part(c.rows(), row_blocks, item / strips);
     const Range columns{item % strips * kWidth, std::min(c.cols(), (item % strips + 1) * kWidth)};
@@ -78,7 +79,9 @@ void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T kee
         multiply_panel<kLeft, count, T>(scale, a, depth, panel, first == 0 ? keep : T(1), c, rows, columns);
       });
     }
-  });
+  };
+  if (c.rows() * c.cols() * terms >= kWorthSharing) return context.for_each(row_blocks * strips, multiply);
+  for (Index item = 0; item < row_blocks * strips; ++item) multiply(item, 0);
 }
 
 }  // namespace attn::detail
