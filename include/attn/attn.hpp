@@ -1,16 +1,21 @@
 /// attn: attention and its approximations. Includes everything; openmp.hpp only where OpenMP is on.
 #pragma once
 
+#include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/core.hpp>
+#include <attn/depthwise_conv.hpp>
 #include <attn/exact.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
+#include <attn/lifted_softmax.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
+#include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>
+#include <attn/spectral_shift.hpp>
 #include <attn/version.hpp>
 
 #ifdef _OPENMP

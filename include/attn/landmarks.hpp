@@ -3,6 +3,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/key_tiles.hpp>
+#include <attn/detail/partition.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -129,5 +130,60 @@ struct UniformSample {
 };
 
 static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSample, double>);
+
+/// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
+/// says which rows of x count, at least num_landmarks of them.
+template <class L, class T>
+concept SplitLandmarks = std::copyable<L> && requires(const L& landmarks, const ConstMatrixRef<T>& x, bool (*keeps)(Index), Scratch& scratch) {
+  { landmarks.num_landmarks } -> std::convertible_to<Index>;
+  { landmarks.template select<T>(x, keeps, scratch) } -> std::same_as<MatrixRef<T>>;
+};
+
+namespace detail {
+
+/// Whether m landmarks are as many as the kept queries, or the kept keys.
+template <class T>
+bool covers(Index m, const Inputs<T>& in) {
+  return m >= count_kept(in.q.rows(), [&](Index i) { return keeps_query(in, i); }) ||
+         m >= count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); });
+}
+
+/// Segment j of n rows cut into m: the first m - n mod m segments have floor(n / m) rows, the others one more.
+inline Range segment(Index n, Index m, Index j) {
+  const Index shorter = m - n % m, length = n / m;
+  return {j * length + std::max<Index>(0, j - shorter), (j + 1) * length + std::max<Index>(0, j + 1 - shorter)};
+}
+
+/// The segment that row i belongs to.
+inline Index segment_of(Index n, Index m, Index i) {
+  const Index shorter = m - n % m, length = n / m;
+  return i < shorter * length ? i / length : shorter + (i - shorter * length) / (length + 1);
+}
+
+}  // namespace detail
+
+/// The means of num_landmarks consecutive segments of the kept rows. Xiong et al. 2021, section 3.2.
+struct SegmentMeans {
+  Index num_landmarks = 64;
+
+  template <class T, class Keeps>
+  MatrixRef<T> select(const ConstMatrixRef<T>& x, const Keeps& keeps, Scratch& scratch) const {
+    const Index n = detail::count_kept(x.rows(), keeps);
+    MatrixRef<T> means = scratch.matrix<T>(num_landmarks, x.cols());
+    means.setZero();
+    Index rank = 0;
+    for (Index i = 0; i < x.rows(); ++i) {
+      if (!keeps(i)) continue;
+      means.row(detail::segment_of(n, num_landmarks, rank++)) += x.row(i);
+    }
+    for (Index j = 0; j < num_landmarks; ++j) {
+      const detail::Range segment = detail::segment(n, num_landmarks, j);
+      means.row(j) /= static_cast<T>(segment.last - segment.first);
+    }
+    return means;
+  }
+};
+
+static_assert(SplitLandmarks<SegmentMeans, float>);
 
 }  // namespace attn

@@ -18,4 +18,10 @@ struct Mask {
   std::span<const std::uint8_t> keep_key{}, keep_query{};
 };
 
+/// The part of a mask that concerns keys alone: for landmarks in the place of queries.
+inline Mask keys_only(const Mask& mask) { return {.keep_key = mask.keep_key}; }
+
+/// The part of a mask that concerns queries alone: for landmarks in the place of keys.
+inline Mask queries_only(const Mask& mask) { return {.keep_query = mask.keep_query}; }
+
 }  // namespace attn

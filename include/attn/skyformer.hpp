@@ -46,7 +46,7 @@ class Skyformer {
     const Index m = land.rows(), d_v = in.v.cols();
     MatrixRef<T> values = scratch.matrix<T>(m, d_v + 2), a = scratch.matrix<T>(m, m);
     sum_over_keys(in, land, values.leftCols(d_v + 1), context, scratch);  // kappa(L, k) [v 1]
-    detail::gaussian_matrix<T>(kernel_, land, a, context);               // kappa(L, L)
+    detail::kernel_matrix<GaussianKernel, T>(gram_kernel(), land, land, a, context);  // kappa(L, L)
     inverse_.apply(a, MatrixRef<T>(values.leftCols(d_v + 1)), context);  // (kappa(L, L) + gamma I)^-1 kappa(L, k) [v 1]
     if (kernel_.rows == Rows::raw) {
       kernel_matmul(kernel_, Inputs<T>{in.q, land, values.leftCols(d_v), queries_only(in.mask)}, out, context);
@@ -57,8 +57,8 @@ class Skyformer {
   }
 
  private:
-  static Mask keys_only(const Mask& mask) { return {.keep_key = mask.keep_key}; }
-  static Mask queries_only(const Mask& mask) { return {.keep_query = mask.keep_query}; }
+  /// kappa(L, L) has raw rows whatever those of the result are.
+  GaussianKernel gram_kernel() const { return {.bandwidth = kernel_.bandwidth, .rows = Rows::raw}; }
 
   /// sums (m, d_v + 1) <- kappa(L, k) [v 1].
   void sum_over_keys(const Inputs<T>& in, MatrixRef<T> land, MatrixRef<T> sums, Context& context, Scratch& scratch) const {

@@ -69,6 +69,11 @@ void check_not_causal(std::string_view who, const Inputs<T>& in) {
   if (in.mask.causal != Causal::none) refuse(who, "causal masks are not supported");
 }
 
+template <class T>
+void check_no_bias(std::string_view who, const Inputs<T>& in) {
+  if (!in.key_bias.empty()) refuse(who, "key biases are not supported");
+}
+
 /// Landmark policies with a count have at least one; others are taken at their word.
 template <class Landmarks>
 void check_landmarks(std::string_view who, const Landmarks& landmarks) {

@@ -1,4 +1,4 @@
-/// The matrix of a kernel between landmarks: small, and stored.
+/// The matrix of a kernel between a few tokens and a few others: small, and stored.
 #pragma once
 
 #include <attn/context.hpp>
@@ -9,28 +9,49 @@
 
 #include <algorithm>
 #include <numbers>
+#include <span>
 
 namespace attn::detail {
 
-/// out (m, m) <- exp(-|x_i - x_j|^2 / (2 h^2)) for x (m, d). Distances are measured from the mean of x, which keeps digits.
+/// to <- x, relative to origin unless that is null; returns the squared norms of its rows.
 template <class T>
-void gaussian_matrix(const GaussianKernel& kernel, const ConstMatrixRef<T>& x, MatrixRef<T> out, Context& context) {
+std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, MatrixRef<T> to, Scratch& scratch) {
+  const std::span<T> norms = scratch.array<T>(x.rows());
+  for (Index i = 0; i < x.rows(); ++i) {
+    const T* from = x.data() + i * x.outerStride();
+    T* row = to.data() + i * to.outerStride();
+    for (Index c = 0; c < x.cols(); ++c) row[c] = from[c] - (origin != nullptr ? origin[c] : T(0));
+    norms[static_cast<std::size_t>(i)] = squared_norm(row, x.cols());
+  }
+  return norms;
+}
+
+/// row (length n) <- exp2(row), or with normalized rows what that is divided by its sum, taken relative to its maximum.
+template <class T>
+void weigh_row(T* row, Index n, Rows rows) {
+  T maximum = 0, total = 0;
+  if (rows == Rows::normalized) maximum = *std::max_element(row, row + n);
+  for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, exp2(load_row(row, j, n) - broadcast(maximum)));
+  if (rows == Rows::raw) return;
+  for (Index j = 0; j < n; ++j) total += row[j];
+  for (Index j = 0; j < n; ++j) row[j] /= total;
+}
+
+/// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized. Distances are
+/// measured from the first row of y, which keeps digits.
+template <ScoreKernel Kernel, class T>
+void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out, Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());
   const T scale = static_cast<T>(parameters.scale * std::numbers::log2e), bias = static_cast<T>(parameters.bias * std::numbers::log2e);
   Scratch scratch = context.scratch();
-  MatrixRef<T> centered = scratch.matrix<T>(x.rows(), x.cols()), mean = scratch.matrix<T>(1, x.cols());
-  MatrixRef<T> norms = scratch.matrix<T>(1, x.rows());
-  mean.setZero();
-  for (Index i = 0; i < x.rows(); ++i) mean += x.row(i) / static_cast<T>(x.rows());
-  centered = x.rowwise() - mean.row(0);
-  for (Index i = 0; i < x.rows(); ++i) norms(0, i) = squared_norm(centered.data() + i * x.cols(), x.cols());
-  gemm<T, Left::row_major, Right::transposed>(scale, centered, centered, 0, out, context);
+  MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
+  const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;
+  const auto norms_from = copy_centered(x, origin, from, scratch), norms_to = copy_centered(y, origin, to, scratch);
+  gemm<T, Left::row_major, Right::transposed>(scale, from, to, 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
     T* row = out.data() + i * out.outerStride();
-    for (Index j = 0; j < out.cols(); j += kLanes<T>) {
-      const auto distance = broadcast(-bias) * (broadcast(norms(0, i)) + load_row(norms.data(), j, out.cols()));
-      store_row(row, j, out.cols(), exp2(load_row(row, j, out.cols()) + distance));
-    }
+    for (Index j = 0; j < out.cols(); ++j) row[j] -= bias * (norms_from[static_cast<std::size_t>(i)] + norms_to[static_cast<std::size_t>(j)]);
+    weigh_row(row, out.cols(), parameters.rows);
   }
 }
 

@@ -1,0 +1,140 @@
+/// Methods chosen at run time, by name.
+#pragma once
+
+#include <attn/approximator.hpp>
+#include <attn/exact.hpp>
+#include <attn/lifted_softmax.hpp>
+#include <attn/nystrom.hpp>
+#include <attn/skyformer.hpp>
+#include <attn/spectral_shift.hpp>
+
+#include <concepts>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+
+namespace attn {
+
+/// Any Approximator as one type, and an Approximator itself. Copies share the method, which is immutable; one virtual call a forward.
+template <class T>
+class AnyApproximator {
+ public:
+  using Scalar = T;
+  static constexpr std::string_view kName = "any";
+
+  template <class A>
+    requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::same_as<typename A::Scalar, T>
+  explicit AnyApproximator(A method) : method_(std::make_shared<const Holder<A>>(std::move(method))) {}
+
+  /// The name of the method inside.
+  std::string_view name() const { return method_->name(); }
+  bool supports(const Inputs<T>& in) const { return method_->supports(in); }
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { method_->forward(in, out, context); }
+
+ private:
+  struct Method {
+    Method() = default;
+    Method(const Method&) = delete;
+    Method& operator=(const Method&) = delete;
+    virtual ~Method() = default;
+    virtual std::string_view name() const = 0;
+    virtual bool supports(const Inputs<T>& in) const = 0;
+    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const = 0;
+  };
+
+  template <class A>
+  struct Holder final : Method {
+    explicit Holder(A a) : method(std::move(a)) {}
+    std::string_view name() const override { return A::kName; }
+    bool supports(const Inputs<T>& in) const override { return method.supports(in); }
+    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const override { method.forward(in, out, context); }
+    A method;
+  };
+
+  std::shared_ptr<const Method> method_;
+};
+
+/// Options of all methods; each takes those that it has, with its own default where one is not set.
+struct MethodOptions {
+  std::optional<Index> num_landmarks{};
+  std::optional<int> iterations{}, num_probes{};
+  std::optional<double> gamma{}, scale{}, bandwidth{};
+  std::uint64_t seed = 0;
+  Rows rows = Rows::raw;
+  ShiftMode mode = ShiftMode::row;
+};
+
+/// A method that programs can choose: its name, a line for their help texts, and how it is made.
+template <class T>
+struct MethodEntry {
+  std::string_view name, description;
+  AnyApproximator<T> (*make)(const MethodOptions&);
+};
+
+namespace detail {
+
+inline UniformSample uniform_sample(const MethodOptions& o) {
+  return {.num_landmarks = o.num_landmarks.value_or(UniformSample{}.num_landmarks), .seed = o.seed};
+}
+
+inline SegmentMeans segment_means(const MethodOptions& o) {
+  return {.num_landmarks = o.num_landmarks.value_or(SegmentMeans{}.num_landmarks)};
+}
+
+template <class T>
+inline constexpr MethodEntry<T> kMethods[] = {
+    {"softmax", "exact softmax attention",
+     [](const MethodOptions& o) { return AnyApproximator<T>(SoftmaxAttention<T>{SoftmaxKernel{.scale = o.scale}}); }},
+    {"gaussian", "exact Gaussian (kernelized) attention",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(GaussianAttention<T>{GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
+     }},
+    {"nystrom", "softmax through segment means (Nystromformer)",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(Nystrom<T>{segment_means(o), IterativePinv{.iterations = o.iterations.value_or(6)},
+                                            SoftmaxKernel{.scale = o.scale}});
+     }},
+    {"shifted-nystrom", "nystrom plus a shifted identity, for slowly decaying spectra",
+     [](const MethodOptions& o) {
+       const SpectralShift shift{.mode = o.mode, .iterations = o.iterations.value_or(6), .num_probes = o.num_probes.value_or(32)};
+       return AnyApproximator<T>(ShiftedNystrom<T>{segment_means(o), shift, SoftmaxKernel{.scale = o.scale}});
+     }},
+    {"skyformer", "Gaussian attention through sampled tokens (Skyformer)",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(Skyformer<T>{uniform_sample(o), RidgeInverse{.gamma = o.gamma.value_or(0.1)},
+                                              GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
+     }},
+    {"lifted-softmax", "softmax through sampled tokens, lifted as Skyformer is",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(LiftedSoftmax<T>{uniform_sample(o), RidgeInverse{.gamma = o.gamma.value_or(1e-3)},
+                                                  SoftmaxKernel{.scale = o.scale}});
+     }},
+};
+
+}  // namespace detail
+
+/// All methods, in the order of the documentation.
+template <class T>
+std::span<const MethodEntry<T>> methods() {
+  return detail::kMethods<T>;
+}
+
+/// The method of that name. Throws std::invalid_argument with the names that there are.
+template <class T>
+AnyApproximator<T> make_approximator(std::string_view name, const MethodOptions& options = {}) {
+  std::ostringstream names;
+  for (const MethodEntry<T>& method : methods<T>()) {
+    if (method.name == name) return method.make(options);
+    names << (names.tellp() > 0 ? ", " : "") << method.name;
+  }
+  detail::refuse("make_approximator", "no method is called \"", name, "\"; there are ", names.str());
+}
+
+static_assert(Approximator<AnyApproximator<float>>);
+
+}  // namespace attn
