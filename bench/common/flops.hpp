@@ -1,0 +1,22 @@
+/// How many floating-point operations a method is credited with.
+#pragma once
+
+#include <attn/mask.hpp>
+#include <attn/matrix.hpp>
+
+namespace bench {
+
+/// Of exact attention: 2 for each multiply-add of q k^T and of weights v, 4 n_q n_k d where d_v = d; half of it when
+/// causal. The exponentials count nothing.
+inline double attention_flops(attn::Index n_q, attn::Index n_k, attn::Index d, attn::Causal causal = attn::Causal::none) {
+  const double all = 4.0 * static_cast<double>(n_q) * static_cast<double>(n_k) * static_cast<double>(d);
+  return causal == attn::Causal::none ? all : all / 2;
+}
+
+/// Of a method with landmarks: its two streamed products, n queries on m landmarks and m landmarks on n keys. The m x m
+/// algebra counts nothing.
+inline double landmark_flops(attn::Index n, attn::Index num_landmarks, attn::Index d) {
+  return 2 * attention_flops(n, num_landmarks, d);
+}
+
+}  // namespace bench

@@ -1,0 +1,21 @@
+# Runs ${program} with ${arguments} and an empty ${folder} to write to; fails unless it exits with ${exit_code}, what it
+# prints matches ${output}, and ${files} are then in the folder, with nothing left under a temporary name.
+file(REMOVE_RECURSE ${folder})
+execute_process(COMMAND ${program} ${arguments} --output ${folder}
+  RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE text)
+message("${text}")
+if(NOT code STREQUAL exit_code)
+  message(FATAL_ERROR "exit code ${code}, should be ${exit_code}")
+endif()
+if(NOT text MATCHES "${output}")
+  message(FATAL_ERROR "the output does not match ${output}")
+endif()
+foreach(file ${files})
+  if(NOT EXISTS ${folder}/${file})
+    message(FATAL_ERROR "${folder}/${file} is missing")
+  endif()
+endforeach()
+file(GLOB parts ${folder}/*.part)
+if(parts)
+  message(FATAL_ERROR "left behind: ${parts}")
+endif()

@@ -1,0 +1,272 @@
+/// A second call with the same shapes allocates nothing: neither by operator new nor by malloc. This program replaces both.
+#include <attn/attn.hpp>
+
+#include "inputs.hpp"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <new>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define ATTN_TEST_SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define ATTN_TEST_SANITIZED
+#endif
+#endif
+
+#if defined(__GLIBC__) && !defined(ATTN_TEST_SANITIZED)
+#define ATTN_TEST_COUNTS_MALLOC
+#endif
+
+namespace {
+
+std::atomic<bool> counting = false;
+std::atomic<long> allocations = 0;
+
+void count() noexcept {
+  if (counting.load(std::memory_order_relaxed)) allocations.fetch_add(1, std::memory_order_relaxed);
+}
+
+/// Allocations, by any thread, while body runs.
+template <class Body>
+long allocations_of(const Body& body) {
+  allocations = 0;
+  counting = true;
+  body();
+  counting = false;
+  return allocations;
+}
+
+}  // namespace
+
+#ifdef ATTN_TEST_COUNTS_MALLOC
+// glibc's own entry points stand behind the replaced ones.
+extern "C" {
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* __libc_memalign(std::size_t, std::size_t);
+
+void* malloc(std::size_t size) noexcept {
+  count();
+  return __libc_malloc(size);
+}
+void* calloc(std::size_t n, std::size_t size) noexcept {
+  count();
+  return __libc_calloc(n, size);
+}
+void* realloc(void* p, std::size_t size) noexcept {
+  count();
+  return __libc_realloc(p, size);
+}
+void* memalign(std::size_t alignment, std::size_t size) noexcept {
+  count();
+  return __libc_memalign(alignment, size);
+}
+void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
+  count();
+  return __libc_memalign(alignment, size);
+}
+int posix_memalign(void** p, std::size_t alignment, std::size_t size) noexcept {
+  count();
+  *p = __libc_memalign(alignment, size);
+  return *p == nullptr ? ENOMEM : 0;
+}
+}
+#endif
+
+namespace {
+
+void* allocate(std::size_t size) {
+  count();
+  if (void* p = std::malloc(size == 0 ? 1 : size)) return p;
+  throw std::bad_alloc();
+}
+
+void* allocate(std::size_t size, std::align_val_t alignment) {
+  count();
+  const auto a = static_cast<std::size_t>(alignment);
+  if (void* p = std::aligned_alloc(a, (size + a) / a * a)) return p;
+  throw std::bad_alloc();
+}
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  return allocate(size);
+}
+void* operator new[](std::size_t size) {
+  return allocate(size);
+}
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return allocate(size, alignment);
+}
+void* operator new[](std::size_t size, std::align_val_t alignment) {
+  return allocate(size, alignment);
+}
+void operator delete(void* p) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, std::size_t) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p, std::size_t) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept {
+  std::free(p);
+}
+
+namespace {
+
+using attn::Causal;
+using attn::Context;
+using attn::GaussianKernel;
+using attn::Index;
+using attn::Inputs;
+using attn::Matrix;
+using attn::Rows;
+using attn::SoftmaxKernel;
+
+/// Keeps a pointer from being optimised away.
+void* volatile sink;
+
+TEST(AllocationCounter, CountsEveryKindOfNew) {
+  EXPECT_EQ(allocations_of([] {}), 0);
+  EXPECT_GE(allocations_of([] {
+              sink = new int;
+              delete static_cast<int*>(sink);
+            }),
+            1);
+  EXPECT_GE(allocations_of([] {
+              sink = new double[100];
+              delete[] static_cast<double*>(sink);
+            }),
+            1);
+  EXPECT_GE(allocations_of([] {
+              sink = ::operator new[](640, std::align_val_t{64});
+              ::operator delete[](sink, std::align_val_t{64});
+            }),
+            1);
+}
+
+#ifdef ATTN_TEST_COUNTS_MALLOC
+TEST(AllocationCounter, CountsMallocAndWhatEigenAllocates) {
+  EXPECT_GE(allocations_of([] {
+              sink = std::malloc(100);
+              sink = std::realloc(sink, 10'000);
+              std::free(sink);
+            }),
+            2);
+  EXPECT_GE(allocations_of([] {
+              sink = std::aligned_alloc(64, 640);
+              std::free(sink);
+            }),
+            1);
+  EXPECT_GE(allocations_of([] {
+              Eigen::MatrixXf m(100, 100);
+              sink = m.data();
+            }),
+            1);
+}
+#endif
+
+/// Calls of every kind, each with shapes of its own; run(context) must not allocate beyond what context keeps.
+template <class T>
+class Calls {
+ public:
+  static constexpr Index kLongest = 3000, kWidth = 32;
+
+  void run(Context& context) {
+    for (const auto& [n_q, n_k] : {std::pair<Index, Index>{1, 1}, {3, kLongest}, {700, 900}, {900, 64}}) {
+      for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
+        run_exact({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, causal), bias(n_k)},
+                  context);
+      }
+      run_skyformer(
+          {tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none), bias(n_k)},
+          context);
+    }
+  }
+
+ private:
+  attn::Mask masks(Index n_q, Index n_k, Causal causal) const {
+    const std::span<const std::uint8_t> keep(keep_);
+    return {.causal = causal,
+            .keep_key = keep.first(static_cast<std::size_t>(n_k)),
+            .keep_query = keep.first(static_cast<std::size_t>(n_q))};
+  }
+  std::span<const T> bias(Index n_k) const { return std::span<const T>(bias_).first(static_cast<std::size_t>(n_k)); }
+
+  void run_exact(const Inputs<T>& in, Context& context) {
+    auto out = out_.topRows(in.q.rows());
+    attn::SoftmaxAttention<T>{}.forward(in, out, context);
+    attn::GaussianAttention<T>{}.forward(in, out, context);
+    attn::GaussianAttention<T>(GaussianKernel{.rows = Rows::normalized}).forward(in, out, context);
+    attn::kernel_matmul(SoftmaxKernel{}, in, out, std::span<T>(lse_).first(static_cast<std::size_t>(in.q.rows())), context);
+    const auto n = static_cast<std::size_t>(in.q.rows());
+    const attn::RowStates<T> states{std::span<T>(maximum_).first(n), std::span<T>(sum_).first(n), out};
+    attn::kernel_matmul_partial(SoftmaxKernel{}, in, states, context);
+    finish(SoftmaxKernel{}, states, in.q.cols(), out);
+  }
+
+  void run_skyformer(const Inputs<T>& in, Context& context) {
+    auto out = out_.topRows(in.q.rows());
+    for (const Index m : {1, 24, 300}) {
+      attn::Skyformer<T>(attn::UniformSample{.num_landmarks = m}).forward(in, out, context);
+      attn::Skyformer<T>(attn::UniformSample{.num_landmarks = m}, {}, GaussianKernel{.rows = Rows::normalized})
+          .forward(in, out, context);
+    }
+    const attn::StridedSample strided{.num_landmarks = 200};
+    attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv>(strided).forward(in, out, context);
+  }
+
+  test::Tokens<T> tokens_ = test::make_tokens<T>(test::Family::init, {kLongest, kLongest, kWidth, kWidth});
+  std::vector<std::uint8_t> keep_ = test::random_keep(kLongest, 0.9, 81);
+  std::vector<T> bias_ = test::random_key_bias<T>(kLongest, 0.1, 82);
+  std::vector<T> lse_ = std::vector<T>(kLongest), maximum_ = lse_, sum_ = lse_;
+  Matrix<T> out_ = Matrix<T>(kLongest, kWidth);
+};
+
+template <class T>
+class Allocations : public ::testing::Test {};
+using Scalars = ::testing::Types<float, double>;
+TYPED_TEST_SUITE(Allocations, Scalars);
+
+TYPED_TEST(Allocations, NoneOnASecondCall) {
+  Calls<TypeParam> calls;
+  Context context;
+  EXPECT_GT(allocations_of([&] { calls.run(context); }), 0) << "the first call fills the arena";
+  EXPECT_EQ(allocations_of([&] { calls.run(context); }), 0);
+}
+
+#if defined(_OPENMP) && !defined(__clang__)  // Clang's OpenMP runtime allocates by itself; GCC's does not
+TYPED_TEST(Allocations, NoneOnASecondCallUnderOpenMP) {
+  Calls<TypeParam> calls;
+  for (const int threads : {1, 2}) {
+    Context context{attn::OpenMP{.threads = threads}};
+    calls.run(context);
+    EXPECT_EQ(allocations_of([&] { calls.run(context); }), 0) << "threads = " << threads;
+  }
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,72 @@
+#include <attn/attn.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <type_traits>
+
+namespace {
+
+using attn::Approximator;
+using attn::Causal;
+using test::Context;
+using test::Family;
+using test::Index;
+using test::Inputs;
+using test::Matrix;
+
+static_assert(Approximator<attn::SoftmaxAttention<float>> && Approximator<attn::SoftmaxAttention<double>>);
+static_assert(Approximator<attn::GaussianAttention<float>> && Approximator<attn::GaussianAttention<double>>);
+static_assert(Approximator<attn::Skyformer<float>> && Approximator<attn::Skyformer<double>>);
+static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>>);
+static_assert(!Approximator<int> && !Approximator<attn::SoftmaxKernel>);
+static_assert(std::is_trivially_copyable_v<attn::SoftmaxAttention<float>>);
+
+/// An approximator as a user would write it: every query gets the mean of the values.
+struct MeanOfValues {
+  using Scalar = double;
+  static constexpr std::string_view kName = "mean";
+  bool supports(const Inputs<double>& in) const { return in.mask.causal == Causal::none; }
+  void forward(const Inputs<double>& in, attn::MatrixRef<double> out, Context&) const { out.rowwise() = in.v.colwise().mean(); }
+};
+static_assert(Approximator<MeanOfValues>);
+
+struct WithoutName {
+  using Scalar = double;
+  bool supports(const Inputs<double>&) const { return true; }
+  void forward(const Inputs<double>&, attn::MatrixRef<double>, Context&) const {}
+};
+static_assert(!Approximator<WithoutName>);
+
+TEST(Attention, IsForwardInOneLine) {
+  const auto x = test::make_tokens<double>(Family::unit, {30, 40, 16, 12});
+  const attn::Mask mask{.causal = Causal::lower_right};
+  Matrix<double> expected(30, 12);
+  Context context;
+  attn::SoftmaxAttention<double>{}.forward({.q = x.q, .k = x.k, .v = x.v, .mask = mask}, expected, context);
+  EXPECT_TRUE(test::bitwise_equal(attn::attention(attn::SoftmaxAttention<double>{}, x.q, x.k, x.v, mask), expected));
+}
+
+TEST(Attention, TakesBlocksOfAMatrix) {
+  const Matrix<double> qkv = test::Random(1).normal(50, 48);
+  const Matrix<double> q = qkv.leftCols(16), k = qkv.middleCols(16, 16), v = qkv.rightCols(16);
+  const attn::SoftmaxAttention<double> method;
+  EXPECT_TRUE(test::bitwise_equal(attn::attention(method, qkv.leftCols(16), qkv.middleCols(16, 16), qkv.rightCols(16)),
+                                  attn::attention(method, q, k, v)));
+}
+
+TEST(Attention, TakesAnApproximatorOfOnesOwn) {
+  const auto x = test::make_tokens<double>(Family::unit, {3, 40, 16, 12});
+  EXPECT_LE((attn::attention(MeanOfValues{}, x.q, x.k, x.v).row(2) - x.v.colwise().mean()).norm(), 1e-15);
+}
+
+TEST(Attention, ApproximatorsAreCopyableValues) {
+  const auto x = test::make_tokens<float>(Family::unit, {30, 40, 16, 12});
+  const attn::Skyformer<float> method(attn::UniformSample{.num_landmarks = 16});
+  const auto copy = method;
+  EXPECT_TRUE(test::bitwise_equal(attn::attention(method, x.q, x.k, x.v), attn::attention(copy, x.q, x.k, x.v)));
+}
+
+}  // namespace

@@ -1,0 +1,6 @@
+// error: RowMajorWithContiguousRows
+#include <attn/exact.hpp>
+
+attn::Matrix<float> call(const Eigen::MatrixXf& q, const attn::Matrix<float>& k) {
+  return attn::attention(attn::SoftmaxAttention<float>{}, q, k, k);
+}

@@ -1,0 +1,4 @@
+// error: RowMajorWithContiguousRows
+#include <attn/matrix.hpp>
+
+attn::ConstMatrixRef<float> view(const Eigen::MatrixXf& q) { return attn::ConstMatrixRef<float>(q); }

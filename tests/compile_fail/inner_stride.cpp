@@ -1,0 +1,8 @@
+// error: RowMajorWithContiguousRows
+#include <attn/exact.hpp>
+
+using EverySecondColumn = Eigen::Map<const attn::Matrix<float>, Eigen::Unaligned, Eigen::Stride<Eigen::Dynamic, 2>>;
+
+void call(const EverySecondColumn& q, const attn::Matrix<float>& k, attn::Matrix<float>& out, attn::Context& context) {
+  attn::SoftmaxAttention<float>{}.forward({.q = q, .k = k, .v = k}, out, context);
+}

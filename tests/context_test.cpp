@@ -1,0 +1,183 @@
+#include <attn/context.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using attn::Context;
+using attn::Index;
+
+static_assert(std::is_nothrow_move_constructible_v<Context> && std::is_move_assignable_v<Context>);
+static_assert(!std::is_copy_constructible_v<Context> && !std::is_copy_assignable_v<Context>);
+static_assert(attn::Executor<test::Threads>);
+static_assert(!attn::Executor<int>);
+
+TEST(Context, RunsEveryItemOnceOnEveryExecutor) {
+  for (auto& [name, context] : test::contexts()) {
+    SCOPED_TRACE(name);
+    for (const Index n : {0, 1, 2, 3, 17, 1000}) {
+      std::vector<std::atomic<int>> runs(static_cast<std::size_t>(n));
+      std::atomic<bool> worker_out_of_range = false;
+      const int workers = context.workers();
+      context.for_each(n, [&](Index item, int worker) {
+        ++runs[static_cast<std::size_t>(item)];
+        if (worker < 0 || worker >= workers) worker_out_of_range = true;
+      });
+      for (const auto& r : runs) EXPECT_EQ(r, 1);
+      EXPECT_FALSE(worker_out_of_range);
+    }
+  }
+}
+
+TEST(Context, WorkersHaveNumbersOfTheirOwn) {
+  for (auto& [name, context] : test::contexts()) {
+    SCOPED_TRACE(name);
+    std::vector<std::atomic<int>> inside(static_cast<std::size_t>(context.workers()));
+    std::atomic<bool> shared = false;
+    context.for_each(2000, [&](Index, int worker) {
+      auto& mine = inside[static_cast<std::size_t>(worker)];
+      if (mine.fetch_add(1) != 0) shared = true;
+      mine.fetch_sub(1);
+    });
+    EXPECT_FALSE(shared);
+  }
+}
+
+TEST(Context, HasAtLeastOneWorker) {
+  struct Nobody {
+    int workers() const { return 0; }
+    void run(Index, const attn::TaskRef&) const {}
+  };
+  EXPECT_EQ(Context{}.workers(), 1);
+  EXPECT_EQ(Context{Nobody{}}.workers(), 1);
+  EXPECT_EQ(Context{test::Threads{.count = 3}}.workers(), 3);
+}
+
+TEST(Context, KeepsAMoveOnlyExecutor) {
+  struct Counting {
+    std::unique_ptr<int> runs;
+    std::shared_ptr<int> total;
+    int workers() const { return 1; }
+    void run(Index n, const attn::TaskRef& task) {
+      *total = ++*runs;
+      for (Index item = 0; item < n; ++item) task(item, 0);
+    }
+  };
+  const auto total = std::make_shared<int>(0);
+  Context context{Counting{std::make_unique<int>(0), total}};
+  for (int call = 0; call < 2; ++call) context.for_each(3, [](Index, int) {});
+  EXPECT_EQ(*total, 2);
+}
+
+TEST(Context, MovesItsExecutorAndItsMemory) {
+  Context first{test::Threads{.count = 2}};
+  const float* before = first.scratch().array<float>(100).data();
+  Context second = std::move(first);
+  EXPECT_EQ(second.workers(), 2);
+  EXPECT_EQ(second.scratch().array<float>(100).data(), before);
+  Context third;
+  third = std::move(second);
+  EXPECT_EQ(third.workers(), 2);
+  EXPECT_EQ(third.scratch().array<float>(100).data(), before);
+}
+
+TEST(Scratch, IsAlignedAndDisjoint) {
+  Context context;
+  auto scratch = context.scratch();
+  std::vector<std::span<double>> arrays;
+  for (Index n = 1; n < 200'000; n = n * 3 + 1) arrays.push_back(scratch.array<double>(n));
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(arrays[i].data()) % 64, 0U);
+    std::fill(arrays[i].begin(), arrays[i].end(), static_cast<double>(i));
+  }
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    EXPECT_TRUE(std::all_of(arrays[i].begin(), arrays[i].end(), [&](double x) { return x == static_cast<double>(i); })) << i;
+  }
+}
+
+TEST(Scratch, FindsTheSameMemoryAgain) {
+  Context context;
+  const auto take = [&] {
+    auto scratch = context.scratch();
+    std::vector<void*> places;
+    for (const Index n : {10, 100'000, 3, 1'000'000, 50}) places.push_back(scratch.array<float>(n).data());
+    return places;
+  };
+  const auto first = take();
+  EXPECT_EQ(take(), first);
+  EXPECT_EQ(take(), first);
+}
+
+TEST(Scratch, InnerScopesLeaveOuterMemoryAlone) {
+  Context context;
+  auto outer = context.scratch();
+  auto kept = outer.array<int>(1000);
+  std::iota(kept.begin(), kept.end(), 0);
+  const int* inner_place = nullptr;
+  for (const Index n : {10, 100'000, 1'000'000}) {
+    auto inner = context.scratch();
+    auto x = inner.array<int>(n);
+    std::fill(x.begin(), x.end(), -1);
+    if (n == 10) inner_place = x.data();
+  }
+  for (int i = 0; i < 1000; ++i) ASSERT_EQ(kept[static_cast<std::size_t>(i)], i);
+  EXPECT_EQ(context.scratch().array<int>(10).data(), inner_place);
+}
+
+TEST(Scratch, MatricesAreDense) {
+  Context context;
+  auto scratch = context.scratch();
+  auto m = scratch.matrix<double>(3, 5);
+  EXPECT_EQ(m.rows(), 3);
+  EXPECT_EQ(m.cols(), 5);
+  EXPECT_EQ(m.outerStride(), 5);
+}
+
+TEST(Scratch, RefusesImpossibleSizesAndStaysUsable) {
+  Context context;
+  auto scratch = context.scratch();
+  auto kept = scratch.array<double>(4);
+  std::fill(kept.begin(), kept.end(), 3.0);
+  EXPECT_THROW(scratch.array<double>(-1), std::bad_alloc);
+  EXPECT_THROW(scratch.array<double>(PTRDIFF_MAX / 4), std::bad_alloc);
+  auto next = scratch.array<double>(100'000);
+  std::fill(next.begin(), next.end(), 4.0);
+  for (const double x : kept) EXPECT_EQ(x, 3.0);
+}
+
+TEST(Scratch, GivesEmptyArrays) {
+  Context context;
+  auto scratch = context.scratch();
+  EXPECT_TRUE(scratch.array<float>(0).empty());
+  EXPECT_EQ(scratch.matrix<float>(0, 7).size(), 0);
+}
+
+#ifdef _OPENMP
+TEST(OpenMP, UsesTheThreadsItIsGiven) {
+  EXPECT_EQ(attn::OpenMP{.threads = 3}.workers(), 3);
+  EXPECT_EQ(attn::OpenMP{}.workers(), omp_get_max_threads());
+}
+
+TEST(OpenMP, WorksInsideAParallelRegionOfTheCaller) {
+  std::atomic<Index> total = 0;
+#pragma omp parallel num_threads(2)
+  {
+    Context context{attn::OpenMP{.threads = 2}};
+    context.for_each(100, [&](Index item, int) { total += item; });
+  }
+  EXPECT_EQ(total % 4950, 0);
+  EXPECT_GE(total, 4950);
+}
+#endif
+
+}  // namespace

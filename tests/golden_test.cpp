@@ -1,0 +1,130 @@
+/// Outputs of an independent implementation in NumPy, in double. tests/data/goldens/cases.json lists them with their parameters.
+#include <attn/attn.hpp>
+
+#include "npy.hpp"
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+namespace {
+
+using attn::Causal;
+using attn::Context;
+using attn::GaussianKernel;
+using attn::Matrix;
+using attn::Rows;
+using nlohmann::json;
+
+const std::filesystem::path kGoldens = std::filesystem::path(ATTN_TEST_DATA_DIR) / "goldens";
+
+struct Golden {
+  json parameters;
+
+  std::string name() const { return parameters.at("name"); }
+  std::string method() const { return parameters.at("method"); }
+  std::filesystem::path file(const char* array) const { return kGoldens / name() / (std::string(array) + ".npy"); }
+};
+
+std::ostream& operator<<(std::ostream& out, const Golden& golden) {
+  return out << golden.name();
+}
+
+std::vector<Golden> goldens_of(const std::vector<std::string>& methods) {
+  std::vector<Golden> selected;
+  for (const json& entry : json::parse(std::ifstream(kGoldens / "cases.json"))) {
+    if (std::find(methods.begin(), methods.end(), entry.at("method")) != methods.end()) selected.push_back({entry});
+  }
+  return selected;
+}
+
+/// The arrays of a case, and its masks.
+template <class T>
+struct Arrays {
+  explicit Arrays(const Golden& golden)
+      : q(test::read_npy<T>(golden.file("q"))), k(test::read_npy<T>(golden.file("k"))), v(test::read_npy<T>(golden.file("v"))) {
+    const std::string causal = golden.parameters.value("causal", "none");
+    mask.causal = causal == "upper_left" ? Causal::upper_left : causal == "lower_right" ? Causal::lower_right : Causal::none;
+    mask.keep_key = read_keep(golden, "keep_key", keep_key);
+    mask.keep_query = read_keep(golden, "keep_query", keep_query);
+  }
+
+  static std::span<const std::uint8_t> read_keep(const Golden& golden, const char* name, Matrix<std::uint8_t>& storage) {
+    const auto& inputs = golden.parameters.at("inputs");
+    if (std::find(inputs.begin(), inputs.end(), name) == inputs.end()) return {};
+    storage = test::read_npy<std::uint8_t>(golden.file(name));
+    return {storage.data(), static_cast<std::size_t>(storage.size())};
+  }
+
+  Matrix<T> q, k, v;
+  Matrix<std::uint8_t> keep_key, keep_query;
+  attn::Mask mask;
+};
+
+std::optional<double> optional_number(const json& parameters, const char* name) {
+  return parameters.contains(name) ? std::optional<double>(parameters.at(name)) : std::nullopt;
+}
+
+GaussianKernel gaussian_kernel(const json& p) {
+  return {.bandwidth = optional_number(p, "bandwidth"), .rows = p.value("normalized", false) ? Rows::normalized : Rows::raw};
+}
+
+template <class T>
+Matrix<T> skyformer(const json& p, const Arrays<T>& in) {
+  const attn::StridedSample landmarks{.num_landmarks = p.at("num_landmarks")};
+  const double gamma = p.at("gamma");
+  if (p.at("inverse") == "ridge") {
+    const attn::Skyformer<T, attn::StridedSample> method(landmarks, attn::RidgeInverse{.gamma = gamma}, gaussian_kernel(p));
+    return attn::attention(method, in.q, in.k, in.v, in.mask);
+  }
+  const attn::PreconditionedPinv inverse{.gamma = gamma, .iterations = p.at("iterations")};
+  const attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv> method(landmarks, inverse, gaussian_kernel(p));
+  return attn::attention(method, in.q, in.k, in.v, in.mask);
+}
+
+template <class T>
+Matrix<T> run(const Golden& golden) {
+  const json& p = golden.parameters;
+  const Arrays<T> in(golden);
+  if (golden.method() == "softmax") {
+    const attn::SoftmaxAttention<T> method(attn::SoftmaxKernel{.scale = optional_number(p, "scale")});
+    return attn::attention(method, in.q, in.k, in.v, in.mask);
+  }
+  if (golden.method() == "gaussian") {
+    return attn::attention(attn::GaussianAttention<T>(gaussian_kernel(p)), in.q, in.k, in.v, in.mask);
+  }
+  return skyformer(p, in);
+}
+
+class Goldens : public ::testing::TestWithParam<Golden> {
+ protected:
+  const Matrix<double> expected_ = test::read_npy<double>(GetParam().file("out"));
+};
+
+TEST_P(Goldens, InDouble) {
+  EXPECT_LE(test::relative_error(run<double>(GetParam()), expected_), 1e-10);
+}
+
+TEST_P(Goldens, InFloat) {
+  const double tolerance = GetParam().method() == "skyformer" ? 1e-5 : 2e-6;
+  EXPECT_LE(test::relative_error(run<float>(GetParam()), expected_), tolerance);
+}
+
+INSTANTIATE_TEST_SUITE_P(NumPy, Goldens, ::testing::ValuesIn(goldens_of({"softmax", "gaussian", "skyformer"})),
+                         [](const auto& golden) { return golden.param.name(); });
+
+TEST(GoldenCases, AreAllThere) {
+  EXPECT_EQ(goldens_of({"softmax"}).size(), 6U);
+  EXPECT_EQ(goldens_of({"gaussian"}).size(), 6U);
+  EXPECT_EQ(goldens_of({"skyformer"}).size(), 8U);
+}
+
+}  // namespace

@@ -1,0 +1,179 @@
+/// Attention by its definitions, in double and pair by pair: the oracle that the library's results are compared with. Written for
+/// reading; shares no code with the library but the types Mask and Causal.
+#pragma once
+
+#include <attn/mask.hpp>
+
+#include <Eigen/Dense>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <span>
+#include <vector>
+
+namespace reference {
+
+using Eigen::Index;
+using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using Vector = Eigen::VectorXd;
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// kappa(q, k) = exp(scale q.k - bias (|q|^2 + |k|^2)), rows divided by their sum if normalized.
+struct Kernel {
+  double scale, bias;
+  bool normalized;
+};
+
+inline Kernel softmax_kernel(Index d, std::optional<double> scale = {}) {
+  return {scale.value_or(std::pow(static_cast<double>(d), -0.5)), 0, true};
+}
+
+inline Kernel gaussian_kernel(Index d, std::optional<double> bandwidth = {}, bool normalized = false) {
+  const double h2 = bandwidth ? *bandwidth * *bandwidth : std::pow(static_cast<double>(d), 0.5);
+  return {1 / h2, 1 / (2 * h2), normalized};
+}
+
+/// One head. key_bias is empty or has an entry for each key.
+struct Problem {
+  Matrix q, k, v;
+  attn::Mask mask{};
+  Vector key_bias{};
+};
+
+inline bool kept(std::span<const std::uint8_t> keep, Index i) {
+  return keep.empty() || keep[static_cast<std::size_t>(i)] != 0;
+}
+
+/// Whether query i of n_q sees key j of n_k.
+inline bool visible(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
+  if (!kept(mask.keep_query, i) || !kept(mask.keep_key, j)) return false;
+  if (mask.causal == attn::Causal::upper_left) return j <= i;
+  if (mask.causal == attn::Causal::lower_right) return j <= i + n_k - n_q;
+  return true;
+}
+
+/// log kappa of every pair, written as -bias |q - k|^2 + (scale - 2 bias) q.k: a Gaussian kernel has the first term alone, softmax
+/// the second.
+inline Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k) {
+  Matrix s = Matrix::Zero(q.rows(), k.rows());
+  if (kernel.scale != 2 * kernel.bias) s = (kernel.scale - 2 * kernel.bias) * (q * k.transpose());
+  if (kernel.bias != 0) {
+    for (Index i = 0; i < q.rows(); ++i) s.row(i) -= kernel.bias * (k.rowwise() - q.row(i)).rowwise().squaredNorm().transpose();
+  }
+  return s;
+}
+
+/// log_kernel plus key_bias; -infinity where the query does not see the key.
+inline Matrix log_weights(const Kernel& kernel, const Problem& p) {
+  Matrix s = log_kernel(kernel, p.q, p.k);
+  if (p.key_bias.size() > 0) s.rowwise() += p.key_bias.transpose();
+  for (Index i = 0; i < s.rows(); ++i) {
+    for (Index j = 0; j < s.cols(); ++j) {
+      if (!visible(p.mask, s.rows(), s.cols(), i, j)) s(i, j) = -kInfinity;
+    }
+  }
+  return s;
+}
+
+struct Result {
+  Matrix out;
+  Vector lse;  // log of the row's sum of weights, before any division
+};
+
+/// out_i = sum_j w_ij v_j over the keys that i sees, divided by sum_j w_ij if normalized; zeros where it sees none.
+inline Result attend(const Kernel& kernel, const Problem& p) {
+  const Matrix s = log_weights(kernel, p);
+  Result result{Matrix::Zero(p.q.rows(), p.v.cols()), Vector::Constant(p.q.rows(), -kInfinity)};
+  for (Index i = 0; i < s.rows(); ++i) {
+    const double top = s.row(i).maxCoeff();
+    if (top == -kInfinity) continue;
+    double sum = 0;
+    for (Index j = 0; j < s.cols(); ++j) {
+      if (s(i, j) == -kInfinity) continue;
+      const double w = std::exp(s(i, j) - top);
+      sum += w;
+      result.out.row(i) += w * p.v.row(j);
+    }
+    result.out.row(i) *= kernel.normalized ? 1 / sum : std::exp(top);
+    result.lse[i] = top + std::log(sum);
+  }
+  return result;
+}
+
+/// m rows spread evenly over n: floor((2 j + 1) n / (2 m)).
+inline std::vector<Index> strided_rows(Index n, Index m) {
+  std::vector<Index> rows;
+  for (Index j = 0; j < m; ++j) rows.push_back((2 * j + 1) * n / (2 * m));
+  return rows;
+}
+
+/// Whether key j takes part: a key bias of -infinity removes it as a mask does.
+inline bool key_kept(const Problem& p, Index j) {
+  return kept(p.mask.keep_key, j) && (p.key_bias.size() == 0 || p.key_bias[j] != -kInfinity);
+}
+
+/// min(m / 2, kept queries) rows of q above min(the rest of m, kept keys) rows of k, evenly spread over the kept ones.
+inline Matrix strided_landmarks(const Problem& p, Index m) {
+  std::vector<Index> of_q, of_k;
+  for (Index i = 0; i < p.q.rows(); ++i) {
+    if (kept(p.mask.keep_query, i)) of_q.push_back(i);
+  }
+  for (Index j = 0; j < p.k.rows(); ++j) {
+    if (key_kept(p, j)) of_k.push_back(j);
+  }
+  const auto n_q = static_cast<Index>(of_q.size()), n_k = static_cast<Index>(of_k.size());
+  const Index m_q = std::min(m / 2, n_q), m_k = std::min(m - m_q, n_k);
+  Matrix landmarks(m_q + m_k, p.q.cols());
+  Index row = 0;
+  for (const Index rank : strided_rows(n_q, m_q)) landmarks.row(row++) = p.q.row(of_q[static_cast<std::size_t>(rank)]);
+  for (const Index rank : strided_rows(n_k, m_k)) landmarks.row(row++) = p.k.row(of_k[static_cast<std::size_t>(rank)]);
+  return landmarks;
+}
+
+inline Matrix ridge_inverse(const Matrix& a, double gamma) {
+  return (a + gamma * Matrix::Identity(a.rows(), a.cols())).inverse();
+}
+
+/// P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A + gamma I) 1);  Z <- Z (13 I - PZ (15 I - PZ (7 I - PZ))) / 4 from P^T / |P|_1;
+/// D^-1/2 Z D^-1/2.
+inline Matrix preconditioned_pinv(const Matrix& a, double gamma, int iterations) {
+  const Matrix eye = Matrix::Identity(a.rows(), a.cols()), w = a + gamma * eye;
+  const Vector r = w.rowwise().sum().cwiseSqrt().cwiseInverse();
+  const Matrix p = r.asDiagonal() * w * r.asDiagonal();
+  Matrix z = p.transpose() / p.cwiseAbs().colwise().sum().maxCoeff();
+  for (int i = 0; i < iterations; ++i) {
+    const Matrix pz = p * z;
+    z = (z * (13 * eye - pz * (15 * eye - pz * (7 * eye - pz)))).eval() / 4;
+  }
+  return r.asDiagonal() * z * r.asDiagonal();
+}
+
+/// F (Z (B v)) with F = kappa(q, L), B = kappa(L, k) over the kept keys, Z = inverse(kappa(L, L)). Normalized rows are divided by
+/// F (Z (B 1)), which is kept above 1e-6 of the sum of its terms' magnitudes.
+template <class Inverse>
+Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks, const Inverse& inverse) {
+  Problem from_landmarks{landmarks, p.k, p.v, {.keep_key = p.mask.keep_key}, p.key_bias};
+  const Matrix b = log_weights(kernel, from_landmarks).array().exp();
+  const Matrix f = log_kernel(kernel, p.q, landmarks).array().exp();
+  const Matrix z = inverse(Matrix(log_kernel(kernel, landmarks, landmarks).array().exp()));
+  Matrix bv = Matrix::Zero(b.rows(), p.v.cols());
+  for (Index j = 0; j < p.k.rows(); ++j) {
+    if (key_kept(p, j)) bv += b.col(j) * p.v.row(j);
+  }
+  Matrix out = f * (z * bv);
+  if (kernel.normalized) {
+    const Vector total = z * b.rowwise().sum();
+    const Vector divisor = (f * total).cwiseMax(1e-6 * (f * total.cwiseAbs()));
+    out = divisor.cwiseInverse().asDiagonal() * out;
+  }
+  for (Index i = 0; i < out.rows(); ++i) {
+    if (!kept(p.mask.keep_query, i)) out.row(i).setZero();
+  }
+  return out;
+}
+
+}  // namespace reference

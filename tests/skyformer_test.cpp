@@ -1,0 +1,316 @@
+#include <attn/skyformer.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace {
+
+using attn::GaussianKernel;
+using attn::PreconditionedPinv;
+using attn::RidgeInverse;
+using attn::Rows;
+using attn::Skyformer;
+using attn::StridedSample;
+using attn::UniformSample;
+using test::Context;
+using test::Family;
+using test::Index;
+using test::Inputs;
+using test::Mask;
+using test::Matrix;
+using test::Padded;
+
+template <class T>
+using Strided = Skyformer<T, StridedSample>;
+template <class T>
+using StridedIterative = Skyformer<T, StridedSample, PreconditionedPinv>;
+
+template <class T>
+constexpr double kTolerance = sizeof(T) == 4 ? 1e-5 : 1e-11;
+
+/// A landmark policy as a user would write it: chosen keys, in the given order.
+struct ChosenKeys {
+  std::vector<Index> rows;
+  Index num_landmarks = static_cast<Index>(rows.size());
+
+  template <class T>
+  attn::MatrixRef<T> select(const Inputs<T>& in, attn::Scratch& scratch) const {
+    auto landmarks = scratch.matrix<T>(num_landmarks, in.k.cols());
+    for (Index i = 0; i < num_landmarks; ++i) landmarks.row(i) = in.k.row(rows[static_cast<std::size_t>(i)]);
+    return landmarks;
+  }
+};
+
+std::vector<Index> all_rows(Index n) {
+  std::vector<Index> rows(static_cast<std::size_t>(n));
+  std::iota(rows.begin(), rows.end(), Index{0});
+  return rows;
+}
+
+template <class T, class Method>
+Matrix<T> forward(const Method& method, const Inputs<T>& in, Context& context) {
+  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), test::kNaN<T>);
+  method.forward(in, out, context);
+  return out;
+}
+
+template <class T>
+class SkyformerOf : public ::testing::Test {};
+TYPED_TEST_SUITE(SkyformerOf, test::Scalars);
+
+struct Case {
+  test::Shape shape;
+  Index m;
+};
+
+const Case kCases[] = {{{130, 130, 16, 12}, 24}, {{1, 200, 16, 12}, 24},     {{200, 1, 16, 12}, 24},
+                       {{1, 1, 3, 1}, 8},        {{61, 90, 7, 3}, 1},        {{61, 90, 7, 3}, 2},
+                       {{300, 700, 33, 17}, 65}, {{900, 1500, 32, 32}, 128}, {{20, 30, 16, 5}, 100}};
+
+TYPED_TEST(SkyformerOf, IsItsDefinition) {
+  using T = TypeParam;
+  Context context;
+  for (const auto& [shape, m] : kCases) {
+    SCOPED_TRACE("n_q " + std::to_string(shape.n_q) + ", n_k " + std::to_string(shape.n_k) + ", m " + std::to_string(m));
+    const auto x = test::make_tokens<T>(Family::init, shape, 51);
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+    const reference::Problem p = test::to_reference(in);
+    const reference::Matrix landmarks = strided_landmarks(p, m);
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      const GaussianKernel kernel{.rows = rows};
+      const auto expected_kernel = reference::gaussian_kernel(shape.d, {}, rows == Rows::normalized);
+      const auto ridge = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.1); };
+      EXPECT_LE(test::relative_error(forward<T>(Strided<T>(StridedSample{.num_landmarks = m}, RidgeInverse{}, kernel), in, context),
+                                     skyformer(expected_kernel, p, landmarks, ridge)),
+                kTolerance<T>);
+      const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
+      EXPECT_LE(test::relative_error(forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = m}, {}, kernel), in, context),
+                                     skyformer(expected_kernel, p, landmarks, iterated)),
+                kTolerance<T>);
+    }
+  }
+}
+
+TYPED_TEST(SkyformerOf, TakesMasksBiasesAndStridedViews) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {130, 210, 16, 12}, 52);
+  const auto keep_query = test::random_keep(130, 0.8, 53), keep_key = test::random_keep(210, 0.7, 54);
+  const auto bias = test::random_key_bias<T>(210, 0.1, 55);
+  Padded<T> q(x.q, 3, test::kNaN<T>), k(x.k, 1, test::kNaN<T>), v(x.v, 5, test::kNaN<T>);
+  Context context;
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    for (const bool biased : {false, true}) {
+      Inputs<T> in{.q = q.view(), .k = k.view(), .v = v.view(), .mask = {.keep_key = keep_key, .keep_query = keep_query}};
+      if (biased) in.key_bias = bias;
+      const reference::Problem p = test::to_reference(in);
+      const auto kernel = reference::gaussian_kernel(16, 2.5, rows == Rows::normalized);
+      const auto ridge = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.05); };
+      const reference::Matrix expected = skyformer(kernel, p, strided_landmarks(p, 24), ridge);
+      const Strided<T> method(StridedSample{.num_landmarks = 24}, RidgeInverse{.gamma = 0.05},
+                              GaussianKernel{.bandwidth = 2.5, .rows = rows});
+      Padded<T> out(130, 12, 4, T(-7));
+      method.forward(in, out.view(), context);
+      EXPECT_LE(test::relative_error(out.matrix(), expected), kTolerance<T>);
+      EXPECT_TRUE(out.padding_untouched());
+      for (Index i = 0; i < 130; ++i) {
+        if (!reference::kept(keep_query, i)) {
+          EXPECT_TRUE((out.view().row(i).array() == T(0)).all());
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(SkyformerOf, WhatTheMasksDropHasNoInfluence) {
+  using T = TypeParam;
+  auto x = test::make_tokens<T>(Family::init, {130, 210, 16, 12}, 56);
+  const auto keep_query = test::random_keep(130, 0.8, 57), keep_key = test::random_keep(210, 0.7, 58);
+  const Mask mask{.keep_key = keep_key, .keep_query = keep_query};
+  const auto poisoned = [&](T poison) {
+    auto y = x;
+    for (Index i = 0; i < 130; ++i) {
+      if (!reference::kept(keep_query, i)) y.q.row(i).setConstant(poison);
+    }
+    for (Index j = 0; j < 210; ++j) {
+      if (reference::kept(keep_key, j)) continue;
+      y.k.row(j).setConstant(poison);
+      y.v.row(j).setConstant(poison);
+    }
+    return y;
+  };
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const Strided<T> method(StridedSample{.num_landmarks = 24}, RidgeInverse{}, GaussianKernel{.rows = rows});
+    const Matrix<T> clean = attn::attention(method, x.q, x.k, x.v, mask);
+    ASSERT_TRUE(clean.allFinite());
+    for (const T poison : {test::kNaN<T>, test::kInf<T>, T(1e30)}) {
+      const auto y = poisoned(poison);
+      EXPECT_TRUE(test::bitwise_equal(attn::attention(method, y.q, y.k, y.v, mask), clean)) << poison;
+    }
+  }
+}
+
+TYPED_TEST(SkyformerOf, NaNReachesTheRowsThatSeeIt) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {64, 64, 16, 12}, 59);
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const Strided<T> method(StridedSample{.num_landmarks = 16}, RidgeInverse{},
+                            GaussianKernel{.rows = rows});  // rows 4, 12, 20 ...
+    const Matrix<T> clean = attn::attention(method, x.q, x.k, x.v);
+    auto y = x;
+    y.q(7, 3) = static_cast<T>(std::nan("123"));
+    const Matrix<T> query = attn::attention(method, y.q, y.k, y.v);
+    for (Index i = 0; i < 64; ++i) {
+      EXPECT_TRUE(i == 7 ? query.row(i).array().isNaN().all() : test::same_row(query, clean, i)) << "row " << i;
+    }
+    y = x;
+    y.k(7, 3) = test::kNaN<T>;
+    EXPECT_TRUE(attn::attention(method, y.q, y.k, y.v).array().isNaN().all());
+    y = x;
+    y.v(7, 3) = test::kNaN<T>;
+    const Matrix<T> value = attn::attention(method, y.q, y.k, y.v);
+    EXPECT_TRUE(value.col(3).array().isNaN().all());
+    EXPECT_TRUE(value.leftCols(3).allFinite() && value.rightCols(8).allFinite());
+    y = x;
+    y.q(4, 3) = test::kNaN<T>;  // a landmark
+    EXPECT_TRUE(attn::attention(method, y.q, y.k, y.v).array().isNaN().all());
+  }
+}
+
+TYPED_TEST(SkyformerOf, PaddedIsTrimmed) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::smooth, {210, 210, 16, 12}, 60);
+  std::vector<std::uint8_t> keep(210, 0);
+  std::fill_n(keep.begin(), 150, std::uint8_t{1});
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const Strided<T> method(StridedSample{.num_landmarks = 24}, RidgeInverse{}, GaussianKernel{.rows = rows});
+    const Matrix<T> padded = attn::attention(method, x.q, x.k, x.v, {.keep_key = keep, .keep_query = keep});
+    const Matrix<T> trimmed = attn::attention(method, x.q.topRows(150), x.k.topRows(150), x.v.topRows(150));
+    EXPECT_LE(test::relative_error(Matrix<T>(padded.topRows(150)), trimmed.template cast<double>()), kTolerance<T>);
+    EXPECT_TRUE((padded.bottomRows(60).array() == T(0)).all());
+  }
+}
+
+TYPED_TEST(SkyformerOf, NothingKeptGivesZeros) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {20, 30, 16, 12});
+  const std::vector<std::uint8_t> no_query(20, 0), no_key(30, 0);
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const Strided<T> method(StridedSample{.num_landmarks = 8}, RidgeInverse{}, GaussianKernel{.rows = rows});
+    EXPECT_TRUE((attn::attention(method, x.q, x.k, x.v, {.keep_key = no_key}).array() == T(0)).all());
+    EXPECT_TRUE((attn::attention(method, x.q, x.k, x.v, {.keep_query = no_query}).array() == T(0)).all());
+    EXPECT_TRUE((attn::attention(method, x.q, x.k, x.v, {.keep_key = no_key, .keep_query = no_query}).array() == T(0)).all());
+  }
+}
+
+TYPED_TEST(SkyformerOf, ACommonShiftChangesNothing) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {90, 130, 16, 12}, 61);
+  const Eigen::RowVectorX<T> shift = Eigen::RowVectorX<T>::LinSpaced(16, -1, 1);
+  const Matrix<T> q = x.q.rowwise() + shift, k = x.k.rowwise() + shift;
+  const Strided<T> method(StridedSample{.num_landmarks = 24});
+  const Matrix<double> expected = attn::attention(method, x.q, x.k, x.v).template cast<double>();
+  EXPECT_LE(test::relative_error(attn::attention(method, q, k, x.v), expected), kTolerance<T>);
+}
+
+TYPED_TEST(SkyformerOf, ARotationChangesNothing) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<double>(Family::init, {90, 130, 16, 12}, 62);
+  const Matrix<double> rotation = Eigen::HouseholderQR<Eigen::MatrixXd>(test::Random(63).normal(16, 16)).householderQ();
+  const auto run = [&](const Matrix<double>& q, const Matrix<double>& k) {
+    return attn::attention(Strided<T>(StridedSample{.num_landmarks = 24}), Matrix<T>(q.cast<T>()), Matrix<T>(k.cast<T>()),
+                           Matrix<T>(x.v.cast<T>()));
+  };
+  EXPECT_LE(test::relative_error(run(x.q * rotation, x.k * rotation), run(x.q, x.k).template cast<double>()), kTolerance<T>);
+}
+
+TEST(Skyformer, TheOrderOfLandmarksChangesNothing) {
+  const auto x = test::make_tokens<double>(Family::init, {90, 130, 16, 12}, 64);
+  const auto run = [&](const std::vector<Index>& rows) {
+    return attn::attention(Skyformer<double, ChosenKeys>(ChosenKeys{.rows = rows}), x.q, x.k, x.v);
+  };
+  EXPECT_LE(test::relative_error(run({77, 3, 129, 40, 12}), run({3, 12, 40, 77, 129})), kTolerance<double>);
+}
+
+TEST(Skyformer, IsExactWithEveryKeyAsALandmarkAndNoRidge) {
+  const auto x = test::make_tokens<double>(Family::init, {90, 130, 16, 12}, 65);
+  const Skyformer<double, ChosenKeys> method(ChosenKeys{.rows = all_rows(130)}, RidgeInverse{.gamma = 1e-12});
+  const reference::Problem p = test::to_reference<double>({.q = x.q, .k = x.k, .v = x.v});
+  EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), attend(reference::gaussian_kernel(16), p).out), 1e-6);
+}
+
+/// With v the identity, q = k = X gives the approximation of kappa(X, X) itself: it is below the kernel matrix in the Loewner
+/// order.
+TEST(Skyformer, LeavesAPositiveSemidefiniteResidual) {
+  for (const Family family : {Family::init, Family::smooth, Family::clusters}) {
+    const auto x = test::make_tokens<double>(family, {210, 210, 16, 1}, 66);
+    const Matrix<double> identity = Matrix<double>::Identity(210, 210);
+    const Matrix<double> approximation = attn::attention(Strided<double>(StridedSample{.num_landmarks = 24}), x.q, x.q, identity);
+    const Matrix<double> kernel = log_kernel(reference::gaussian_kernel(16), x.q, x.q).array().exp();
+    const Eigen::MatrixXd residual = kernel - approximation;
+    EXPECT_LE((residual - residual.transpose()).norm(), 1e-10);
+    EXPECT_GE(Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>(residual).eigenvalues().minCoeff(), -1e-8);
+  }
+}
+
+TYPED_TEST(SkyformerOf, DuplicateTokensAndNoRidgeStayFinite) {
+  using T = TypeParam;
+  auto x = test::make_tokens<T>(Family::init, {64, 64, 16, 12}, 67);
+  x.q = x.q.row(0).replicate(64, 1).eval();
+  x.k = x.q;
+  for (const double gamma : {0.1, 0.0}) {
+    const Matrix<T> out =
+        attn::attention(Strided<T>(StridedSample{.num_landmarks = 16}, RidgeInverse{.gamma = gamma}), x.q, x.k, x.v);
+    EXPECT_TRUE(out.allFinite()) << gamma;
+  }
+}
+
+TYPED_TEST(SkyformerOf, NormalizedRowsStayFiniteFarFromTheLandmarks) {
+  using T = TypeParam;
+  auto x = test::make_tokens<T>(Family::init, {64, 64, 16, 12}, 68);
+  x.q.row(5).array() += T(1e3);
+  const Strided<T> method(StridedSample{.num_landmarks = 16}, RidgeInverse{}, GaussianKernel{.rows = Rows::normalized});
+  const Matrix<T> out = attn::attention(method, x.q, x.k, x.v);
+  EXPECT_TRUE(out.allFinite());
+  const Matrix<T> ones = attn::attention(method, x.q, x.k, Matrix<T>(Matrix<T>::Ones(64, 2)));
+  for (Index i = 0; i < 64; ++i) EXPECT_NEAR(static_cast<double>(ones(i, 0)), 1, sizeof(T) == 4 ? 1e-5 : 1e-12) << "row " << i;
+}
+
+TYPED_TEST(SkyformerOf, IsTheSameOnEveryExecutor) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::unit, {900, 5000, 16, 9}, 69);
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const Strided<T> method(StridedSample{.num_landmarks = 130}, RidgeInverse{}, GaussianKernel{.rows = rows});
+    Matrix<T> first;
+    for (auto& [name, context] : test::contexts()) {
+      SCOPED_TRACE(name);
+      for (int call = 0; call < 2; ++call) {
+        const Matrix<T> out = forward<T>(method, in, context);
+        if (first.size() == 0) first = out;
+        EXPECT_TRUE(test::bitwise_equal(out, first));
+      }
+    }
+  }
+}
+
+TEST(Skyformer, ErrsLessWithMoreUniformLandmarks) {
+  const auto x = test::make_tokens<float>(Family::smooth, {500, 500, 16, 12}, 70);
+  const reference::Problem p = test::to_reference<float>({.q = x.q, .k = x.k, .v = x.v});
+  const reference::Matrix exact = attend(reference::gaussian_kernel(16), p).out;
+  double previous = 1;
+  for (const Index m : {16, 64, 256}) {
+    const Skyformer<float> method(UniformSample{.num_landmarks = m}, RidgeInverse{.gamma = 1e-3});
+    const double error = test::relative_error(attn::attention(method, x.q, x.k, x.v), exact);
+    EXPECT_LT(error, previous) << m << " landmarks";
+    previous = error;
+  }
+  EXPECT_LT(previous, 0.1);
+}
+
+}  // namespace
