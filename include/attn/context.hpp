@@ -145,7 +145,8 @@ class Context {
   Context() : Context(Serial{}) {}
 
   /// Runs parallel parts on the executor, which the context keeps: Context{OpenMP{.threads = 2}}.
-  template <Executor E>
+  template <class E>
+    requires(!std::same_as<E, Context> && Executor<E>)
   explicit Context(E executor) : executor_(std::make_unique<Holder<E>>(std::move(executor))) {}
 
   /// Threads that may work at once, at least 1.

@@ -22,55 +22,57 @@ namespace detail {
 
 inline constexpr std::string_view kMatmulName = "kernel_matmul";
 
-/// The largest bias of a kept key in units of log2; 0 without biases.
+/// A key bias to count from, which keeps digits where biases are large: the largest finite one of the kept keys, or under a causal mask
+/// the first one's, since results must not depend on later keys.
 template <class T>
-T largest_bias(const Inputs<T>& in) {
-  T largest = std::numeric_limits<T>::lowest();
+T choose_bias_origin(const Inputs<T>& in) {
+  T origin = std::numeric_limits<T>::lowest();
   for (Index j = 0; j < static_cast<Index>(in.key_bias.size()); ++j) {
-    if (keeps_key(in, j)) largest = std::max(largest, in.key_bias[static_cast<std::size_t>(j)]);
+    const T bias = in.key_bias[static_cast<std::size_t>(j)];
+    if (!keeps_key(in, j) || !std::isfinite(bias)) continue;
+    origin = std::max(origin, bias);
+    if (in.mask.causal != Causal::none) break;
   }
-  return largest == std::numeric_limits<T>::lowest() ? T(0) : largest * std::numbers::log2e_v<T>;
+  return origin == std::numeric_limits<T>::lowest() ? T(0) : origin;
 }
 
-/// An origin amid the keys: the mean of up to kSampledKeys kept ones, or under a causal mask the first kept one, since results must
+/// An origin amid the keys: the mean of about kSampledKeys kept ones, or under a causal mask the first kept one, since results must
 /// not depend on later ones. A column whose origin is not finite gets 0.
 template <class T>
 const T* choose_center(const Inputs<T>& in, Scratch& scratch) {
   constexpr Index kSampledKeys = 1024;
+  const bool causal = in.mask.causal != Causal::none;
+  const Index step = causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }) / kSampledKeys);
   const std::span<T> center = scratch.array<T>(in.k.cols());
   std::fill(center.begin(), center.end(), T(0));
-  const Index step = in.mask.causal == Causal::none ? (in.k.rows() + kSampledKeys - 1) / kSampledKeys : 1;
-  const Index wanted = in.mask.causal == Causal::none ? kSampledKeys : 1;
-  Index found = 0;
-  for (Index j = 0; j < in.k.rows() && found < wanted; j += step) {
-    if (!keeps_key(in, j)) continue;
+  Index sampled = 0, until_next = 0;
+  for (Index j = 0; j < in.k.rows() && sampled * step < in.k.rows(); ++j) {
+    if (!keeps_key(in, j) || until_next-- > 0) continue;
     const T* row = in.k.data() + j * in.k.outerStride();
     for (std::size_t c = 0; c < center.size(); ++c) center[c] += std::isfinite(row[c]) ? row[c] : T(0);
-    ++found;
+    until_next = step - 1;
+    ++sampled;
   }
-  for (T& x : center) {
-    x = found > 0 ? x / static_cast<T>(found) : T(0);
-    if (!std::isfinite(x)) x = 0;
-  }
+  for (T& x : center) x = std::isfinite(x) && sampled > 0 ? x / static_cast<T>(sampled) : T(0);
   return center.data();
 }
 
-/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by exp(a_j) need no maximum, unless their sums are
-/// wanted: those may underflow.
+/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias, or
+/// sums are wanted: those may underflow.
 template <ScoreKernel Kernel, class T>
 Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_rows, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_finite(kMatmulName, "scale", parameters.scale);
   check_finite(kMatmulName, "bias", parameters.bias);
-  const bool bounded = parameters.scale >= 0 && parameters.bias >= parameters.scale / 2;
+  const bool bounded = parameters.scale >= 0 && parameters.bias >= parameters.scale / 2 && in.key_bias.empty();
   const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
   return {.in = in,
           .space = {.center = is_gaussian ? choose_center(in, scratch) : nullptr,
                     .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
-                    .bias = static_cast<T>(parameters.bias * std::numbers::log2e)},
+                    .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
+                    .bias_origin = choose_bias_origin(in)},
           .rows = parameters.rows,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
-          .largest_bias = largest_bias(in),
           .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols())};
 }
 

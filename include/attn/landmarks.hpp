@@ -36,13 +36,6 @@ void ranks_to_rows(std::span<Index> ranks, const Keeps& keeps) {
   }
 }
 
-template <class Keeps>
-Index count_kept(Index n, const Keeps& keeps) {
-  Index kept = 0;
-  for (Index i = 0; i < n; ++i) kept += keeps(i) ? 1 : 0;
-  return kept;
-}
-
 /// min(m / 2, kept queries) rows of q, then min(the rest of m, kept keys) rows of k. choose(n, side, chosen) fills chosen with
 /// ascending numbers below n.
 template <class T, class Choose>

@@ -12,7 +12,7 @@
 namespace attn {
 
 /// Runs items on an OpenMP team, handing them out one by one. threads = 0: as many as OpenMP would use. Inside a parallel region
-/// of the caller's, where OpenMP does not nest by default, it runs on the calling thread.
+/// of the caller's, which has its threads already, it runs on the calling thread.
 struct OpenMP {
   int threads = 0;
 
@@ -20,6 +20,10 @@ struct OpenMP {
 
   template <class Task>
   void run(Index n, const Task& task) const {
+    if (workers() == 1 || omp_in_parallel() != 0) {  // libgomp allocates for a team of one
+      for (Index item = 0; item < n; ++item) task(item, 0);
+      return;
+    }
 #pragma omp parallel for num_threads(workers()) schedule(dynamic, 1)
     for (Index item = 0; item < n; ++item) task(item, omp_get_thread_num());
   }

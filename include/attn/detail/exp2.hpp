@@ -25,20 +25,20 @@ struct Exp2<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr double kBias = 1023, kRound = 1.5 * (1LL << 52);
   static constexpr double kCoefficients[] = {1.0,
-                                             0.69314718055994533046,
-                                             0.24022650695910156205,
-                                             0.055504108664819921483,
-                                             0.0096181291075083350833,
-                                             0.0013333558146789950323,
-                                             0.00015403530462514613026,
-                                             0.0000152527334899608046,
-                                             1.3215433089594629037e-6,
-                                             1.0178198033328527662e-7,
-                                             7.0741056262456593708e-9,
-                                             4.4352809446103361611e-10};
+                                             0.6931471805599452862,
+                                             0.2402265069591009717,
+                                             0.05550410866482159970,
+                                             0.009618129107606888245,
+                                             0.001333355814641693556,
+                                             0.0001540353044173604989,
+                                             1.525273382983611924e-05,
+                                             1.321544258792168930e-06,
+                                             1.017806244584577367e-07,
+                                             7.072585949269223387e-09,
+                                             4.454960598186518564e-10};
 };
 
-/// 2^x for x <= 127 (float), x <= 1023 (double), within 2 units in the last place; exactly 0 below -126.5 (-1022.5), where the result
+/// 2^x for x <= 127 (float), x <= 1023 (double), within 3 units in the last place (float) or 1 (double); exactly 0 below -126.5 (-1022.5), where the result
 /// would be subnormal. NaN stays NaN.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
 /// Adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the exponent's place are 2^n; n = -kBias

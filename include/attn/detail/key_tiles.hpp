@@ -33,6 +33,13 @@ inline bool keeps_query(const Inputs<T>& in, Index i) {
   return in.mask.keep_query.empty() || in.mask.keep_query[static_cast<std::size_t>(i)] != 0;
 }
 
+template <class Keeps>
+Index count_kept(Index n, const Keeps& keeps) {
+  Index kept = 0;
+  for (Index i = 0; i < n; ++i) kept += keeps(i) ? 1 : 0;
+  return kept;
+}
+
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
 /// bias holds what is added to a key's scores, in units of log2, or is null.
 template <class T>
@@ -57,6 +64,7 @@ template <class T>
 struct KeySpace {
   const T* center = nullptr;
   T scale = 0, bias = 0;
+  T bias_origin = 0;  ///< what key biases are counted from, in their own units
 };
 
 /// Reads tiles: in place where it can; a copy without the dropped keys, relative to the center, where it must.
@@ -120,7 +128,7 @@ class KeyReader {
     for (Index j = 0; j < tile.count; ++j) {
       T bias = 0;
       if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
-      if (!in_.key_bias.empty()) bias += std::numbers::log2e_v<T> * in_.key_bias[static_cast<std::size_t>(tile.row(j))];
+      if (!in_.key_bias.empty()) bias += std::numbers::log2e_v<T> * (in_.key_bias[static_cast<std::size_t>(tile.row(j))] - space_.bias_origin);
       bias_[j] = bias;
     }
   }

@@ -10,6 +10,8 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cmath>
+#include <numbers>
 #include <span>
 
 namespace attn::detail {
@@ -21,7 +23,6 @@ struct Product {
   KeySpace<T> space;
   Rows rows;
   Maximum maximum;
-  T largest_bias;  ///< of the kept keys, in units of log2; the bound of every log2 kappa where the maximum is fixed
   Partition partition;
 
   /// The largest row number of the keys that query i may see.
@@ -105,7 +106,9 @@ class BlockRunner {
 
   /// log2 of the factor between a state's sums and those of kappa.
   T absolute_maximum(const Lanes& strip, Index i) const {
-    return product_.maximum == Maximum::fixed ? product_.largest_bias : strip.total.maximum[i] + strip.query_bias[i];
+    if (product_.maximum == Maximum::fixed) return 0;
+    if (strip.total.sum[i] == 0) return kNoMaximum<T>;
+    return strip.total.maximum[i] + strip.query_bias[i] + std::numbers::log2e_v<T> * product_.space.bias_origin;
   }
 
   void stream(Index block, Range keys) {
@@ -165,8 +168,9 @@ class BlockRunner {
 
   void reset(const Lanes& strip, const LaneState<T>& state) const {
     for (Index i = 0; i < strip.lanes(); ++i) {
-      state.maximum[i] =
-          product_.maximum == Maximum::fixed ? product_.largest_bias - strip.query_bias[i] : kNoMaximum<T>;
+      state.maximum[i] = product_.maximum == Maximum::running ? kNoMaximum<T>
+                         : std::isnan(strip.query_bias[i])    ? T(0)  // its scores are NaN where it sees a key
+                                                              : -strip.query_bias[i];
     }
     std::fill_n(state.sum, strip.lanes(), T(0));
     std::fill_n(state.weighted, strip.lanes() * product_.in.v.cols(), T(0));
