@@ -196,7 +196,7 @@ class Calls {
   static constexpr Index kLongest = 3000, kWidth = 32;
 
   void run(Context& context) {
-    for (const auto& [n_q, n_k] : {std::pair<Index, Index>{1, 1}, {3, kLongest}, {700, 900}, {900, 64}}) {
+    for (const auto& [n_q, n_k] : {std::pair<Index, Index>{1, 1}, {3, kLongest}, {700, 900}, {900, 64}, {800, 800}}) {
       for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
         run_exact({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, causal), bias(n_k)},
                   context);
@@ -204,10 +204,22 @@ class Calls {
       run_skyformer(
           {tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none), bias(n_k)},
           context);
+      run_methods({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none)}, context);
     }
   }
 
  private:
+  static std::vector<attn::AnyApproximator<T>> every_method() {
+    std::vector<attn::AnyApproximator<T>> made;
+    for (const auto& method : attn::methods<T>()) {
+      for (const Index m : {1, 24, 300}) made.push_back(method.make({.num_landmarks = m}));
+    }
+    for (const auto mode : {attn::ShiftMode::paper, attn::ShiftMode::scalar}) {
+      made.push_back(attn::make_approximator<T>("shifted-nystrom", {.num_landmarks = 24, .mode = mode}));
+    }
+    return made;
+  }
+
   attn::Mask masks(Index n_q, Index n_k, Causal causal) const {
     const std::span<const std::uint8_t> keep(keep_);
     return {.causal = causal,
@@ -239,6 +251,17 @@ class Calls {
     attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv>(strided).forward(in, out, context);
   }
 
+  void run_methods(const Inputs<T>& in, Context& context) {
+    auto out = out_.topRows(in.q.rows());
+    for (const auto& method : methods_) {
+      if (method.supports(in)) method.forward(in, out, context);
+    }
+    attn::depthwise_conv<T>(in.v, filter_, values_.topRows(in.v.rows()), context, {.keep_key = in.mask.keep_key});
+  }
+
+  std::vector<attn::AnyApproximator<T>> methods_ = every_method();
+  std::vector<T> filter_ = std::vector<T>(33, T(1));
+  Matrix<T> values_ = Matrix<T>::Zero(kLongest, kWidth);
   test::Tokens<T> tokens_ = test::make_tokens<T>(test::Family::init, {kLongest, kLongest, kWidth, kWidth});
   std::vector<std::uint8_t> keep_ = test::random_keep(kLongest, 0.9, 81);
   std::vector<T> bias_ = test::random_key_bias<T>(kLongest, 0.1, 82);

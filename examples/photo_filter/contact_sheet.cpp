@@ -9,10 +9,10 @@ namespace {
 
 using attn::Index;
 
-constexpr Index kAcross = 3, kSmallestWidth = 256;
+constexpr Index kSmallestWidth = 256;
 constexpr float kPaper = 1.0f, kInk = 0.1f, kFaintInk = 0.4f;
 
-/// Where things are on the sheet: a line of pictures is two lines of text, then the images.
+/// Where things are on the sheet: a row of pictures is two lines of text, then the images.
 struct Layout {
   Index magnification, text_scale, gap, width, height, line;
 
@@ -37,18 +37,20 @@ void paste(Image& sheet, Index left, Index top, const Image& image) {
 
 }  // namespace
 
-Image contact_sheet(const std::vector<Picture>& pictures) {
-  const Layout layout(pictures.front().image);
-  const auto count = static_cast<Index>(pictures.size());
-  const Index columns = std::min(kAcross, count);
-  Image sheet(layout.left(columns), layout.top((count + columns - 1) / columns));
+Image contact_sheet(const std::vector<std::vector<Picture>>& rows) {
+  const Layout layout(rows.front().front().image);
+  std::size_t columns = 0;
+  for (const auto& row : rows) columns = std::max(columns, row.size());
+  Image sheet(layout.left(static_cast<Index>(columns)), layout.top(static_cast<Index>(rows.size())));
   sheet.rgb.setConstant(kPaper);
-  for (Index i = 0; i < count; ++i) {
-    const Picture& picture = pictures[static_cast<std::size_t>(i)];
-    const Index left = layout.left(i % columns), top = layout.top(i / columns);
-    draw_text(sheet, left, top, picture.title, layout.text_scale, kInk);
-    draw_text(sheet, left, top + layout.line, picture.subtitle, layout.text_scale, kFaintInk);
-    paste(sheet, left, top + layout.label_height(), magnified(picture.image, layout.magnification));
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    for (std::size_t column = 0; column < rows[row].size(); ++column) {
+      const Picture& picture = rows[row][column];
+      const Index left = layout.left(static_cast<Index>(column)), top = layout.top(static_cast<Index>(row));
+      draw_text(sheet, left, top, picture.title, layout.text_scale, kInk);
+      draw_text(sheet, left, top + layout.line, picture.subtitle, layout.text_scale, kFaintInk);
+      paste(sheet, left, top + layout.label_height(), magnified(picture.image, layout.magnification));
+    }
   }
   return sheet;
 }

@@ -1,4 +1,4 @@
-/// Several images of one size side by side, each under its label.
+/// Images of one size in rows, each under its label.
 #pragma once
 
 #include "image.hpp"
@@ -11,6 +11,5 @@ struct Picture {
   std::string title, subtitle;
 };
 
-/// The pictures, at least one, from left to right and from top to bottom, three a line; small ones are magnified until their
-/// labels fit.
-Image contact_sheet(const std::vector<Picture>& pictures);
+/// The rows of pictures, each with at least one, from top to bottom; small pictures are magnified until their labels fit.
+Image contact_sheet(const std::vector<std::vector<Picture>>& rows);

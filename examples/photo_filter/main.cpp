@@ -1,23 +1,27 @@
-/// Removes noise from a photo by attention: exactly, then by Skyformer with several numbers of landmarks, and shows what each
-/// costs and how good it is. The filter itself is described in filter.hpp.
+/// Removes noise from a photo by attention: exactly, then by every approximation with several numbers of landmarks, and shows what
+/// each costs and how good it is. The filter itself is described in filter.hpp.
 #include "contact_sheet.hpp"
 #include "filter.hpp"
 #include "measure.hpp"
+#include "methods.hpp"
 #include "noise.hpp"
 #include "options.hpp"
 #include "progress.hpp"
 #include "quality.hpp"
 #include "resize.hpp"
+#include "softmax_features.hpp"
 #include "table.hpp"
 
 #include <attn/attn.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <vector>
 
@@ -39,25 +43,43 @@ Image read_photo(const Options& options) {
   return fit_within(photo, size.width, size.height);
 }
 
-/// Every method's result, the exact one first. A further method is one line more.
+/// Every chosen method's result, the exact ones first, then the others for one number of landmarks after the other.
 std::vector<Result> run_all(const Options& options, const Image& noisy, attn::Context& context) {
   const double s = options.s.value_or(static_cast<double>(std::max(noisy.width, noisy.height)) / 16.0);
   const attn::Matrix<float> features = pixel_features(noisy, s, options.t);
-  const auto run = [&](const auto& method, attn::Index m) { return measure(method, m, features, noisy.rgb, context); };
+  const SoftmaxFeatures augmented = softmax_features(features);
+  const attn::Inputs<float> plain{.q = features, .k = features, .v = noisy.rgb};
+  const attn::Inputs<float> for_softmax{.q = augmented.q, .k = augmented.k, .v = noisy.rgb};
+  const auto inputs = [&](std::string_view name) -> const auto& { return is_gaussian(name) ? plain : for_softmax; };
 
+  const std::vector<std::string_view> names = chosen_methods(options);
   std::vector<Result> results;
-  if (!options.no_exact) results.push_back(run(WithProgress(attn::GaussianAttention<float>{kFilterKernel}), 0));
+  for (const std::string_view name : names) {
+    if (!is_exact(name)) continue;
+    results.push_back(measure(WithProgress(filter_method(name, 1, options)), name, 0, inputs(name), context));
+  }
   for (const attn::Index m : options.landmarks) {
-    const attn::UniformSample landmarks{.num_landmarks = m, .seed = options.seed};
-    results.push_back(run(attn::Skyformer<float>{landmarks, attn::RidgeInverse{.gamma = options.gamma}, kFilterKernel}, m));
+    for (const std::string_view name : names) {
+      if (is_exact(name)) continue;
+      results.push_back(measure(filter_method(name, m, options), name, m, inputs(name), context));
+    }
   }
   return results;
 }
 
 std::string number(const char* format, double value) {
+  if (std::isnan(value)) return "nan";  // printf may show its sign
   char text[64];
   std::snprintf(text, sizeof text, format, value);
   return text;
+}
+
+/// The relative error of a result, empty without a reference.
+std::string error_text(const attn::Matrix<float>& rgb, const Result* reference) {
+  if (reference == nullptr) return "";
+  const double error = relative_error(rgb, reference->rgb);
+  const bool ordinary = error == 0.0 || (error >= 1e-4 && error < 1e2);
+  return number(ordinary ? "%.4f" : "%.0e", error);
 }
 
 /// All that is reported about one image.
@@ -67,17 +89,17 @@ struct Report {
   std::vector<std::string> cells;
 };
 
-Report report(const Result& result, const Result* exact, const Image& clean) {
+/// reference: the exact Gaussian filter's result, which the others are compared with, or null where it was not wanted.
+Report report(const Result& result, const Result* reference, const Image& clean) {
   const std::string m = result.num_landmarks > 0 ? std::to_string(result.num_landmarks) : "";
   const double t = result.milliseconds;
   const std::string ms = number(t < 10.0 ? "%.2f" : t < 100.0 ? "%.1f" : "%.0f", t);
   const std::string decibels = number("%.2f", psnr(result.rgb, clean.rgb));
-  const std::string speedup = exact == nullptr ? "" : number("%.1f", exact->milliseconds / result.milliseconds);
-  const std::string error = exact == nullptr ? "" : number("%.4f", relative_error(result.rgb, exact->rgb));
-  const std::string title = m.empty() ? "exact" : result.method + ", m = " + m;
-  return {{Image(clean.width, clean.height, result.rgb), title, decibels + " dB, " + ms + " ms"},
-          m.empty() ? "exact" : result.method + "-" + m,
-          {m.empty() ? "exact (" + result.method + ")" : result.method, m, ms, speedup, decibels, error}};
+  const std::string speedup = reference == nullptr ? "" : number("%.1f", reference->milliseconds / result.milliseconds);
+  const std::string name = m.empty() ? "exact (" + result.method + ")" : result.method;
+  const std::string file = !m.empty() ? result.method + "-" + m : is_gaussian(result.method) ? "exact" : "exact-" + result.method;
+  return {{Image(clean.width, clean.height, result.rgb), m.empty() ? name : name + ", " + m, decibels + " dB, " + ms + " ms"},
+          file, {name, m, ms, speedup, decibels, error_text(result.rgb, reference)}};
 }
 
 void make_folder(const std::filesystem::path& folder) {
@@ -86,13 +108,17 @@ void make_folder(const std::filesystem::path& folder) {
   if (error) throw std::runtime_error("cannot make folder " + folder.string() + ": " + error.message());
 }
 
-void save(const std::filesystem::path& folder, const std::vector<Report>& reports) {
-  std::vector<Picture> pictures;
-  for (const Report& each : reports) {
-    write_png(folder / (each.file + ".png"), each.picture.image);
-    pictures.push_back(each.picture);
+/// The reports' pictures in rows: first those without landmarks, then a row for each number of them, with a column for each method.
+/// A single method's go on a row of three.
+std::vector<std::vector<Picture>> rows_of(const std::vector<Report>& reports, std::size_t without, std::size_t methods) {
+  const std::size_t across = methods > 1 ? methods : 3;
+  std::vector<std::vector<Picture>> rows;
+  for (std::size_t i = 0; i < reports.size(); ++i) {
+    const std::size_t column = i < without ? i % across : (i - without) % across;
+    if (column == 0) rows.emplace_back();
+    rows.back().push_back(reports[i].picture);
   }
-  write_png(folder / "contact_sheet.png", contact_sheet(pictures));
+  return rows;
 }
 
 void run(const Options& options) {
@@ -105,25 +131,31 @@ void run(const Options& options) {
               threads == 1 ? "" : "s");
 
   const std::vector<Result> results = run_all(options, noisy, context);
-  const Result* exact = options.no_exact ? nullptr : &results.front();
+  const auto found = std::ranges::find(results, attn::GaussianAttention<float>::kName, &Result::method);
+  const Result* reference = found == results.end() ? nullptr : &*found;
   const std::string decibels = number("%.2f", psnr(noisy.rgb, clean.rgb));
-  const std::string error = exact == nullptr ? "" : number("%.4f", relative_error(noisy.rgb, exact->rgb));
   std::vector<Report> reports{{{clean, "clean", ""}, "clean", {}},
-                              {{noisy, "noisy", decibels + " dB"}, "noisy", {"noisy", "", "", "", decibels, error}}};
-  for (const Result& result : results) reports.push_back(report(result, exact, clean));
+                              {{noisy, "noisy", decibels + " dB"}, "noisy",
+                               {"noisy", "", "", "", decibels, error_text(noisy.rgb, reference)}}};
+  for (const Result& result : results) reports.push_back(report(result, reference, clean));
 
   std::vector<std::vector<std::string>> lines{{"method", "landmarks", "ms", "speed-up", "PSNR dB", "relative error"}};
   for (std::size_t i = 1; i < reports.size(); ++i) lines.push_back(reports[i].cells);
   std::fputs(table(lines).c_str(), stdout);
-  save(options.output, reports);
-  std::printf("\nImages: %s\n", (std::filesystem::path(options.output) / "contact_sheet.png").c_str());
+
+  const std::filesystem::path folder = options.output;
+  for (const Report& each : reports) write_png(folder / (each.file + ".png"), each.picture.image);
+  const auto exact = static_cast<std::size_t>(std::ranges::count_if(results, is_exact, &Result::method));
+  const std::size_t methods = (results.size() - exact) / options.landmarks.size();
+  write_png(folder / "contact_sheet.png", contact_sheet(rows_of(reports, 2 + exact, methods)));
+  std::printf("\nImages: %s\n", (folder / "contact_sheet.png").c_str());
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   Options options;
-  CLI::App app("Removes noise from a photo by exact Gaussian-kernel attention and by Skyformer, and compares the two.");
+  CLI::App app("Removes noise from a photo by exact attention and by every approximation of it, and compares them.");
   add_options(app, options);
   CLI11_PARSE(app, argc, argv);
   try {

@@ -1,13 +1,12 @@
 /// Runs one method on the photo and keeps what it made and how long that took.
 #pragma once
 
-#include "filter.hpp"
-
 #include <attn/approximator.hpp>
 
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <string_view>
 #include <vector>
 
 struct Result {
@@ -24,16 +23,15 @@ double milliseconds_of(const A& method, const attn::Inputs<float>& in, attn::Mat
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
 
-/// features as queries and keys, rgb as values. The time is that of the first run where it is long: growing the context, and the
-/// first touch of its pages, then weigh nothing. A short run is repeated and the median taken, so that it is the time with a context
-/// that has grown before, as wherever a method is called more than once. Both rules hold for every method alike.
+/// The method of that name on in, whose values are colours. The time is that of the first run where it is long: growing the
+/// context, and the first touch of its pages, then weigh nothing. A short run is repeated and the median taken, so that it is the
+/// time with a context that has grown before, as wherever a method is called more than once. Both rules hold for every method alike.
 template <attn::Approximator A>
-Result measure(const A& method, attn::Index num_landmarks, const attn::Matrix<float>& features,
-               const attn::Matrix<float>& rgb, attn::Context& context) {
+Result measure(const A& method, std::string_view name, attn::Index num_landmarks, const attn::Inputs<float>& in,
+               attn::Context& context) {
   constexpr double kShort = 1000.0;  // milliseconds
   constexpr int kRuns = 5;
-  Result result{.method = std::string(A::kName), .num_landmarks = num_landmarks, .rgb = attn::Matrix<float>(rgb.rows(), 3)};
-  const attn::Inputs<float> in{.q = features, .k = features, .v = rgb};
+  Result result{.method = std::string(name), .num_landmarks = num_landmarks, .rgb = attn::Matrix<float>(in.q.rows(), 3)};
   std::vector<double> times{milliseconds_of(method, in, result.rgb, context)};
   while (times[0] < kShort && times.size() < kRuns) times.push_back(milliseconds_of(method, in, result.rgb, context));
   std::ranges::sort(times);

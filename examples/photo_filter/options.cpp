@@ -1,5 +1,7 @@
 #include "options.hpp"
 
+#include <attn/any_approximator.hpp>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -45,6 +47,24 @@ std::string check_not_negative(const std::string& text) {
   return parse_number(text) >= 0.0 ? "" : "must be a number of at least 0, not " + text;
 }
 
+/// A line for each of the library's methods.
+std::string list_of_methods() {
+  std::string lines;
+  for (const auto& method : attn::methods<float>()) {
+    lines += "\n  " + std::string(method.name) + ": " + std::string(method.description);
+  }
+  return lines;
+}
+
+std::string check_method(const std::string& text) {
+  std::string names;
+  for (const auto& method : attn::methods<float>()) {
+    if (method.name == text) return "";
+    names += (names.empty() ? "" : ", ") + std::string(method.name);
+  }
+  return "no method is called " + text + "; there are " + names;
+}
+
 }  // namespace
 
 void add_options(CLI::App& app, Options& options) {
@@ -58,10 +78,13 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--seed", options.seed, "seed of the noise and of the landmarks")->capture_default_str();
   app.add_option("--landmarks", options.landmarks, "numbers of landmarks to try, such as 256,512")
       ->delimiter(',')->check(CLI::Range(1, 1'000'000))->capture_default_str();
-  app.add_option("--gamma", options.gamma, "Skyformer's ridge")->check(check_not_negative)->capture_default_str();
+  app.add_option("--methods", options.methods, "methods to run, such as gaussian,skyformer; without it, all of" + list_of_methods())
+      ->delimiter(',')->check(check_method);
+  app.add_option("--gamma", options.gamma, "ridge of skyformer and lifted-softmax")
+      ->check(check_not_negative)->capture_default_str();
   app.add_option("--threads", options.threads, "OpenMP threads; 0: as many as OpenMP would use")
       ->check(CLI::Range(0, 4096))->capture_default_str();
-  app.add_flag("--no-exact", options.no_exact, "leave the exact filter out");
+  app.add_flag("--no-exact", options.no_exact, "leave the exact methods out");
   app.add_option("--output", options.output, "folder for the images, made if it is missing")->capture_default_str();
 }
 

@@ -17,6 +17,7 @@ struct Options {
   double t = 0.15, noise = 0.08, gamma = 1e-3;
   std::uint64_t seed = 0;
   std::vector<attn::Index> landmarks{256, 512, 1024};
+  std::vector<std::string> methods;  // none: all
   int threads = 0;
   bool no_exact = false;
 };

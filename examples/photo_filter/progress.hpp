@@ -1,12 +1,13 @@
 /// A progress bar, and a method that shows one.
 #pragma once
 
-#include <attn/approximator.hpp>
+#include <attn/any_approximator.hpp>
 
 #include <algorithm>
 #include <cstdio>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <unistd.h>
 
 /// One line on standard error that is drawn over itself and wiped at the end; nothing at all where that is no terminal.
@@ -37,21 +38,20 @@ class ProgressBar {
 
 /// A method applied to kRowsAtATime queries at a time, with a progress bar. Only for exact methods, in which a query's result
 /// does not depend on the other queries. The inputs are viewed, not copied.
-template <attn::Approximator Exact>
 class WithProgress {
  public:
-  using Scalar = typename Exact::Scalar;
-  static constexpr std::string_view kName = Exact::kName;
+  using Scalar = float;
+  static constexpr std::string_view kName = "exact";
   static constexpr attn::Index kRowsAtATime = 2048;
 
-  explicit WithProgress(Exact exact) : exact_(exact) {}
+  explicit WithProgress(attn::AnyApproximator<float> exact) : exact_(std::move(exact)) {}
 
-  bool supports(const attn::Inputs<Scalar>& in) const {
+  bool supports(const attn::Inputs<float>& in) const {
     return in.mask.causal == attn::Causal::none && in.mask.keep_query.empty() && exact_.supports(in);
   }
 
-  void forward(const attn::Inputs<Scalar>& in, attn::MatrixRef<Scalar> out, attn::Context& context) const {
-    const ProgressBar bar(kName);
+  void forward(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context& context) const {
+    const ProgressBar bar(exact_.name());
     const attn::Index n = in.q.rows();
     for (attn::Index first = 0; first < n; first += kRowsAtATime) {
       bar.show(first, n);
@@ -62,5 +62,5 @@ class WithProgress {
   }
 
  private:
-  Exact exact_;
+  attn::AnyApproximator<float> exact_;
 };

@@ -44,6 +44,13 @@ concept RowMajorWithContiguousRows =
     bool(detail::EigenType<M>::IsRowMajor || detail::EigenType<M>::ColsAtCompileTime == 1) &&
     int(detail::EigenType<M>::InnerStrideAtCompileTime) == 1;
 
+/// One that can be written to as well.
+template <class M, class T>
+concept WritableRowMajorWithContiguousRows =
+    RowMajorWithContiguousRows<M, T> && !std::is_const_v<std::remove_reference_t<M>> && requires(M& m) {
+      { m.data() } -> std::same_as<T*>;
+    };
+
 /// Read-only view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
 template <class T>
 class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>> {
@@ -57,6 +64,10 @@ class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eige
   template <RowMajorWithContiguousRows<T> M>
   ConstMatrixRef(const M& m)  // NOLINT: implicit, so that a Matrix can be passed as it is
       : ConstMatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
+
+  template <class M>
+    requires(requires { typename detail::EigenType<M>; } && !RowMajorWithContiguousRows<M, T>)
+  ConstMatrixRef(const M&) = delete;  // not RowMajorWithContiguousRows: a view of it would be a silent copy
 };
 
 /// Writable view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
@@ -69,10 +80,14 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   MatrixRef(T* data, Index rows, Index cols, Index row_stride)
       : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
-  template <RowMajorWithContiguousRows<T> M>
-    requires(!std::is_const_v<std::remove_reference_t<M>> && std::is_same_v<decltype(std::declval<M&>().data()), T*>)
+  template <WritableRowMajorWithContiguousRows<T> M>
   MatrixRef(M&& m)  // NOLINT: implicit, and from a temporary Block or Map too
       : MatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
+
+  template <class M>
+    requires(requires { typename detail::EigenType<M>; } && !WritableRowMajorWithContiguousRows<M, T> &&
+             !std::same_as<std::remove_cvref_t<M>, MatrixRef>)
+  MatrixRef(M&&) = delete;  // not WritableRowMajorWithContiguousRows: const, column-major, or with an inner stride
 
   /// Writable however the view itself is qualified, as for any pointer.
   T* data() const { return const_cast<T*>(Map::data()); }

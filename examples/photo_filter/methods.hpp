@@ -1,0 +1,21 @@
+/// The methods that the filter can be computed by: all of the library's.
+#pragma once
+
+#include "options.hpp"
+
+#include <attn/any_approximator.hpp>
+
+#include <string_view>
+#include <vector>
+
+/// An exact method needs no landmarks. All others take their number.
+bool is_exact(std::string_view name);
+
+/// Methods of the Gaussian kernel take the features as they are; those of softmax need softmax_features.
+bool is_gaussian(std::string_view name);
+
+/// Those of the library's methods that options asks for: exact ones first and, among either, those of the Gaussian kernel.
+std::vector<std::string_view> chosen_methods(const Options& options);
+
+/// The method of that name, set up to compute the filter, with num_landmarks landmarks where it takes any.
+attn::AnyApproximator<float> filter_method(std::string_view name, attn::Index num_landmarks, const Options& options);

@@ -1,0 +1,121 @@
+#include <attn/depthwise_conv.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+using test::Context;
+using test::Index;
+using test::Mask;
+using test::Matrix;
+using test::Padded;
+
+template <class T>
+struct Problem {
+  Problem(Index n, Index d_v, Index taps) : v(test::Random(401).normal(n, d_v).cast<T>()), before(test::Random(402).normal(n, d_v).cast<T>()) {
+    test::Random random(403);
+    for (Index t = 0; t < taps; ++t) filter.push_back(static_cast<T>(random.normal()));
+  }
+
+  Matrix<T> convolved(Context& context, const Mask& mask = {}) const {
+    Matrix<T> out = before;
+    attn::depthwise_conv<T>(v, filter, out, context, mask);
+    return out;
+  }
+
+  /// before + the convolution, tap by tap.
+  reference::Matrix defined(const Mask& mask = {}) const {
+    reference::Matrix out = before.template cast<double>();
+    const auto taps = static_cast<Index>(filter.size());
+    for (Index i = 0; i < v.rows(); ++i) {
+      for (Index t = 0; t < taps; ++t) {
+        const Index j = i + t - (taps - 1) / 2;
+        if (j < 0 || j >= v.rows() || !reference::kept(mask.keep_key, j) || !reference::kept(mask.keep_query, i)) continue;
+        out.row(i) += static_cast<double>(filter[static_cast<std::size_t>(t)]) * v.row(j).template cast<double>();
+      }
+    }
+    return out;
+  }
+
+  Matrix<T> v, before;
+  std::vector<T> filter;
+};
+
+template <class T>
+class DepthwiseConvOf : public ::testing::Test {};
+TYPED_TEST_SUITE(DepthwiseConvOf, test::Scalars);
+
+template <class T>
+constexpr double kTolerance = sizeof(T) == 4 ? 2e-6 : 1e-14;
+
+TYPED_TEST(DepthwiseConvOf, AddsItsDefinition) {
+  Context context;
+  for (const Index n : {1, 2, 33, 255, 256, 257, 700}) {
+    for (const Index taps : {1, 3, 33, 35}) {
+      const Problem<TypeParam> p(n, 5, taps);
+      EXPECT_LE(test::relative_error(p.convolved(context), p.defined()), kTolerance<TypeParam>) << n << " rows, " << taps << " taps";
+    }
+  }
+}
+
+TYPED_TEST(DepthwiseConvOf, RespectsMasks) {
+  using T = TypeParam;
+  Context context;
+  Problem<T> p(300, 7, 33);
+  const auto keep_key = test::random_keep(300, 0.6, 404), keep_query = test::random_keep(300, 0.7, 405);
+  for (Index j = 0; j < 300; ++j) {
+    if (!reference::kept(keep_key, j)) p.v.row(j).setConstant(test::kNaN<T>);
+  }
+  const Mask keys{.keep_key = keep_key}, both{.keep_key = keep_key, .keep_query = keep_query};
+  EXPECT_LE(test::relative_error(p.convolved(context, keys), p.defined(keys)), kTolerance<T>);
+  const Matrix<T> out = p.convolved(context, both);
+  EXPECT_LE(test::relative_error(out, p.defined(both)), kTolerance<T>);
+  for (Index i = 0; i < 300; ++i) {
+    if (!reference::kept(keep_query, i)) {
+      EXPECT_TRUE(test::same_row(out, p.before, i));
+    }
+  }
+}
+
+TYPED_TEST(DepthwiseConvOf, BitwiseEqualWhateverTheWorkersAndStrides) {
+  using T = TypeParam;
+  const Problem<T> p(1000, 12, 35);
+  Context serial;
+  const Matrix<T> expected = p.convolved(serial);
+  for (auto& [name, context] : test::contexts()) EXPECT_TRUE(test::bitwise_equal(p.convolved(context), expected)) << name;
+  Padded<T> v(p.v, 3, test::kNaN<T>), out(p.before, 5, T(-7));
+  attn::depthwise_conv<T>(v.view(), p.filter, out.view(), serial);
+  EXPECT_TRUE(test::bitwise_equal(out.matrix(), expected));
+  EXPECT_TRUE(out.padding_untouched());
+}
+
+TEST(DepthwiseConv, RefusesWhatDoesNotFit) {
+  const auto error = [](Index rows, Index out_rows, Index out_cols, std::size_t taps, const Mask& mask = {}) -> std::string {
+    const Matrix<float> v = Matrix<float>::Zero(rows, 4);
+    Matrix<float> out = Matrix<float>::Zero(out_rows, out_cols);
+    Context context;
+    try {
+      attn::depthwise_conv<float>(v, std::vector<float>(taps), out, context, mask);
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return "no error";
+  };
+  const std::vector<std::uint8_t> five(5, 1);
+  EXPECT_EQ(error(6, 6, 4, 3), "no error");
+  EXPECT_EQ(error(0, 0, 4, 3), "depthwise_conv: v is empty (0 x 4)");
+  EXPECT_EQ(error(6, 5, 4, 3), "depthwise_conv: out is 5 x 4, should be 6 x 4");
+  EXPECT_EQ(error(6, 6, 3, 3), "depthwise_conv: out is 6 x 3, should be 6 x 4");
+  EXPECT_EQ(error(6, 6, 4, 4), "depthwise_conv: filter has 4 taps, should be odd");
+  EXPECT_EQ(error(6, 6, 4, 0), "depthwise_conv: filter has 0 taps, should be odd");
+  EXPECT_EQ(error(6, 6, 4, 3, {.keep_key = five}), "depthwise_conv: keep_key has 5 entries, v has 6 rows");
+  EXPECT_EQ(error(6, 6, 4, 3, {.keep_query = five}), "depthwise_conv: keep_query has 5 entries, v has 6 rows");
+}
+
+}  // namespace

@@ -1,0 +1,368 @@
+/// Every method that has a name: a method added to the list is tested by this file as soon as it has a line in kExpectations.
+#include <attn/attn.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace {
+
+using attn::AnyApproximator;
+using attn::Causal;
+using attn::MethodOptions;
+using test::Context;
+using test::Family;
+using test::Index;
+using test::Inputs;
+using test::Mask;
+using test::Matrix;
+using test::Padded;
+using test::Shape;
+using test::Tokens;
+
+/// What a method approximates, and its largest relative error with 64 landmarks on smooth inputs of 400 tokens.
+struct Expectation {
+  std::string_view name, exact;
+  double error;
+};
+
+constexpr Expectation kExpectations[] = {{"softmax", "softmax", 0},         {"gaussian", "gaussian", 0},
+                                         {"nystrom", "softmax", 0.2},       {"shifted-nystrom", "softmax", 0.2},
+                                         {"skyformer", "gaussian", 0.2},    {"lifted-softmax", "softmax", 0.3}};
+
+std::vector<std::string> method_names() {
+  std::vector<std::string> names;
+  for (const auto& method : attn::methods<double>()) names.emplace_back(method.name);
+  return names;
+}
+
+template <class T>
+std::string describe(const Inputs<T>& in) {
+  const auto text = [](Index x) { return std::to_string(x); };
+  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " + text(in.v.cols()) +
+         (in.mask.keep_key.empty() ? "" : ", keep_key") + (in.mask.keep_query.empty() ? "" : ", keep_query");
+}
+
+template <class T>
+Matrix<T> forward(const AnyApproximator<T>& method, const Inputs<T>& in, Context& context) {
+  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), test::kNaN<T>);
+  method.forward(in, out, context);
+  return out;
+}
+
+template <class T>
+Matrix<T> forward(const AnyApproximator<T>& method, const Inputs<T>& in) {
+  Context context;
+  return forward(method, in, context);
+}
+
+/// Body is called for float and for double.
+template <class Body>
+void in_both_precisions(const Body& body) {
+  {
+    SCOPED_TRACE("float");
+    body(float{});
+  }
+  SCOPED_TRACE("double");
+  body(double{});
+}
+
+class Methods : public ::testing::TestWithParam<std::string> {
+ protected:
+  template <class T>
+  AnyApproximator<T> make(Index num_landmarks, MethodOptions options = {}) const {
+    options.num_landmarks = num_landmarks;
+    return attn::make_approximator<T>(GetParam(), options);
+  }
+
+  static const Expectation* expectation(std::string_view name) {
+    const auto* found = std::find_if(std::begin(kExpectations), std::end(kExpectations), [&](const auto& e) { return e.name == name; });
+    return found == std::end(kExpectations) ? nullptr : found;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Every, Methods, ::testing::ValuesIn(method_names()), [](const auto& method) {
+  std::string name = method.param;
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+});
+
+constexpr std::pair<Index, Index> kLengths[] = {{1, 1},   {1, 50},  {50, 1},  {2, 2},    {7, 13},
+                                                {33, 33}, {64, 64}, {65, 65}, {150, 61}, {131, 131}};
+
+TEST_P(Methods, TakeEveryShapeThatTheySupport) {
+  in_both_precisions([&]<class T>(T) {
+    Context context;
+    for (const auto& [n_q, n_k] : kLengths) {
+      for (const auto& [d, d_v] : {std::pair<Index, Index>{1, 1}, {3, 16}, {16, 33}, {33, 3}, {64, 1}}) {
+        const auto x = test::make_tokens<T>(Family::init, {n_q, n_k, d, d_v}, 101);
+        const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+        SCOPED_TRACE(describe(in));
+        for (const Index m : {1, 8, 33, 100}) {
+          const auto method = make<T>(m);
+          if (method.supports(in)) {
+            EXPECT_TRUE(forward(method, in, context).allFinite()) << m << " landmarks";
+          } else {
+            EXPECT_NE(n_q, n_k) << "equal lengths without a mask are supported by all";
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_P(Methods, TakeStridedViews) {
+  in_both_precisions([&]<class T>(T) {
+    Context context;
+    const auto x = test::make_tokens<T>(Family::init, {67, 67, 17, 9}, 102);
+    Padded<T> q(x.q, 3, test::kNaN<T>), k(x.k, 5, test::kNaN<T>), v(x.v, 1, test::kNaN<T>), out(67, 9, 4, T(-7));
+    const auto method = make<T>(12);
+    const Matrix<T> expected = forward(method, {.q = x.q, .k = x.k, .v = x.v}, context);
+    method.forward({.q = q.view(), .k = k.view(), .v = v.view()}, out.view(), context);
+    EXPECT_TRUE(test::bitwise_equal(out.matrix(), expected));
+    EXPECT_TRUE(out.padding_untouched());
+  });
+}
+
+/// Supported inputs of 140 queries, of as many keys or of 93: without a mask, and with masks of keys, of queries, and of both.
+template <class T>
+struct MaskedInputs {
+  explicit MaskedInputs(Index n_keys) : n_k(n_keys), x(test::make_tokens<T>(Family::init, {140, n_k, 16, 18}, 104)) {
+    if (n_k == 140) keep_key = keep_query;
+  }
+
+  std::vector<Inputs<T>> all() const { return all(x); }
+  std::vector<Inputs<T>> all(const Tokens<T>& tokens) const {
+    std::vector<Inputs<T>> result;
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key}, Mask{.keep_query = keep_query},
+                             Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+      result.push_back({.q = tokens.q, .k = tokens.k, .v = tokens.v, .mask = mask});
+    }
+    return result;
+  }
+
+  /// The tokens with every row that a mask of in drops set to poison.
+  Tokens<T> poisoned(const Inputs<T>& in, T poison) const {
+    Tokens<T> y = x;
+    for (Index i = 0; i < y.q.rows(); ++i) {
+      if (!reference::kept(in.mask.keep_query, i)) y.q.row(i).setConstant(poison);
+    }
+    for (Index j = 0; j < n_k; ++j) {
+      if (reference::kept(in.mask.keep_key, j)) continue;
+      y.k.row(j).setConstant(poison);
+      y.v.row(j).setConstant(poison);
+    }
+    return y;
+  }
+
+  Index n_k;
+  std::vector<std::uint8_t> keep_query = test::random_keep(140, 0.8, 105), keep_key = test::random_keep(n_k, 0.7, 106);
+  Tokens<T> x;
+};
+
+TEST_P(Methods, WhatTheMasksDropHasNoInfluence) {
+  in_both_precisions([&]<class T>(T) {
+    Context context;
+    for (const Index n_k : {140, 93}) {
+      const MaskedInputs<T> inputs(n_k);
+      for (const Inputs<T>& in : inputs.all()) {
+        SCOPED_TRACE(describe(in));
+        const auto method = make<T>(20);
+        if (!method.supports(in)) continue;
+        const Matrix<T> clean = forward(method, in, context);
+        EXPECT_TRUE(clean.allFinite());
+        for (const T poison : {test::kNaN<T>, test::kInf<T>, T(1e6)}) {
+          const Tokens<T> y = inputs.poisoned(in, poison);
+          EXPECT_TRUE(test::bitwise_equal(forward(method, {.q = y.q, .k = y.k, .v = y.v, .mask = in.mask}, context), clean)) << poison;
+        }
+      }
+    }
+  });
+}
+
+TEST_P(Methods, DroppedQueriesAreZero) {
+  in_both_precisions([&]<class T>(T) {
+    for (const Index n_k : {140, 93}) {
+      const MaskedInputs<T> inputs(n_k);
+      for (const Inputs<T>& in : inputs.all()) {
+        const auto method = make<T>(20);
+        if (!method.supports(in)) continue;
+        const Matrix<T> out = forward(method, in);
+        for (Index i = 0; i < out.rows(); ++i) {
+          EXPECT_EQ((out.row(i).array() == T(0)).all(), !reference::kept(in.mask.keep_query, i)) << describe(in) << ", row " << i;
+        }
+      }
+    }
+  });
+}
+
+TEST_P(Methods, NothingKeptGivesZeros) {
+  in_both_precisions([&]<class T>(T) {
+    const auto x = test::make_tokens<T>(Family::init, {40, 40, 8, 5}, 107);
+    const std::vector<std::uint8_t> none(40, 0);
+    for (const Mask& mask : {Mask{.keep_key = none}, Mask{.keep_query = none}, Mask{.keep_key = none, .keep_query = none}}) {
+      const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = mask};
+      const auto method = make<T>(6);
+      if (!method.supports(in)) continue;
+      EXPECT_TRUE((forward(method, in).array() == T(0)).all()) << describe(in);
+    }
+  });
+}
+
+TEST_P(Methods, PaddedIsTrimmed) {
+  in_both_precisions([&]<class T>(T) {
+    constexpr Index kLength = 110, kKept = 71;
+    const double tolerance = sizeof(T) == 4 ? (GetParam() == "lifted-softmax" ? 1e-3 : 1e-5) : 1e-12;
+    const auto x = test::make_tokens<T>(Family::init, {kLength, kLength, 16, 12}, 108);
+    for (const Index padding : {Index{0}, kLength - kKept, Index{17}}) {  // how much of it comes first
+      std::vector<std::uint8_t> keep(kLength, 0);
+      std::fill_n(keep.begin() + padding, kKept, std::uint8_t{1});
+      const Mask mask{.keep_key = keep, .keep_query = keep};
+      const auto rows = [&](const Matrix<T>& m) { return attn::ConstMatrixRef<T>(m.middleRows(padding, kKept)); };
+      for (const Index m : {9, 32, 71, 80}) {
+        const auto method = make<T>(m);
+        const Matrix<T> padded = forward(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask});
+        const Matrix<T> trimmed = forward(method, {.q = rows(x.q), .k = rows(x.k), .v = rows(x.v)});
+        const Matrix<T> inner = padded.middleRows(padding, kKept);
+        EXPECT_LE(test::relative_error(inner, trimmed.template cast<double>()), tolerance) << m << " landmarks, " << padding << " before";
+      }
+    }
+  });
+}
+
+TEST_P(Methods, BitwiseEqualWhateverTheWorkers) {
+  in_both_precisions([&]<class T>(T) {
+    const auto keep = test::random_keep(700, 0.9, 109);
+    const auto x = test::make_tokens<T>(Family::init, {700, 700, 24, 20}, 110);
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep, .keep_query = keep}}) {
+      const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = mask};
+      for (const Index m : {30, 150}) {
+        const auto method = make<T>(m);
+        const Matrix<T> expected = forward(method, in);
+        for (auto& [name, context] : test::contexts()) {
+          EXPECT_TRUE(test::bitwise_equal(forward(method, in, context), expected)) << name << ", " << m << " landmarks";
+          EXPECT_TRUE(test::bitwise_equal(forward(method, in, context), expected)) << name << ", a second time";
+        }
+      }
+    }
+  });
+}
+
+TEST_P(Methods, SupportsSaysWhatForwardRefuses) {
+  in_both_precisions([&]<class T>(T) {
+    const std::vector<std::uint8_t> some = test::random_keep(30, 0.7, 111), fewer = test::random_keep(21, 0.7, 112);
+    const std::vector<T> biases = test::random_key_bias<T>(30, 0.1, 113);
+    for (const Index n_k : {Index{30}, Index{21}}) {
+      const auto x = test::make_tokens<T>(Family::init, {30, n_k, 8, 5}, 114);
+      const std::span<const std::uint8_t> of_keys = n_k == 30 ? some : fewer;
+      for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
+        for (const int bits : {0, 1, 2, 3, 4, 7}) {
+          Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}};
+          if ((bits & 1) != 0) in.mask.keep_key = of_keys;
+          if ((bits & 2) != 0) in.mask.keep_query = some;
+          if ((bits & 4) != 0) in.key_bias = std::span<const T>(biases).first(static_cast<std::size_t>(n_k));
+          SCOPED_TRACE(describe(in) + (causal == Causal::none ? "" : ", causal") + (in.key_bias.empty() ? "" : ", key_bias"));
+          for (const Index m : {5, 64}) {
+            const auto method = make<T>(m);
+            Matrix<T> out = Matrix<T>::Constant(30, 5, T(-7));
+            Context context;
+            if (method.supports(in)) {
+              EXPECT_NO_THROW(method.forward(in, out, context));
+              EXPECT_TRUE(out.allFinite());
+            } else {
+              EXPECT_THROW(method.forward(in, out, context), std::invalid_argument);
+              EXPECT_TRUE((out.array() == T(-7)).all());
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_P(Methods, OneToken) {
+  in_both_precisions([&]<class T>(T) {
+    const auto x = test::make_tokens<T>(Family::unit, {1, 1, 16, 7}, 115);
+    for (const Index m : {1, 2, 64}) {
+      const Matrix<T> out = forward(make<T>(m, {.rows = attn::Rows::normalized}), {.q = x.q, .k = x.k, .v = x.v});
+      EXPECT_LE(test::relative_error(out, x.v.template cast<double>()), sizeof(T) == 4 ? 1e-5 : 1e-13) << m;
+    }
+  });
+}
+
+TEST_P(Methods, AsManyLandmarksAsTokensOrMore) {
+  ASSERT_NE(expectation(GetParam()), nullptr) << "kExpectations lacks this method";
+  const auto x = test::make_tokens<double>(Family::init, {60, 60, 16, 7}, 116);
+  const Inputs<double> in{.q = x.q, .k = x.k, .v = x.v};
+  const auto exact = forward(attn::make_approximator<double>(expectation(GetParam())->exact), in);
+  for (const Index m : {60, 61, 120, 1000}) {
+    EXPECT_LE(test::relative_error(forward(make<double>(m, {.gamma = 1e-9}), in), exact), m < 120 ? 0.2 : 1e-5) << m;
+  }
+}
+
+TEST_P(Methods, FollowExactAttentionOnSmoothInputs) {
+  ASSERT_NE(expectation(GetParam()), nullptr) << "kExpectations lacks this method";
+  in_both_precisions([&]<class T>(T) {
+    for (const std::uint64_t seed : {1U, 2U, 3U}) {
+      const auto x = test::make_tokens<T>(Family::smooth, {400, 400, 32, 16}, seed);
+      const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+      const auto exact = forward(attn::make_approximator<T>(expectation(GetParam())->exact), in);
+      const double error = test::relative_error(forward(make<T>(64), in), exact.template cast<double>());
+      RecordProperty("error", std::to_string(error));
+      EXPECT_LE(error, expectation(GetParam())->error);
+    }
+  });
+}
+
+TEST_P(Methods, StayFiniteOnLargeInputs) {
+  in_both_precisions([&]<class T>(T) {
+    for (const double size : {1e-6, 8.0, 30.0}) {
+      auto x = test::make_tokens<T>(Family::unit, {90, 90, 16, 7}, 117);
+      x.q *= static_cast<T>(size);
+      x.k *= static_cast<T>(size);
+      for (const Index m : {1, 10, 90}) {
+        EXPECT_TRUE(forward(make<T>(m), {.q = x.q, .k = x.k, .v = x.v}).allFinite()) << size << ", " << m << " landmarks";
+      }
+    }
+  });
+}
+
+TEST_P(Methods, AreTheMethodOfThatName) {
+  const auto method = attn::make_approximator<float>(GetParam());
+  EXPECT_EQ(method.name(), GetParam());
+  const auto x = test::make_tokens<float>(Family::init, {100, 100, 16, 7}, 118);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  const AnyApproximator<float> copy = method;
+  EXPECT_TRUE(test::bitwise_equal(forward(copy, in), forward(method, in)));
+}
+
+TEST(MethodList, HasNamesDescriptionsAndExpectations) {
+  ASSERT_EQ(attn::methods<float>().size(), attn::methods<double>().size());
+  for (std::size_t i = 0; i < attn::methods<float>().size(); ++i) {
+    EXPECT_EQ(attn::methods<float>()[i].name, attn::methods<double>()[i].name);
+    EXPECT_FALSE(attn::methods<float>()[i].description.empty());
+    EXPECT_EQ(attn::methods<float>()[i].description.find('\n'), std::string_view::npos);
+  }
+  EXPECT_EQ(attn::methods<float>().size(), std::size(kExpectations));
+}
+
+TEST(MethodList, UnknownNamesAreRefusedWithAllNames) {
+  std::string names;
+  for (const std::string& name : method_names()) names += (names.empty() ? "" : ", ") + name;
+  for (const std::string& name : {std::string("performer"), std::string(), std::string("Softmax")}) {
+    try {
+      attn::make_approximator<float>(name);
+      ADD_FAILURE() << name;
+    } catch (const std::invalid_argument& e) {
+      EXPECT_EQ(e.what(), "make_approximator: no method is called \"" + name + "\"; there are " + names);
+    }
+  }
+}
+
+}  // namespace

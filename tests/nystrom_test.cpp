@@ -1,0 +1,190 @@
+#include <attn/nystrom.hpp>
+
+#include <attn/exact.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <iterator>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+using attn::IterativePinv;
+using attn::Nystrom;
+using attn::SegmentMeans;
+using attn::SoftmaxAttention;
+using attn::SoftmaxKernel;
+using test::Context;
+using test::Family;
+using test::Index;
+using test::Inputs;
+using test::Mask;
+using test::Matrix;
+
+using Dense = reference::Matrix;
+
+template <class T>
+constexpr double kTolerance = sizeof(T) == 4 ? 1e-5 : 1e-11;
+
+Dense kept_rows(const Dense& x, std::span<const std::uint8_t> keep) {
+  std::vector<Index> rows;
+  for (Index i = 0; i < x.rows(); ++i) {
+    if (reference::kept(keep, i)) rows.push_back(i);
+  }
+  return x(rows, Eigen::all);
+}
+
+/// Means of m consecutive segments: m - n mod m of floor(n / m) rows, then the longer ones.
+Dense segment_means(const Dense& x, Index m) {
+  Dense means(m, x.cols());
+  Index first = 0;
+  for (Index j = 0; j < m; ++j) {
+    const Index length = x.rows() / m + (j < m - x.rows() % m ? 0 : 1);
+    means.row(j) = x.middleRows(first, length).colwise().mean();
+    first += length;
+  }
+  EXPECT_EQ(first, x.rows());
+  return means;
+}
+
+Dense iterated_inverse(const Dense& a, int iterations) {
+  const Dense eye = Dense::Identity(a.rows(), a.cols());
+  Dense z = a.transpose() / (a.cwiseAbs().colwise().sum().maxCoeff() * a.cwiseAbs().rowwise().sum().maxCoeff());
+  for (int i = 0; i < iterations; ++i) {
+    const Dense az = a * z;
+    z = (z * (13 * eye - az * (15 * eye - az * (7 * eye - az)))).eval() / 4;
+  }
+  return z;
+}
+
+/// F (Z (B v)) by definition, for fewer landmarks than kept rows.
+Dense defined(const reference::Problem& p, Index m, int iterations, std::optional<double> scale = {}) {
+  const auto kernel = reference::softmax_kernel(p.q.cols(), scale);
+  const Dense q_land = segment_means(kept_rows(p.q, p.mask.keep_query), m);
+  const Dense k_land = segment_means(kept_rows(p.k, p.mask.keep_key), m);
+  const Dense bv = attend(kernel, {q_land, p.k, p.v, {.keep_key = p.mask.keep_key}}).out;
+  const Dense a = attend(kernel, {q_land, k_land, Dense::Identity(m, m)}).out;
+  return attend(kernel, {p.q, k_land, iterated_inverse(a, iterations) * bv, {.keep_query = p.mask.keep_query}}).out;
+}
+
+template <class T>
+class NystromOf : public ::testing::Test {};
+TYPED_TEST_SUITE(NystromOf, test::Scalars);
+
+TYPED_TEST(NystromOf, IsItsDefinition) {
+  using T = TypeParam;
+  constexpr std::array<Index, 3> kSizes[] = {{77, 77, 8}, {61, 90, 8}, {300, 41, 40}, {33, 700, 32}, {129, 128, 1}, {500, 500, 65}};
+  for (const auto& [n_q, n_k, m] : kSizes) {
+    const auto x = test::make_tokens<T>(Family::init, {n_q, n_k, 16, 12}, 301);
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+    for (const int iterations : {1, 6}) {
+      const Nystrom<T> method(SegmentMeans{.num_landmarks = m}, IterativePinv{.iterations = iterations}, SoftmaxKernel{.scale = 0.4});
+      const Dense expected = defined(test::to_reference(in), m, iterations, 0.4);
+      EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), expected), kTolerance<T>)
+          << n_q << " queries, " << n_k << " keys, " << m << " landmarks";
+    }
+  }
+}
+
+TYPED_TEST(NystromOf, CutsSegmentsOverKeptRows) {
+  using T = TypeParam;
+  const auto keep_query = test::random_keep(130, 0.6, 302), keep_key = test::random_keep(210, 0.3, 303);
+  const auto x = test::make_tokens<T>(Family::smooth, {130, 210, 16, 12}, 304);
+  for (const Mask& mask : {Mask{.keep_key = keep_key}, Mask{.keep_query = keep_query},
+                           Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = mask};
+    for (const Index m : {7, 32}) {
+      const Matrix<T> out = attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = m}), x.q, x.k, x.v, mask);
+      EXPECT_LE(test::relative_error(out, defined(test::to_reference(in), m, 6)), kTolerance<T>) << m << " landmarks";
+    }
+  }
+}
+
+TYPED_TEST(NystromOf, IsExactWhenTheLandmarksSuffice) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::unit, {90, 50, 16, 12}, 305);
+  const auto keep_query = test::random_keep(90, 0.3, 306), keep_key = test::random_keep(50, 0.5, 307);
+  const auto count = [](const std::vector<std::uint8_t>& keep) { return std::ssize(keep) - std::count(keep.begin(), keep.end(), 0); };
+  const auto same = [&](Index m, const Mask& mask) {
+    return test::bitwise_equal(attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = m}), x.q, x.k, x.v, mask),
+                               attn::attention(SoftmaxAttention<T>{}, x.q, x.k, x.v, mask));
+  };
+  EXPECT_TRUE(same(50, {}));
+  EXPECT_TRUE(same(500, {}));
+  EXPECT_FALSE(same(49, {}));
+  EXPECT_TRUE(same(count(keep_key), {.keep_key = keep_key}));
+  EXPECT_FALSE(same(count(keep_key) - 1, {.keep_key = keep_key}));
+  EXPECT_TRUE(same(count(keep_query), {.keep_query = keep_query}));
+  EXPECT_FALSE(same(count(keep_query) - 1, {.keep_query = keep_query}));
+}
+
+TEST(NystromInvariances, AShiftOfTheKeysChangesNothing) {
+  auto x = test::make_tokens<double>(Family::smooth, {120, 150, 16, 12}, 308);
+  const Nystrom<double> method(SegmentMeans{.num_landmarks = 16});
+  const Matrix<double> before = attn::attention(method, x.q, x.k, x.v);
+  x.k.rowwise() += 3.0 * test::Random(309).normal(1, 16).row(0);
+  EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), before), 1e-11);
+}
+
+TEST(NystromInvariances, ARotationChangesNothing) {
+  auto x = test::make_tokens<double>(Family::smooth, {120, 150, 16, 12}, 310);
+  const Nystrom<double> method(SegmentMeans{.num_landmarks = 16});
+  const Matrix<double> before = attn::attention(method, x.q, x.k, x.v);
+  Eigen::VectorXd axis = test::Random(311).normal(16, 1).col(0);
+  axis.normalize();
+  x.q -= (2 * (x.q * axis) * axis.transpose()).eval();
+  x.k -= (2 * (x.k * axis) * axis.transpose()).eval();
+  EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), before), 1e-11);
+}
+
+TEST(NystromInvariances, TheResultIsLinearInTheValues) {
+  const auto x = test::make_tokens<double>(Family::init, {100, 130, 16, 12}, 312);
+  const Matrix<double> w = test::Random(313).normal(130, 12), sum = 2 * x.v - 3 * w;
+  const Nystrom<double> method(SegmentMeans{.num_landmarks = 16});
+  const auto out = [&](const Matrix<double>& v) { return attn::attention(method, x.q, x.k, v); };
+  EXPECT_LE(test::relative_error(out(sum), 2 * out(x.v) - 3 * out(w)), 1e-12);
+}
+
+TEST(SegmentMeansOf, UnevenSegmentsHaveTheLongerOnesLast) {
+  Matrix<double> x(11, 1);
+  for (Index i = 0; i < 11; ++i) x(i, 0) = static_cast<double>(i);
+  const auto means = [&](Index m, const auto& keeps) -> std::vector<double> {
+    Context context;
+    auto scratch = context.scratch();
+    const Matrix<double> selected = SegmentMeans{.num_landmarks = m}.select<double>(x, keeps, scratch);
+    return {selected.data(), selected.data() + selected.size()};
+  };
+  const auto all = [](Index) { return true; };
+  EXPECT_EQ(means(4, all), (std::vector<double>{0.5, 3, 6, 9}));
+  EXPECT_EQ(means(1, all), std::vector<double>{5});
+  EXPECT_EQ(means(3, all), (std::vector<double>{1, 4.5, 8.5}));
+  EXPECT_EQ(means(11, all), (std::vector<double>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}));
+  EXPECT_EQ(means(2, [](Index i) { return i % 2 == 1; }), (std::vector<double>{2, 7}));  // 1 3 and 5 7 9
+}
+
+TEST(NystromRefuses, OptionsOutOfRange) {
+  const Matrix<float> x = Matrix<float>::Zero(6, 4);
+  const auto error = [&](Index num_landmarks, int iterations, double scale) -> std::string {
+    const Nystrom<float> method(SegmentMeans{num_landmarks}, IterativePinv{iterations}, SoftmaxKernel{.scale = scale});
+    try {
+      attn::attention(method, x, x, x);
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(error(2, 6, 1), "no error");
+  EXPECT_EQ(error(0, 6, 1), "nystrom: num_landmarks is 0, should be at least 1");
+  EXPECT_EQ(error(2, 0, 1), "nystrom: iterations is 0, should be at least 1");
+  EXPECT_EQ(error(2, 6, std::numeric_limits<double>::infinity()), "nystrom: scale is inf, should be finite");
+}
+
+}  // namespace
