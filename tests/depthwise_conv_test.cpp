@@ -18,7 +18,8 @@ using test::Padded;
 
 template <class T>
 struct Problem {
-  Problem(Index n, Index d_v, Index taps) : v(test::Random(401).normal(n, d_v).cast<T>()), before(test::Random(402).normal(n, d_v).cast<T>()) {
+  Problem(Index n, Index d_v, Index taps)
+      : v(test::Random(401).normal(n, d_v).cast<T>()), before(test::Random(402).normal(n, d_v).cast<T>()) {
     test::Random random(403);
     for (Index t = 0; t < taps; ++t) filter.push_back(static_cast<T>(random.normal()));
   }

@@ -230,7 +230,8 @@ TEST_P(Methods, PaddedIsTrimmed) {
         const Matrix<T> padded = forward(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask});
         const Matrix<T> trimmed = forward(method, {.q = rows(x.q), .k = rows(x.k), .v = rows(x.v)});
         const Matrix<T> inner = padded.middleRows(padding, kKept);
-        EXPECT_LE(test::relative_error(inner, trimmed.template cast<double>()), tolerance) << m << " landmarks, " << padding << " before";
+        EXPECT_LE(test::relative_error(inner, trimmed.template cast<double>()), tolerance)
+              << m << " landmarks, " << padding << " before";
       }
     }
   });

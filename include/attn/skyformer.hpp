@@ -60,13 +60,16 @@ class Skyformer {
   /// kappa(L, L) has raw rows whatever those of the result are.
   GaussianKernel gram_kernel() const { return {.bandwidth = kernel_.bandwidth, .rows = Rows::raw}; }
 
-  /// sums (m, d_v + 1) <- kappa(L, k) [v 1].
+  /// sums (m, d_v + 1) <- kappa(L, k) [v 1]; where the rows of the result are normalized, relative to the largest of kappa's maxima, a
+  /// factor that cancels, so that large key biases do not overflow.
   void sum_over_keys(const Inputs<T>& in, MatrixRef<T> land, MatrixRef<T> sums, Context& context, Scratch& scratch) const {
     const Index m = land.rows(), d_v = in.v.cols();
     const RowStates<T> states{scratch.array<T>(m), scratch.array<T>(m), sums.leftCols(d_v)};
     kernel_matmul_partial(kernel_, Inputs<T>{land, in.k, in.v, keys_only(in.mask), in.key_bias}, states, context);
+    T top = 0;
+    if (kernel_.rows == Rows::normalized) top = *std::max_element(states.maximum.begin(), states.maximum.end());
     for (Index j = 0; j < m; ++j) {
-      const T factor = std::exp2(states.maximum[static_cast<std::size_t>(j)]);
+      const T factor = std::exp2(states.maximum[static_cast<std::size_t>(j)] - top);
       sums.row(j).head(d_v) *= factor;
       sums(j, d_v) = factor * states.sum[static_cast<std::size_t>(j)];
     }
@@ -86,7 +89,11 @@ class Skyformer {
       kernel_matmul(kernel_, Inputs<T>{in.q.middleRows(first, count), land, values, mask}, parts.topRows(count), context);
       for (Index i = 0; i < count; ++i) {
         const T divisor = std::max(parts(i, d_v), T(1e-6) * parts(i, d_v + 1));
-        out.row(first + i) = parts.row(i).head(d_v) * (divisor == 0 ? T(0) : 1 / divisor);
+        if (divisor == 0) {
+          out.row(first + i).setZero();
+        } else {
+          out.row(first + i) = parts.row(i).head(d_v) / divisor;
+        }
       }
     }
   }

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <cstdint>
 #include <span>
 #include <string_view>
 
@@ -54,7 +53,7 @@ class ShiftedNystrom {
       : landmarks_(landmarks), shift_(shift), kernel_(kernel) {}
 
   bool supports(const Inputs<T>& in) const {
-    return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() && same_masks(in.mask);
+    return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() && same_masks(in);
   }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
@@ -74,9 +73,11 @@ class ShiftedNystrom {
   }
 
  private:
-  static bool same_masks(const Mask& mask) {
-    const auto kept = [](std::uint8_t a, std::uint8_t b) { return (a != 0) == (b != 0); };
-    return std::equal(mask.keep_key.begin(), mask.keep_key.end(), mask.keep_query.begin(), mask.keep_query.end(), kept);
+  static bool same_masks(const Inputs<T>& in) {
+    for (Index i = 0; i < in.q.rows(); ++i) {
+      if (detail::keeps_query(in, i) != detail::keeps_key(in, i)) return false;
+    }
+    return true;
   }
 
   void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
@@ -84,7 +85,7 @@ class ShiftedNystrom {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
     if (in.q.rows() != in.k.rows()) detail::refuse(kName, "q has ", in.q.rows(), " rows, k has ", in.k.rows(), ", should be as many");
-    if (!same_masks(in.mask)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");
+    if (!same_masks(in)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");
     detail::check_kernel(kName, kernel_);
     detail::check_landmarks(kName, landmarks_);
     shift_.check(kName);
