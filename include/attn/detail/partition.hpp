@@ -28,8 +28,7 @@ struct Partition {
     const Index strips = (packets + kTilePackets - 1) / kTilePackets;
     const Index strip_bytes = (d + 2 * d_v) * kTilePackets * kLanes<T> * Index{sizeof(T)};
     const Index strips_a_block = std::clamp<Index>(kBlockBytes / strip_bytes, kFewestStrips, kMostStrips);
-    Index blocks = (strips + strips_a_block - 1) / strips_a_block;
-    if (blocks > 1) blocks = std::min(strips, (blocks + kBlockMultiple - 1) / kBlockMultiple * kBlockMultiple);
+    const Index blocks = std::max((strips + strips_a_block - 1) / strips_a_block, std::min(strips, kFewestBlocks));
     const Index splits = blocks < kFewBlocks ? std::clamp<Index>(n_k / kFewestSplitKeys, 1, kSplitTasks / blocks) : 1;
     return {packets, strips, blocks, splits};
   }
@@ -39,7 +38,9 @@ struct Partition {
   Index most_strips_a_block() const { return (strips + blocks - 1) / blocks; }
 
  private:
-  static constexpr Index kBlockBytes = 128 * 1024, kFewestStrips = 4, kMostStrips = 16, kBlockMultiple = 4;
+  static constexpr Index kBlockBytes = 128 * 1024, kFewestStrips = 4, kMostStrips = 16;
+  /// Where there are as many strips: more, smaller blocks leave less to wait for at the end of a parallel run.
+  static constexpr Index kFewestBlocks = 24;
   static constexpr Index kFewBlocks = 8, kSplitTasks = 16, kFewestSplitKeys = 512;
 };
 
