@@ -28,7 +28,8 @@ struct Partition {
     const Index strips = (packets + kTilePackets - 1) / kTilePackets;
     const Index strip_bytes = (d + 2 * d_v) * kTilePackets * kLanes<T> * Index{sizeof(T)};
     const Index strips_a_block = std::clamp<Index>(kBlockBytes / strip_bytes, kFewestStrips, kMostStrips);
-    const Index blocks = std::max((strips + strips_a_block - 1) / strips_a_block, std::min(strips, kFewestBlocks));
+    Index blocks = (strips + strips_a_block - 1) / strips_a_block;
+    if (strips >= kFewBlocks) blocks = std::max(blocks, std::min(strips, kFewestBlocks));
     const Index splits = blocks < kFewBlocks ? std::clamp<Index>(n_k / kFewestSplitKeys, 1, kSplitTasks / blocks) : 1;
     return {packets, strips, blocks, splits};
   }
