@@ -97,7 +97,7 @@ class BlockRunner {
     Index first, count;
 
     Index lanes() const { return packets * kLanes<T>; }
-    Strip<T> strip() const { return {queries, recent, packets, first, count}; }
+    Strip<T> strip() const { return {queries, recent, packets, count}; }
   };
 
   std::span<Lanes> used_strips() const { return strips_.first(static_cast<std::size_t>(used_)); }

@@ -37,13 +37,13 @@ struct LaneState {
   T *maximum, *sum, *weighted;
 };
 
-/// Up to kTilePackets packets of queries [first, first + count), count of them real. panel: scaled queries, d rows.
+/// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows.
 template <class T>
 struct Strip {
   const T* panel;
   LaneState<T> state;
   int packets;
-  Index first, count;
+  Index count;
 
   Index lanes() const { return packets * kLanes<T>; }
 };
