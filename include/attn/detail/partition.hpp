@@ -41,7 +41,7 @@ struct Partition {
  private:
   static constexpr Index kBlockBytes = 128 * 1024, kFewestStrips = 4, kMostStrips = 16;
   /// Where there are as many strips: more, smaller blocks leave less to wait for at the end of a parallel run.
-  static constexpr Index kFewestBlocks = 24;
+  static constexpr Index kFewestBlocks = 16;
   static constexpr Index kFewBlocks = 8, kSplitTasks = 16, kFewestSplitKeys = 512;
 };
 
