@@ -5,8 +5,10 @@
 ///   for each round, for each contender:   ratio = (flops / time of a sample) / (FMA peak measured just before)
 ///   table: median over the rounds, with quartiles and extremes
 #include <attn/exact.hpp>
+#include <attn/nystrom.hpp>
 #include <attn/openmp.hpp>
 #include <attn/skyformer.hpp>
+#include <attn/spectral_shift.hpp>
 
 #include "common/eigen_blocks.hpp"
 #include "common/flops.hpp"
@@ -38,6 +40,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Settings {
   Index n = 2048, num_landmarks = 128;
+  Index long_n = 16384;  ///< of the methods whose cost grows with n alone
   int rounds = 15;
   double sample_ms = 25, max_seconds = 50;
   std::string json;
@@ -81,6 +84,15 @@ Contender skyformer(const Settings& settings) {
                    bench::smooth_tokens<float>(settings.n, kDim), bench::landmark_flops(settings.n, settings.num_landmarks, kDim));
 }
 
+/// A method with segment means on long sequences, against 8 n m d flops: its two factors count, its m x m algebra does not.
+template <class Method>
+Contender segment_means(const Settings& settings) {
+  constexpr Index kDim = 64, kLandmarks = 64;
+  const std::string name = std::string(Method::kName) + "/float/n:" + std::to_string(settings.long_n) + "/d:64/m:64";
+  return contender(name, Method{attn::SegmentMeans{.num_landmarks = kLandmarks}}, bench::smooth_tokens<float>(settings.long_n, kDim),
+                   bench::landmark_flops(settings.long_n, kLandmarks, kDim));
+}
+
 /// How many calls of each contender make a sample; leaves the context warm.
 std::vector<int> calls_per_sample(const std::vector<Contender>& contenders, double seconds, attn::Context& context) {
   std::vector<int> calls;
@@ -102,14 +114,16 @@ std::vector<Contender> one_core_contenders(const Settings& settings) {
           exact<Softmax>(settings, 32),
           exact<Softmax>(settings, 128),
           exact<SoftmaxDouble>(settings, 64),
-          exact<SoftmaxDouble>(settings, 64, Causal::upper_left)};
+          exact<SoftmaxDouble>(settings, 64, Causal::upper_left),
+          segment_means<attn::Nystrom<float>>(settings),
+          segment_means<attn::ShiftedNystrom<float>>(settings)};
 }
 
 /// The contenders above of which the first is said to be so many times faster than the second.
 struct Pair {
   std::size_t fast, slow;
 };
-constexpr Pair kPairs[] = {{0, 1}, {2, 3}, {4, 5}};
+constexpr Pair kPairs[] = {{0, 1}, {2, 3}, {4, 5}, {10, 11}};
 
 /// A quantity sampled once a round.
 struct Series {
@@ -217,6 +231,7 @@ Settings parse(int argc, char** argv) {
     app.add_option(name, value, text)->check(CLI::PositiveNumber)->capture_default_str();
   };
   add("--n", settings.n, "tokens");
+  add("--long-n", settings.long_n, "tokens of the methods with segment means");
   add("--landmarks", settings.num_landmarks, "Skyformer's landmarks");
   add("--rounds", settings.rounds, "samples of each contender");
   add("--sample-ms", settings.sample_ms, "length of a sample");

@@ -67,6 +67,10 @@ template <class T>
 inline Packet<T> operator*(Packet<T> a, Packet<T> b) {
   return {Eigen::internal::pmul(a.raw, b.raw)};
 }
+template <class T>
+inline Packet<T> operator/(Packet<T> a, Packet<T> b) {
+  return {Eigen::internal::pdiv(a.raw, b.raw)};
+}
 
 /// The larger of a and b, lane by lane; a where either is NaN.
 template <class T>

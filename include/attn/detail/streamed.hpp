@@ -6,11 +6,14 @@
 #include <attn/detail/partition.hpp>
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/strip.hpp>
+#include <attn/detail/upcoming.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <span>
 
@@ -57,22 +60,20 @@ class BlockRunner {
 
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
   void finish_block(Index block, MatrixRef<T> out, std::span<T> lse) {
-    stream(block, {0, product_.in.k.rows()});
-    for (const Lanes& strip : used_strips()) {
+    stream(block, {0, product_.in.k.rows()}, out, [&](const Lanes& strip) {
       alignas(64) T factor[kWidth];
-      for (Index i = 0; i < strip.lanes(); ++i) {
-        const T maximum = absolute_maximum(strip, i), sum = strip.total.sum[i];
-        factor[i] = row_factor(product_.rows, maximum, sum);
-        if (!lse.empty() && i < strip.count) lse[at(strip, i)] = keeps(strip, i) ? row_log_sum(maximum, sum) : row_log_sum(T(0), T(0));
-      }
+      set_factor(strip, factor);
       write_rows(strip, factor, out);
-    }
+      if (lse.empty()) return;
+      for (Index i = 0; i < strip.count; ++i) {
+        lse[at(strip, i)] = keeps(strip, i) ? row_log_sum(absolute_maximum(strip, i), strip.total.sum[i]) : row_log_sum(T(0), T(0));
+      }
+    });
   }
 
   /// states <- the rows of a block for some keys, to be merged.
   void partial_block(Index block, Range keys, const RowStates<T>& states) {
-    stream(block, keys);
-    for (const Lanes& strip : used_strips()) {
+    stream(block, keys, states.weighted, [&](const Lanes& strip) {
       alignas(64) T factor[kWidth];
       std::fill_n(factor, kWidth, T(1));
       for (Index i = 0; i < strip.count; ++i) {
@@ -80,7 +81,7 @@ class BlockRunner {
         states.sum[at(strip, i)] = keeps(strip, i) ? strip.total.sum[i] : T(0);
       }
       write_rows(strip, factor, states.weighted);
-    }
+    });
   }
 
  private:
@@ -88,7 +89,7 @@ class BlockRunner {
   /// Tiles that are added up before the result joins the total, which keeps chains of sums short.
   static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
 
-  /// A strip and its results: recent ones of the current chunk of keys, total ones of all before.
+  /// A strip and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
   /// query_bias: -bias |q|^2, what log2 kappa has beyond the score.
   struct Lanes {
     T *queries, *query_bias;
@@ -97,10 +98,10 @@ class BlockRunner {
     Index first, count;
 
     Index lanes() const { return packets * kLanes<T>; }
-    Strip<T> strip() const { return {queries, recent, packets, count}; }
+    Range rows() const { return {first, first + count}; }
+    Strip<T> with(const LaneState<T>& state) const { return {queries, state, packets, count}; }
   };
 
-  std::span<Lanes> used_strips() const { return strips_.first(static_cast<std::size_t>(used_)); }
   static std::size_t at(const Lanes& strip, Index i) { return static_cast<std::size_t>(strip.first + i); }
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
 
@@ -111,46 +112,81 @@ class BlockRunner {
     return strip.total.maximum[i] + strip.query_bias[i] + std::numbers::log2e_v<T> * product_.space.bias_origin;
   }
 
-  void stream(Index block, Range keys) {
-    load_queries(block);
-    const Lanes& bottom = used_strips().back();
-    const Index limit = product_.limit(bottom.first + bottom.count - 1);
-    const Index last = limit < keys.last ? std::max(keys.first, limit + 1) : keys.last;
-    for (Lanes& strip : used_strips()) reset(strip, strip.recent);
-    for (Index first = keys.first; first < last; first += kChunkKeys) {
-      stream_chunk({first, std::min(last, first + kChunkKeys)});
-      for (Lanes& strip : used_strips()) {
-        if (first == keys.first) {
-          std::swap(strip.recent, strip.total);
-        } else {
-          merge_lanes(strip.total, strip.recent, strip.lanes(), product_.in.v.cols());
-        }
-        if (first + kChunkKeys < last) reset(strip, strip.recent);
+  /// What a strip's row sums are divided by at the end, as factors.
+  void set_factor(const Lanes& strip, T* factor) const {
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      if (product_.rows == Rows::normalized) {  // a row without keys has sum 0 and weighted 0, and stays 0
+        store(factor + p, broadcast(T(1)) / max(load(strip.total.sum + p), broadcast(std::numeric_limits<T>::min())));
+      } else {
+        for (Index i = p; i < p + kLanes<T>; ++i) factor[i] = row_factor(product_.rows, absolute_maximum(strip, i), strip.total.sum[i]);
       }
     }
-    if (keys.first >= last) {
-      for (Lanes& strip : used_strips()) std::swap(strip.recent, strip.total);
+  }
+
+  /// Feeds the strips of a block with keys, then calls done(strip) for each. to: where done writes the strips' rows.
+  template <class Done>
+  void stream(Index block, Range keys, const ConstMatrixRef<T>& to, const Done& done) {
+    Range strips = product_.partition.strips_of_block(block);
+    if (keys.last - keys.first <= kTileKeys<T>) return stream_tile(strips, reader_.read(keys.first, keys.last), to, done);
+    const std::span<Lanes> block_strips = strips_.first(static_cast<std::size_t>(strips.last - strips.first));
+    for (Lanes& strip : block_strips) load_queries(strip, strips.first++);
+    stream_chunks(block_strips, keys, to);
+    for (const Lanes& strip : block_strips) done(strip);
+  }
+
+  /// Where one tile holds all keys, one strip after another goes from its queries to its results, and the next one's queries come
+  /// into the cache meanwhile.
+  template <class Done>
+  void stream_tile(Range strips, const KeyTile<T>& tile, const ConstMatrixRef<T>& to, const Done& done) {
+    Lanes& strip = strips_.front();
+    for (; strips.first < strips.last; ++strips.first) {
+      load_queries(strip, strips.first);
+      reset(strip, strip.total);
+      const Range next{strip.first + strip.count, strips.first + 1 < strips.last ? strip.first + strip.count + kWidth : 0};
+      kernel_.add(strip.with(strip.total), tile, product_.limit(strip.first),
+                  {Upcoming::of<T>(product_.in.q, next), Upcoming::of<T>(to, strip.rows())});
+      done(strip);
     }
   }
 
-  void stream_chunk(Range keys) {
-    for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
-      const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
-      for (const Lanes& strip : used_strips()) kernel_.add(strip.strip(), tile, product_.limit(strip.first));
+  void stream_chunks(std::span<Lanes> strips, Range keys, const ConstMatrixRef<T>& to) {
+    const Index limit = product_.limit(strips.back().rows().last - 1);
+    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    for (Lanes& strip : strips) reset(strip, strip.total);
+    for (Range chunk{keys.first, 0}; chunk.first < keys.last; chunk.first = chunk.last) {
+      chunk.last = std::min(keys.last, chunk.first + kChunkKeys);
+      if (chunk.first == keys.first) {
+        stream_chunk(strips, &Lanes::total, chunk, keys.last, to);
+        continue;
+      }
+      for (Lanes& strip : strips) reset(strip, strip.recent);
+      stream_chunk(strips, &Lanes::recent, chunk, keys.last, to);
+      for (Lanes& strip : strips) merge_lanes(strip.total, strip.recent, strip.lanes(), product_.in.v.cols());
     }
   }
 
-  void load_queries(Index block) {
-    const Range range = product_.partition.strips_of_block(block);
-    used_ = range.last - range.first;
-    for (Index s = range.first; s < range.last; ++s) {
-      Lanes& strip = strips_[static_cast<std::size_t>(s - range.first)];
-      const Range packets = product_.partition.packets_of_strip(s);
-      strip.packets = static_cast<int>(packets.last - packets.first);
-      strip.first = packets.first * kLanes<T>;
-      strip.count = std::min(packets.last * kLanes<T>, product_.in.q.rows()) - strip.first;
-      pack_queries(strip);
+  /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or the next
+  /// keys, has fetched them for all; with the last tile come the rows of the results.
+  void stream_chunk(std::span<Lanes> strips, LaneState<T> Lanes::*state, Range keys, Index end, const ConstMatrixRef<T>& to) {
+    for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
+      tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
+      const KeyTile<T> read = reader_.read(tile.first, tile.last);
+      std::array<Upcoming, 2> upcoming{Upcoming::of<T>(product_.in.v, tile),
+                                       Upcoming::of<T>(product_.in.k, {tile.last, std::min(end, tile.last + kTileKeys<T>)})};
+      for (Lanes& strip : strips) {
+        if (tile.last == end) upcoming[1] = Upcoming::of<T>(to, strip.rows());
+        kernel_.add(strip.with(strip.*state), read, product_.limit(strip.first), upcoming);
+        upcoming = {};
+      }
     }
+  }
+
+  void load_queries(Lanes& strip, Index s) const {
+    const Range packets = product_.partition.packets_of_strip(s);
+    strip.packets = static_cast<int>(packets.last - packets.first);
+    strip.first = packets.first * kLanes<T>;
+    strip.count = std::min(packets.last * kLanes<T>, product_.in.q.rows()) - strip.first;
+    pack_queries(strip);
   }
 
   void pack_queries(const Lanes& strip) const {
@@ -194,7 +230,6 @@ class BlockRunner {
   KeyReader<T> reader_;
   StripKernel<T> kernel_;
   std::span<Lanes> strips_;
-  Index used_ = 0;
 };
 
 }  // namespace attn::detail

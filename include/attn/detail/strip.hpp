@@ -18,8 +18,10 @@
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
+#include <attn/detail/upcoming.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -50,11 +52,13 @@ struct Strip {
 
 /// Scores of count keys for a strip, into a panel; their maximum into maximum.
 template <int kPackets, class T>
-[[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum) {
+[[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
+                                  const Upcoming& upcoming) {
   constexpr int kWidth = kPackets * kLanes<T>;
   Packet<T> top[kPackets];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
   for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
+    upcoming.fetch(j, rows, count);
     Packet<T> score[rows][kPackets];
     multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
     if (tile.bias != nullptr) {
@@ -92,9 +96,11 @@ template <int kPackets, class T>
 
 /// weighted <- correction weighted + v^T weights, over count keys.
 template <int kPackets, class T>
-[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count, const T* correction, T* weighted) {
+[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count, const T* correction,
+                                  T* weighted, const Upcoming& upcoming) {
   constexpr int kWidth = kPackets * kLanes<T>;
   for_each_tile(d_v, [&](Index c, auto rows) __attribute__((always_inline)) {
+    upcoming.fetch(c, rows, d_v);
     Packet<T> tile[rows][kPackets];
     multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
     unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
@@ -130,18 +136,18 @@ class StripKernel {
         finite_values_(scratch.array<T>(kTileKeys<T> * d_v).data()) {}
 
   /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
-  /// and so on; kNoLimit without a causal mask.
-  void add(const Strip<T>& strip, const KeyTile<T>& tile, Index limit) const {
+  /// and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first product and during the second.
+  void add(const Strip<T>& strip, const KeyTile<T>& tile, Index limit, const std::array<Upcoming, 2>& upcoming) const {
     const Index count = limit == kNoLimit ? tile.count : tile.visible(limit + strip.count - 1);
     if (count == 0) return;
     const Index seen_by_all = limit == kNoLimit ? count : tile.visible(limit);
     with_packets(strip.packets, [&](auto packets) {
-      score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_);
+      score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
       if (seen_by_all < count) hide_future(strip, tile, seen_by_all, count, limit);
       raise_maximum(strip);
       weigh<packets>(panel_, count, strip.state.maximum, strip.state.sum);
       if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values<packets>(strip, tile, count, limit);
-      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, strip.state.weighted);
+      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, strip.state.weighted, upcoming[1]);
     });
   }
 
@@ -198,7 +204,7 @@ class StripKernel {
         finite_values_[j * d_v_ + c] = std::isfinite(x) ? x : T(0);
       }
     }
-    add_values<kPackets>(finite_values_, d_v_, d_v_, panel_, count, correction_, strip.state.weighted);
+    add_values<kPackets>(finite_values_, d_v_, d_v_, panel_, count, correction_, strip.state.weighted, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
