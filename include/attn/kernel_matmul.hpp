@@ -5,6 +5,7 @@
 #include <attn/detail/checks.hpp>
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/streamed.hpp>
+#include <attn/detail/streamed_backward.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -180,6 +181,98 @@ void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std:
   detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
   Scratch scratch = context.scratch();
   detail::run_partial(detail::make_product(kernel, in, detail::Maximum::running, scratch), states, context, scratch);
+}
+
+namespace detail {
+
+/// dots_i = a_i.b_i over the rows of both.
+template <class T>
+std::span<const T> row_dots(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, Scratch& scratch) {
+  const std::span<T> dots = scratch.array<T>(a.rows());
+  for (Index i = 0; i < a.rows(); ++i) {
+    dots[static_cast<std::size_t>(i)] = dot_product(a.data() + i * a.outerStride(), b.data() + i * b.outerStride(), a.cols());
+  }
+  return dots;
+}
+
+/// to <- to + parts, one after another, rows in parallel.
+template <class T>
+void add_parts(MatrixRef<T> to, std::span<const MatrixRef<T>> parts, Context& context) {
+  constexpr Index kRows = 128;
+  if (parts.empty()) return;
+  context.for_each((to.rows() + kRows - 1) / kRows, [&](Index item, int) {
+    const Range rows{item * kRows, std::min((item + 1) * kRows, to.rows())};
+    for (const MatrixRef<T>& part : parts) rows_of(to, rows) += rows_of(part, rows);
+  });
+}
+
+/// gradients and dbias <- those of a product, from partial ones for each part of the keys and of the queries.
+template <class T>
+void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradients<T>& gradients, std::span<T> dbias,
+                  Context& context, Scratch& scratch) {
+  const Inputs<T>& in = product.in;
+  const auto [query_parts, key_parts] = BackwardPartition::of(in.q.rows(), in.k.rows());
+  const std::span<MatrixRef<T>> dq = scratch.make<MatrixRef<T>>(key_parts, gradients.dq);
+  const std::span<MatrixRef<T>> dk = scratch.make<MatrixRef<T>>(query_parts, gradients.dk);
+  const std::span<MatrixRef<T>> dv = scratch.make<MatrixRef<T>>(query_parts, gradients.dv);
+  const MatrixRef<T> bias_column(dbias.data(), static_cast<Index>(dbias.size()), 1, 1);
+  const std::span<MatrixRef<T>> bias = scratch.make<MatrixRef<T>>(query_parts, bias_column);
+  for (std::size_t p = 1; p < dq.size(); ++p) std::construct_at(&dq[p], scratch.matrix<T>(in.q.rows(), in.q.cols()));
+  for (std::size_t p = 1; p < dk.size(); ++p) {
+    std::construct_at(&dk[p], scratch.matrix<T>(in.k.rows(), in.k.cols()));
+    std::construct_at(&dv[p], scratch.matrix<T>(in.v.rows(), in.v.cols()));
+    std::construct_at(&bias[p], scratch.matrix<T>(bias_column.rows(), 1));
+  }
+  const auto runners = scratch.make<BackwardRunner<T>>(context.workers(), product, seeds, scratch);
+  context.for_each(key_parts * query_parts, [&](Index item, int worker) {
+    const auto key = static_cast<std::size_t>(item / query_parts), query = static_cast<std::size_t>(item % query_parts);
+    runners[static_cast<std::size_t>(worker)].run(nth_part(product.partition.strips, query_parts, item % query_parts),
+                                                  nth_part(in.k.rows(), key_parts, item / query_parts),
+                                                  {dq[key], dk[query], dv[query], {bias[query].data(), dbias.size()}});
+  });
+  add_parts<T>(gradients.dq, dq.subspan(1), context);
+  add_parts<T>(gradients.dk, dk.subspan(1), context);
+  add_parts<T>(gradients.dv, dv.subspan(1), context);
+  if (!dbias.empty()) add_parts<T>(bias_column, bias.subspan(1), context);
+}
+
+/// dk_j <- dk_j - 2 bias dbias_j k_j, the kernel's own dependence on |k_j|^2. Dropped keys may hold anything, and have no gradient.
+template <class T>
+void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias, MatrixRef<T> dk) {
+  const T twice_bias = 2 * std::numbers::ln2_v<T> * product.space.bias;
+  for (Index j = 0; j < dk.rows(); ++j) {
+    if (!keeps_key(product.in, j)) continue;
+    const T* k = product.in.k.data() + j * product.in.k.outerStride();
+    T* to = dk.data() + j * dk.outerStride();
+    const T factor = twice_bias * dbias[static_cast<std::size_t>(j)];
+    for (Index c = 0; c < dk.cols(); ++c) to[c] -= factor * (k[c] - (product.space.center == nullptr ? T(0) : product.space.center[c]));
+  }
+}
+
+}  // namespace detail
+
+/// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as kernel_matmul gave them
+/// for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or n_k entries that receive the gradient by
+/// the key bias. Throws std::invalid_argument when shapes disagree. 2 n_q n_k (3 d + 2 d_v) flops; memory for up to 7 partial dq, or dk
+/// and dv. Dao et al. 2022, Alg. 4.
+template <ScoreKernel Kernel, class T>
+void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
+                            std::type_identity_t<std::span<const T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
+                            const std::type_identity_t<Gradients<T>>& gradients, Context& context,
+                            std::type_identity_t<std::span<T>> dbias = {}) {
+  constexpr std::string_view kName = "kernel_matmul_backward";
+  detail::check_backward(kName, in, out, dout, gradients);
+  detail::check_length(kName, "lse", lse.size(), "q", in.q.rows());
+  detail::check_length(kName, "dbias", dbias.size(), "k", in.k.rows());
+  Scratch scratch = context.scratch();
+  const detail::Product<T> product = detail::make_product(kernel, in, detail::Maximum::running, scratch);
+  const bool normalized = product.rows == Rows::normalized;
+  if (normalized && lse.empty()) detail::refuse(kName, "lse is empty, should have ", in.q.rows(), " entries, for rows are normalized");
+  const detail::Seeds<T> seeds{dout, normalized ? lse : std::span<const T>{},
+                               normalized ? detail::row_dots<T>(out, dout, scratch) : std::span<const T>{}};
+  if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
+  detail::run_backward(product, seeds, gradients, dbias, context, scratch);
+  if (product.space.bias != 0) detail::subtract_norm_gradient<T>(product, dbias, gradients.dk);
 }
 
 }  // namespace attn

@@ -49,7 +49,24 @@ void check_shape(std::string_view who, const char* name, const MatrixRef<T>& m, 
   if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
 }
 
-/// The same, and out has the shape of the result.
+template <class T>
+void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>& m, Index rows, Index cols) {
+  if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
+}
+
+/// Shapes of a backward pass agree with those of its inputs.
+template <class T>
+void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                    const Gradients<T>& gradients) {
+  check_inputs(who, in);
+  check_shape(who, "out", out, in.q.rows(), in.v.cols());
+  check_shape(who, "dout", dout, in.q.rows(), in.v.cols());
+  check_shape(who, "dq", gradients.dq, in.q.rows(), in.q.cols());
+  check_shape(who, "dk", gradients.dk, in.k.rows(), in.k.cols());
+  check_shape(who, "dv", gradients.dv, in.v.rows(), in.v.cols());
+}
+
+/// Shapes of inputs agree with one another, and out has the shape of the result.
 template <class T>
 void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
   check_inputs(who, in);

@@ -27,15 +27,18 @@ inline void store_row(T* row, Index first, Index d, Packet<T> x) {
   std::copy(lanes, lanes + (d - first), row + first);
 }
 
+/// a.b of rows of length d.
+template <class T>
+inline T dot_product(const T* a, const T* b, Index d) {
+  auto products = broadcast(T(0));
+  for (Index first = 0; first < d; first += kLanes<T>) products = multiply_add(load_row(a, first, d), load_row(b, first, d), products);
+  return sum(products);
+}
+
 /// |row|^2 of a row of length d.
 template <class T>
 inline T squared_norm(const T* row, Index d) {
-  auto squares = broadcast(T(0));
-  for (Index first = 0; first < d; first += kLanes<T>) {
-    const auto x = load_row(row, first, d);
-    squares = multiply_add(x, x, squares);
-  }
-  return sum(squares);
+  return dot_product(row, row, d);
 }
 
 /// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are zeros.

@@ -1,0 +1,337 @@
+/// Gradients of a streamed product: a block of queries meets a range of keys once more, and every weight is computed anew.
+///
+///   for each key j of a tile:        score[j]  = scale q.k_j + bias_j             as in the forward pass
+///                                    slope[j]  = dout.v_j
+///   for each key j:                  weight[j] = 2^(score[j] - log_divisor)       what multiplied v_j
+///                                    slope[j]  = weight[j] (slope[j] - dot)       the loss's derivative by the score
+///   for each key j:                  dv_j     += sum over queries weight[j] dout
+///                                    dk_j     += sum over queries slope[j] scale q
+///   for each column c of k:          dq[c]    += sum_j k[j][c] slope[j]
+///
+/// Five products of the same register tile; queries lie along the lanes, as in strip.hpp.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/exp2.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/partition.hpp>
+#include <attn/detail/register_tile.hpp>
+#include <attn/detail/streamed.hpp>
+#include <attn/detail/strip.hpp>
+#include <attn/kernel.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <span>
+
+namespace attn::detail {
+
+/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, log sum_j kappa_ij, empty for raw rows; dot, dout_i.out_i,
+/// which a normalised row's slopes are measured from, empty for raw rows.
+template <class T>
+struct Seeds {
+  ConstMatrixRef<T> dout;
+  std::span<const T> log_sum, dot;
+};
+
+/// Rows of a strip for the products that add to keys: slices of kSlicePackets packets of columns, each with one row a lane.
+inline constexpr int kSlicePackets = 2;
+template <class T>
+inline constexpr Index kSliceWidth = kSlicePackets * kLanes<T>;
+
+/// Elements of the slices of so many lanes of rows with d columns.
+template <class T>
+inline Index slices_size(Index d, Index lanes) {
+  return (d + kSliceWidth<T> - 1) / kSliceWidth<T> * kSliceWidth<T> * lanes;
+}
+
+/// Lane's row of slices <- scale (row - center), zeros beyond d; a null row and a null center are zeros. Returns whether all is finite.
+template <class T>
+inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices, Index lanes, Index lane) {
+  auto zero = broadcast(T(0));
+  for (Index c = 0; c < d; c += kLanes<T>) {
+    const auto x = row == nullptr ? broadcast(T(0)) : (load_row(row, c, d) - load_row(center, c, d)) * broadcast(scale);
+    zero = multiply_add(x, broadcast(T(0)), zero);
+    store(slices + (c / kSliceWidth<T> * lanes + lane) * kSliceWidth<T> + c % kSliceWidth<T>, x);
+  }
+  for (Index c = (d + kLanes<T> - 1) / kLanes<T> * kLanes<T>; c % kSliceWidth<T> != 0; c += kLanes<T>) {
+    store(slices + (c / kSliceWidth<T> * lanes + lane) * kSliceWidth<T> + c % kSliceWidth<T>, broadcast(T(0)));
+  }
+  return sum(zero) == 0;
+}
+
+/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys.
+template <int kPackets, class T>
+[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot) {
+  Packet<T> divisor[kPackets], dots[kPackets];
+  unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+    divisor[p] = load(log_divisor + p * kLanes<T>);
+    dots[p] = load(dot + p * kLanes<T>);
+  });
+  for (Index j = 0; j < count; ++j, scores += kPackets * kLanes<T>, slopes += kPackets * kLanes<T>) {
+    unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+      const auto weight = exp2(load(scores + p * kLanes<T>) - divisor[p]);
+      store(scores + p * kLanes<T>, weight);
+      store(slopes + p * kLanes<T>, weight * (load(slopes + p * kLanes<T>) - dots[p]));
+    });
+  }
+}
+
+/// to_j += sum over lanes i of panel[j][i] row_i, for the count keys j of a tile and rows given as slices.
+template <class T>
+[[gnu::noinline]] void add_to_keys(const T* panel, Index lanes, const T* slices, const KeyTile<T>& tile, Index count, MatrixRef<T> to) {
+  for (Index c = 0; c < to.cols(); c += kSliceWidth<T>, slices += lanes * kSliceWidth<T>) {
+    for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
+      Packet<T> added[rows][kSlicePackets];
+      multiply_tile<Left::row_major>(panel + j * lanes, lanes, slices, lanes, added);
+      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+        T* row = to.data() + tile.row(j + r) * to.outerStride();
+        unroll<kSlicePackets>([&](auto p) __attribute__((always_inline)) {
+          const Index at = c + p * kLanes<T>;
+          if (at < to.cols()) store_row(row, at, to.cols(), load_row(row, at, to.cols()) + added[r][p]);
+        });
+      });
+    });
+  }
+}
+
+template <class T>
+MatrixRef<T> rows_of(const MatrixRef<T>& m, Range rows) {
+  return {m.data() + rows.first * m.outerStride(), rows.last - rows.first, m.cols(), m.outerStride()};
+}
+
+/// Where a task of the backward pass adds up: dq (n_q, d) of its keys, dk (n_k, d), dv (n_k, d_v) and dbias (n_k) of its queries.
+template <class T>
+struct PartialGradients {
+  MatrixRef<T> dq, dk, dv;
+  std::span<T> dbias;
+};
+
+/// Runs tasks of a Product's backward pass. One for each worker; all its memory comes from the scratch that it is made with.
+template <class T>
+class BackwardRunner {
+ public:
+  BackwardRunner(const Product<T>& product, const Seeds<T>& seeds, Scratch& scratch)
+      : product_(product),
+        seeds_(seeds),
+        reader_(product.in, product.space, scratch),
+        scores_(scratch.array<T>(kTileKeys<T> * kWidth).data()),
+        slopes_(scratch.array<T>(kTileKeys<T> * kWidth).data()),
+        ones_(scratch.array<T>(kWidth).data()),
+        unused_(scratch.array<T>(kWidth).data()),
+        strips_(scratch.array<Lanes>(kBlockStrips)) {
+    std::fill_n(ones_, kWidth, T(1));
+    const Index d = product.in.q.cols(), d_v = product.in.v.cols();
+    for (Lanes& strip : strips_) {
+      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.array<T>(kWidth * d).data();
+      for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.array<T>(kWidth).data();
+      strip.douts = scratch.array<T>(kWidth * d_v).data();
+      strip.query_rows = scratch.array<T>(slices_size<T>(d, kWidth)).data();
+      strip.dout_rows = scratch.array<T>(slices_size<T>(d_v, kWidth)).data();
+    }
+  }
+
+  /// The queries of some strips meet some keys: their rows of to.dq are set, the keys' rows of to.dk, to.dv and to.dbias are set to
+  /// what these queries add to them.
+  void run(Range strips, Range keys, const PartialGradients<T>& to) {
+    rows_of(to.dk, keys).setZero();
+    rows_of(to.dv, keys).setZero();
+    if (!to.dbias.empty()) std::fill_n(to.dbias.data() + keys.first, keys.last - keys.first, T(0));
+    for (Range block{strips.first, 0}; block.first < strips.last; block.first = block.last) {
+      block.last = std::min(strips.last, block.first + kBlockStrips);
+      const std::span<Lanes> lanes = strips_.first(static_cast<std::size_t>(block.last - block.first));
+      for (Lanes& strip : lanes) load_strip(strip, block.first++);
+      stream(lanes, keys, to);
+      for (const Lanes& strip : lanes) write_dq(strip, to.dq);
+    }
+  }
+
+ private:
+  static constexpr Index kWidth = kTilePackets * kLanes<T>, kBlockStrips = 4;
+
+  /// A strip of queries: transposed for the products that run over features, as rows for those that run over queries.
+  struct Lanes {
+    T *queries, *douts, *query_rows, *dout_rows;
+    T *log_divisor, *dot;
+    T *dq, *slope_sum;
+    int packets;
+    Index first, count;
+    bool finite;
+
+    Index lanes() const { return packets * kLanes<T>; }
+  };
+
+  bool has_bias() const { return product_.space.bias != 0; }
+
+  void load_strip(Lanes& strip, Index s) const {
+    const Range packets = product_.partition.packets_of_strip(s);
+    strip.packets = static_cast<int>(packets.last - packets.first);
+    strip.first = packets.first * kLanes<T>;
+    strip.count = std::min(packets.last * kLanes<T>, product_.in.q.rows()) - strip.first;
+    strip.finite = true;
+    const Index d = product_.in.q.cols(), d_v = product_.in.v.cols(), lanes = strip.lanes();
+    const T scale = std::numbers::ln2_v<T> * product_.space.scale;
+    for (Index p = 0; p < lanes; p += kLanes<T>) {
+      const T *q[kLanes<T>], *dout[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        const Index row = strip.first + p + i;
+        const bool real = p + i < strip.count && keeps_query(product_.in, row);
+        q[i] = real ? product_.in.q.data() + row * product_.in.q.outerStride() : nullptr;
+        dout[i] = real ? seeds_.dout.data() + row * seeds_.dout.outerStride() : nullptr;
+        strip.finite &= slice_row(q[i], d, product_.space.center, scale, strip.query_rows, lanes, p + i);
+        strip.finite &= slice_row<T>(dout[i], d_v, nullptr, T(1), strip.dout_rows, lanes, p + i);
+      }
+      const auto squares = pack_rows(q, d, product_.space.center, product_.space.scale, strip.queries + p, lanes);
+      pack_rows<T>(dout, d_v, nullptr, T(1), strip.douts + p, lanes);
+      store(strip.log_divisor + p, broadcast(product_.space.bias) * squares);
+    }
+    for (Index i = 0; i < lanes; ++i) set_statistics(strip, i);
+    std::fill_n(strip.dq, lanes * d, T(0));
+    std::fill_n(strip.slope_sum, lanes, T(0));
+  }
+
+  /// A lane without a query, and a row that saw no key, have no weights.
+  void set_statistics(Lanes& strip, Index i) const {
+    const auto row = static_cast<std::size_t>(strip.first + i);
+    const bool real = i < strip.count && keeps_query(product_.in, strip.first + i);
+    strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
+    strip.log_divisor[i] -= std::numbers::log2e_v<T> * product_.space.bias_origin;
+    if (real && !seeds_.log_sum.empty()) strip.log_divisor[i] += std::numbers::log2e_v<T> * seeds_.log_sum[row];
+    if (!real || strip.log_divisor[i] == -kInfinity) strip.log_divisor[i] = kInfinity;
+    strip.finite = strip.finite && std::isfinite(strip.dot[i]) && !std::isnan(strip.log_divisor[i]);
+  }
+
+  void stream(std::span<Lanes> strips, Range keys, const PartialGradients<T>& to) {
+    const Index limit = product_.limit(strips.back().first + strips.back().count - 1);
+    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
+      const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
+      for (const Lanes& strip : strips) add(strip, tile, to);
+    }
+  }
+
+  void add(const Lanes& strip, const KeyTile<T>& tile, const PartialGradients<T>& to) {
+    const Index limit = product_.limit(strip.first);
+    const bool causal = limit != StripKernel<T>::kNoLimit;
+    const Index count = causal ? tile.visible(limit + strip.count - 1) : tile.count;
+    if (count == 0) return;
+    const Index seen_by_all = causal ? tile.visible(limit) : count;
+    with_packets(strip.packets, [&](auto packets) {
+      const KeyTile<T> values{.k = tile.v, .v = nullptr, .bias = nullptr, .k_stride = tile.v_stride, .v_stride = 0,
+                              .rows = nullptr, .first = 0, .count = count};
+      score_keys<packets>(tile, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
+      score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
+      weigh_slopes<packets>(scores_, slopes_, count, strip.log_divisor, strip.dot);
+      if (seen_by_all < count) {
+        hide_future(strip, tile, seen_by_all, count, limit);
+        if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);
+      }
+      add_sums(strip, tile, count, to);
+      add_to_keys(scores_, strip.lanes(), strip.dout_rows, tile, count, to.dv);
+      add_to_keys(slopes_, strip.lanes(), strip.query_rows, tile, count, to.dk);
+      add_values<packets>(tile.k, tile.k_stride, product_.in.k.cols(), slopes_, count, ones_, strip.dq, {});
+    });
+  }
+
+  void hide_future(const Lanes& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
+    for (Index j = first; j < count; ++j) {
+      const Index hidden = std::min(tile.row(j) - limit, strip.lanes());
+      for (T* panel : {scores_, slopes_}) std::fill_n(panel + j * strip.lanes(), hidden, T(0));
+    }
+  }
+
+  /// Sums of slopes: over the keys into slope_sum, over the queries into dbias.
+  void add_sums(const Lanes& strip, const KeyTile<T>& tile, Index count, const PartialGradients<T>& to) const {
+    if (to.dbias.empty()) return;
+    for (Index j = 0; j < count; ++j) {
+      auto over_queries = broadcast(T(0));
+      for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+        const auto slope = load(slopes_ + j * strip.lanes() + p);
+        over_queries = over_queries + slope;
+        store(strip.slope_sum + p, load(strip.slope_sum + p) + slope);
+      }
+      to.dbias[static_cast<std::size_t>(tile.row(j))] += sum(over_queries);
+    }
+  }
+
+  bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
+    for (Index j = first; j < count; ++j) {
+      for (Index c = 0; c < product_.in.k.cols(); ++c) {
+        if (!std::isfinite(tile.k[j * tile.k_stride + c])) return false;
+      }
+    }
+    return true;
+  }
+
+  /// The products pair by pair, for a tile that only some queries see and that holds, or meets, what is not finite: 0 times it
+  /// would be NaN where nothing should be.
+  void add_seen(const Lanes& strip, const KeyTile<T>& tile, Index count, Index limit, const PartialGradients<T>& to) const {
+    const Index d = product_.in.k.cols(), d_v = product_.in.v.cols(), lanes = strip.lanes();
+    const auto sliced = [&](const T* slices, Index i, Index c) {
+      return slices[(c / kSliceWidth<T> * lanes + i) * kSliceWidth<T> + c % kSliceWidth<T>];
+    };
+    for (Index j = 0; j < count; ++j) {
+      const Index row = tile.row(j);
+      for (Index i = std::max<Index>(0, row - limit); i < strip.count; ++i) {
+        const T weight = scores_[j * lanes + i], slope = slopes_[j * lanes + i];
+        for (Index c = 0; c < d_v; ++c) to.dv.data()[row * to.dv.outerStride() + c] += weight * sliced(strip.dout_rows, i, c);
+        for (Index c = 0; c < d; ++c) to.dk.data()[row * to.dk.outerStride() + c] += slope * sliced(strip.query_rows, i, c);
+        for (Index c = 0; c < d; ++c) strip.dq[c * lanes + i] += slope * tile.k[j * tile.k_stride + c];
+        strip.slope_sum[i] += slope;
+        if (!to.dbias.empty()) to.dbias[static_cast<std::size_t>(row)] += slope;
+      }
+    }
+  }
+
+  /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i; dropped queries get zeros.
+  void write_dq(const Lanes& strip, MatrixRef<T> dq) const {
+    const T scale = std::numbers::ln2_v<T> * product_.space.scale, twice_bias = 2 * std::numbers::ln2_v<T> * product_.space.bias;
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      T* rows[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        rows[i] = p + i < strip.count ? dq.data() + (strip.first + p + i) * dq.outerStride() : nullptr;
+      }
+      unpack_rows(strip.dq + p, strip.lanes(), dq.cols(), broadcast(scale), rows);
+    }
+    for (Index i = 0; i < strip.count; ++i) {
+      const Index row = strip.first + i;
+      T* to = dq.data() + row * dq.outerStride();
+      if (!keeps_query(product_.in, row)) {
+        std::fill_n(to, dq.cols(), T(0));
+      } else if (has_bias()) {
+        const T* q = product_.in.q.data() + row * product_.in.q.outerStride();
+        const T* center = product_.space.center;
+        for (Index c = 0; c < dq.cols(); ++c) to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));
+      }
+    }
+  }
+
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+  const Product<T>& product_;
+  const Seeds<T>& seeds_;
+  KeyReader<T> reader_;
+  T *scores_, *slopes_, *ones_, *unused_;
+  std::span<Lanes> strips_;
+};
+
+/// How the backward pass is cut into tasks, each some strips of queries and some keys. Where keys are cut, dq is added up from several
+/// partial ones, where queries are cut, dk and dv are: so not both in many parts. Depends on the shapes alone.
+struct BackwardPartition {
+  Index query_parts, key_parts;
+
+  static BackwardPartition of(Index n_q, Index n_k) {
+    const Index key_parts = std::clamp<Index>(n_k / kFewestKeys, 1, kMostParts);
+    const Index query_parts = key_parts >= kEnoughParts ? 1 : std::clamp<Index>(n_q / kFewestQueries, 1, kMostParts / key_parts);
+    return {query_parts, key_parts};
+  }
+
+ private:
+  static constexpr Index kFewestKeys = 512, kFewestQueries = 256, kMostParts = 8, kEnoughParts = 4;
+};
+
+}  // namespace attn::detail
