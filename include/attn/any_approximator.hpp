@@ -8,6 +8,7 @@
 #include <attn/skyformer.hpp>
 #include <attn/spectral_shift.hpp>
 
+#include <any>
 #include <concepts>
 #include <cstdint>
 #include <memory>
@@ -28,13 +29,25 @@ class AnyApproximator {
   static constexpr std::string_view kName = "any";
 
   template <class A>
-    requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::same_as<typename A::Scalar, T>
+    requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> && std::same_as<typename A::Scalar, T>
   explicit AnyApproximator(A method) : method_(std::make_shared<const Holder<A>>(std::move(method))) {}
 
   /// The name of the method inside.
   std::string_view name() const { return method_->name(); }
   bool supports(const Inputs<T>& in) const { return method_->supports(in); }
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { method_->forward(in, out, context); }
+
+  /// What the method inside saves.
+  struct Saved {
+    std::any of_method{};
+  };
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const { method_->forward(in, out, context, saved); }
+
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
+                Context& context) const {
+    method_->backward(in, out, dout, saved, gradients, context);
+  }
 
  private:
   struct Method {
@@ -45,6 +58,9 @@ class AnyApproximator {
     virtual std::string_view name() const = 0;
     virtual bool supports(const Inputs<T>& in) const = 0;
     virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const = 0;
+    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const = 0;
+    virtual void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                          const Gradients<T>& gradients, Context& context) const = 0;
   };
 
   template <class A>
@@ -53,6 +69,16 @@ class AnyApproximator {
     std::string_view name() const override { return A::kName; }
     bool supports(const Inputs<T>& in) const override { return method.supports(in); }
     void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const override { method.forward(in, out, context); }
+    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const override {
+      auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
+      method.forward(in, out, context, inner != nullptr ? *inner : saved.of_method.template emplace<typename A::Saved>());
+    }
+    void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                  const Gradients<T>& gradients, Context& context) const override {
+      const auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
+      if (inner == nullptr) detail::refuse(A::kName, "saved is not of a forward pass of this method");
+      method.backward(in, out, dout, *inner, gradients, context);
+    }
     A method;
   };
 

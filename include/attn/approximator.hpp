@@ -15,13 +15,23 @@ namespace attn {
 ///   A::kName                            its name, for tables and error messages
 ///   a.supports(inputs)                  whether forward accepts these masks and shapes
 ///   a.forward(inputs, out, context)     out (n_q, d_v) is overwritten; throws std::invalid_argument when it does not support them
+/// and for training:
+///   typename A::Saved                   what backward needs of forward; made once, then reused from step to step
+///   a.forward(inputs, out, context, saved)
+///   a.backward(inputs, out, dout, saved, gradients, context)
+///                                       for the same inputs, the out and the saved of that forward, and dout (n_q, d_v), the gradient
+///                                       of a loss by out: gradients of the loss by q, k and v
 template <class A>
-concept Approximator = std::copyable<A> && requires(const A& a, const Inputs<typename A::Scalar>& inputs,
-                                                    MatrixRef<typename A::Scalar> out, Context& context) {
-  { A::kName } -> std::convertible_to<std::string_view>;
-  { a.supports(inputs) } -> std::same_as<bool>;
-  a.forward(inputs, out, context);
-};
+concept Approximator = std::copyable<A> && std::default_initializable<typename A::Saved> &&
+                       requires(const A& a, const Inputs<typename A::Scalar>& inputs, MatrixRef<typename A::Scalar> out,
+                                ConstMatrixRef<typename A::Scalar> dout, typename A::Saved& saved, const typename A::Saved& kept,
+                                const Gradients<typename A::Scalar>& gradients, Context& context) {
+                         { A::kName } -> std::convertible_to<std::string_view>;
+                         { a.supports(inputs) } -> std::same_as<bool>;
+                         a.forward(inputs, out, context);
+                         a.forward(inputs, out, context, saved);
+                         a.backward(inputs, dout, dout, kept, gradients, context);
+                       };
 
 /// out = attention of q (n_q, d) to k (n_k, d) and v (n_k, d_v) by method a, in one line: allocates its result, runs serially.
 template <Approximator A>

@@ -16,10 +16,13 @@
 namespace attn {
 
 /// A core of one's own: apply(a, x, context) overwrites x (m, columns) with what replaces a^-1 x; it may destroy a (m, m).
-/// check(who) throws std::invalid_argument when an option is out of range.
+/// backward(a, x, dx, da, context), for the same a and x, turns dx (m, columns), the gradient by apply's result, into the gradient by
+/// x, and sets da (m, m) to the gradient by a; it may destroy a and x. check(who) throws std::invalid_argument when an option is out
+/// of range.
 template <class C, class T>
 concept Core = std::copyable<C> && requires(const C& core, MatrixRef<T> a, MatrixRef<T> x, Context& context, std::string_view who) {
   core.apply(a, x, context);
+  core.backward(a, x, x, a, context);
   core.check(who);
 };
 
@@ -35,6 +38,17 @@ struct RidgeInverse {
     Scratch scratch = context.scratch();
     a.diagonal().array() += static_cast<T>(gamma);
     detail::Cholesky<T>(a, scratch, context).solve(x);
+  }
+
+  /// For y = (a + gamma I)^-1 x: dx <- (a + gamma I)^-1 dx, da = -dx y^T.
+  template <class T>
+  void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
+    Scratch scratch = context.scratch();
+    a.diagonal().array() += static_cast<T>(gamma);
+    detail::Cholesky<T> factor(a, scratch, context);
+    factor.solve(x);
+    factor.solve(dx);
+    detail::gemm<T, detail::Left::row_major, detail::Right::transposed>(-1, dx, x, 0, da, context);
   }
 };
 
@@ -72,6 +86,65 @@ void iterate_pinv(const ConstMatrixRef<T>& a, MatrixRef<T> z, int iterations, Co
   }
 }
 
+/// The gradients of iterate_pinv: for z, what the iteration started from, and dz, the gradient by its result. dz <- the gradient by z,
+/// da <- da + the gradient by a. With x = a z, e1 = 7 I - x, e2 = 15 I - x e1, e3 = 13 I - x e2, a step is z e3 / 4. 30 m^3 flops each.
+template <class T>
+void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& z, MatrixRef<T> dz, MatrixRef<T> da, int iterations,
+                           Context& context) {
+  constexpr auto kRow = Left::row_major, kColumn = Left::column_major;
+  constexpr auto kPlain = Right::plain, kTransposed = Right::transposed;
+  Scratch scratch = context.scratch();
+  const Index m = a.rows();
+  MatrixRef<T> iterates = scratch.matrix<T>(iterations * m, m);
+  MatrixRef<T> x = scratch.matrix<T>(m, m), e1 = scratch.matrix<T>(m, m), e2 = scratch.matrix<T>(m, m), e3 = scratch.matrix<T>(m, m);
+  MatrixRef<T> de = scratch.matrix<T>(m, m), dx = scratch.matrix<T>(m, m), next = scratch.matrix<T>(m, m);
+  const auto iterate = [&](int i) { return MatrixRef<T>(iterates.data() + i * m * m, m, m, m); };
+  for (int i = 0; i < iterations; ++i) {
+    if (i == 0) iterate(0) = z;
+    if (i > 0) {
+      iterate(i) = iterate(i - 1);
+      iterate_pinv<T>(a, iterate(i), 1, context);
+    }
+  }
+  for (int i = iterations - 1; i >= 0; --i) {
+    const MatrixRef<T> before = iterate(i);
+    gemm<T>(1, a, before, 0, x, context);
+    e1 = -x;
+    e1.diagonal().array() += T(7);
+    gemm<T>(-1, x, e1, 0, e2, context);
+    e2.diagonal().array() += T(15);
+    gemm<T>(-1, x, e2, 0, e3, context);
+    e3.diagonal().array() += T(13);
+    gemm<T, kColumn, kPlain>(T(0.25), before, dz, 0, de, context);  // de3
+    gemm<T, kRow, kTransposed>(T(0.25), dz, e3, 0, next, context);
+    gemm<T, kRow, kTransposed>(-1, de, e2, 0, dx, context);
+    gemm<T, kColumn, kPlain>(-1, x, de, 0, e3, context);  // de2
+    gemm<T, kRow, kTransposed>(-1, e3, e1, 1, dx, context);
+    gemm<T, kColumn, kPlain>(1, x, e3, 1, dx, context);  // -de1
+    gemm<T, kRow, kTransposed>(1, dx, before, 1, da, context);
+    gemm<T, kColumn, kPlain>(1, a, dx, 1, next, context);
+    dz = next;
+  }
+}
+
+/// da <- da + dsum times the gradient of largest_row_sum(a), which lies in the row that has it.
+template <class T>
+void add_row_sum_gradient(const ConstMatrixRef<T>& a, T dsum, MatrixRef<T> da) {
+  Index largest = 0;
+  for (Index i = 1; i < a.rows(); ++i) {
+    if (largest_row_sum<T>(a.row(i)) > largest_row_sum<T>(a.row(largest))) largest = i;
+  }
+  for (Index j = 0; j < a.cols(); ++j) da(largest, j) += std::copysign(dsum, dsum * a(largest, j));
+}
+
+/// sum_ij x_ij y_ij.
+template <class T>
+T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
+  T sum = 0;
+  for (Index i = 0; i < x.rows(); ++i) sum += dot_product(x.data() + i * x.outerStride(), y.data() + i * y.outerStride(), x.cols());
+  return sum;
+}
+
 }  // namespace detail
 
 /// What stands for the inverse of A, rows of softmax between landmarks, in Nystromformer: iterations steps from A^T / (|A|_1 |A|_inf).
@@ -99,6 +172,39 @@ struct IterativePinv {
     old = x;
     detail::gemm<T>(1, z, old, 0, x, context);
   }
+
+  /// For y = z x: dx <- z^T dx, and da from dz = dx x^T.
+  template <class T>
+  void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
+    Scratch scratch = context.scratch();
+    MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), dz = scratch.matrix<T>(a.rows(), a.rows());
+    MatrixRef<T> dy = scratch.matrix<T>(x.rows(), x.cols());
+    invert<T>(a, z, context);
+    dy = dx;
+    detail::gemm<T, detail::Left::row_major, detail::Right::transposed>(1, dy, x, 0, dz, context);
+    detail::gemm<T, detail::Left::column_major>(1, z, dy, 0, dx, context);
+    invert_backward<T>(a, dz, da, context);
+  }
+
+  /// da <- the gradient by a for dz, that by invert's z; overwrites dz. The norms of the start have theirs, at their largest row and
+  /// column.
+  template <class T>
+  void invert_backward(const ConstMatrixRef<T>& a, MatrixRef<T> dz, MatrixRef<T> da, Context& context) const {
+    Scratch scratch = context.scratch();
+    const Index m = a.rows();
+    MatrixRef<T> transposed = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m), by_columns = scratch.matrix<T>(m, m);
+    transposed = a.transpose();
+    const T rows = detail::largest_row_sum<T>(a), columns = detail::largest_row_sum<T>(transposed);
+    start = transposed / (rows * columns);
+    da.setZero();
+    detail::iterate_pinv_backward<T>(a, start, dz, da, iterations, context);
+    const T dscale = detail::sum_of_products<T>(dz, transposed);
+    by_columns.setZero();
+    detail::add_row_sum_gradient<T>(transposed, -dscale / (rows * columns * columns), by_columns);
+    detail::add_row_sum_gradient<T>(a, -dscale / (rows * rows * columns), da);
+    da += by_columns.transpose();
+    da += dz.transpose() / (rows * columns);
+  }
 };
 
 /// The paper's inverse of A + gamma I: six steps of the iteration for P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A + gamma I) 1),
@@ -117,14 +223,62 @@ struct PreconditionedPinv {
     Scratch scratch = context.scratch();
     const Index m = a.rows();
     MatrixRef<T> scale = scratch.matrix<T>(m, 1), z = scratch.matrix<T>(m, m), product = scratch.matrix<T>(m, x.cols());
-    a.diagonal().array() += static_cast<T>(gamma);
-    for (Index i = 0; i < m; ++i) scale(i, 0) = 1 / std::sqrt(detail::largest_row_sum<T>(a.row(i)));
-    for (Index i = 0; i < m; ++i) a.row(i).array() *= scale(i, 0) * scale.col(0).transpose().array();
+    precondition<T>(a, scale);
     z = a.transpose() / detail::largest_row_sum<T>(a);  // |P|_1 = |P|_inf, for P is symmetric
     detail::iterate_pinv<T>(a, z, iterations, context);
     x.array().colwise() *= scale.col(0).array();
     detail::gemm<T>(1, z, x, 0, product, context);
     x = product.array().colwise() * scale.col(0).array();
+  }
+
+  /// For y = s z (s x), s = D^-1/2: through z as IterativePinv, and through s, which z and P = s (a + gamma I) s hold as well.
+  template <class T>
+  void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
+    Scratch scratch = context.scratch();
+    const Index m = a.rows(), columns = x.cols();
+    MatrixRef<T> scale = scratch.matrix<T>(m, 1), z = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m), dz = scratch.matrix<T>(m, m);
+    MatrixRef<T> product = scratch.matrix<T>(m, columns), dscale = scratch.matrix<T>(m, 1), scaled = scratch.matrix<T>(m, columns);
+    precondition<T>(a, scale);
+    const T norm = detail::largest_row_sum<T>(a);
+    z = start = a.transpose() / norm;
+    detail::iterate_pinv<T>(a, z, iterations, context);
+    scaled = x.array().colwise() * scale.col(0).array();
+    detail::gemm<T>(1, z, scaled, 0, product, context);
+    for (Index i = 0; i < m; ++i) dscale(i, 0) = detail::dot_product(&dx(i, 0), &product(i, 0), columns);
+    dx.array().colwise() *= scale.col(0).array();
+    detail::gemm<T, detail::Left::row_major, detail::Right::transposed>(1, dx, scaled, 0, dz, context);
+    detail::gemm<T, detail::Left::column_major>(1, z, dx, 0, product, context);
+    for (Index i = 0; i < m; ++i) dscale(i, 0) += detail::dot_product(&x(i, 0), &product(i, 0), columns);
+    dx = product.array().colwise() * scale.col(0).array();
+    da.setZero();
+    detail::iterate_pinv_backward<T>(a, start, dz, da, iterations, context);
+    detail::add_row_sum_gradient<T>(a, -detail::sum_of_products<T>(dz, start) / norm, da);
+    da += dz.transpose() / norm;
+    precondition_backward<T>(a, scale, dscale, da);
+  }
+
+ private:
+  /// a <- P = s (a + gamma I) s, scale <- s = D^-1/2 with D the row sums.
+  template <class T>
+  void precondition(MatrixRef<T> a, MatrixRef<T> scale) const {
+    a.diagonal().array() += static_cast<T>(gamma);
+    for (Index i = 0; i < a.rows(); ++i) scale(i, 0) = 1 / std::sqrt(detail::largest_row_sum<T>(a.row(i)));
+    for (Index i = 0; i < a.rows(); ++i) a.row(i).array() *= scale(i, 0) * scale.col(0).transpose().array();
+  }
+
+  /// da: the gradient by P -> that by a. dscale: what s has beside P. With P_ij = s_i M_ij s_j and s_i = (sum_j |M_ij|)^-1/2.
+  template <class T>
+  static void precondition_backward(const ConstMatrixRef<T>& p, const ConstMatrixRef<T>& scale, MatrixRef<T> dscale, MatrixRef<T> da) {
+    for (Index i = 0; i < p.rows(); ++i) {
+      for (Index j = 0; j < p.cols(); ++j) {
+        dscale(i, 0) += da(i, j) * p(i, j) / scale(i, 0);
+        dscale(j, 0) += da(i, j) * p(i, j) / scale(j, 0);
+      }
+    }
+    for (Index i = 0; i < p.rows(); ++i) {
+      const T drow = T(-0.5) * dscale(i, 0) * scale(i, 0) * scale(i, 0) * scale(i, 0);
+      for (Index j = 0; j < p.cols(); ++j) da(i, j) = da(i, j) * scale(i, 0) * scale(j, 0) + std::copysign(drow, drow * p(i, j));
+    }
   }
 };
 

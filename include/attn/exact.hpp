@@ -8,6 +8,7 @@
 
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace attn {
 
@@ -33,6 +34,27 @@ class ExactAttention {
     detail::check(kName, in, out);
     detail::check_kernel(kName, kernel_);
     kernel_matmul(kernel_, in, out, context);
+  }
+
+  /// The log-sums of the rows (n_q); raw rows need none.
+  struct Saved {
+    std::vector<T> lse{};
+  };
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
+    detail::check(kName, in, out);
+    detail::check_kernel(kName, kernel_);
+    const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
+    saved.lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
+    kernel_matmul(kernel_, in, out, saved.lse, context);
+  }
+
+  /// Streamed once more: 2 n_q n_k (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
+                Context& context) const {
+    detail::check_backward(kName, in, out, dout, gradients);
+    detail::check_saved(kName, saved.lse.size(), score_parameters(kernel_, in.q.cols()).rows == Rows::normalized ? in.q.rows() : 0);
+    kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
   }
 
  private:

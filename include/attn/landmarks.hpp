@@ -17,6 +17,8 @@ namespace attn {
 
 /// A choice of landmarks for queries and keys together: select(inputs, scratch) gives them as the rows of an (m, d) matrix in
 /// scratch memory, m at least 1 where a query and a key are kept. It must depend on kept rows alone and be the same at every call.
+/// Optional: scatter(inputs, dland, dq, dk, scratch) adds the gradient by the landmarks (m, d) to those by q and k that they come from;
+/// a policy without it has landmarks that are constants in the backward pass.
 template <class L, class T>
 concept JointLandmarks = std::copyable<L> && requires(const L& landmarks, const Inputs<T>& in, Scratch& scratch) {
   { landmarks.select(in, scratch) } -> std::same_as<MatrixRef<T>>;
@@ -37,26 +39,49 @@ void ranks_to_rows(std::span<Index> ranks, const Keeps& keeps) {
   }
 }
 
-/// min(m / 2, kept queries) rows of q, then min(the rest of m, kept keys) rows of k. choose(n, side, chosen) fills chosen with
-/// ascending numbers below n.
+/// Row numbers of sampled landmarks: min(m / 2, kept queries) of q, then min(the rest of m, kept keys) of k.
+struct SampledRows {
+  std::span<Index> from_q, from_k;
+};
+
+/// choose(n, side, chosen) fills chosen with ascending numbers below n.
 template <class T, class Choose>
-MatrixRef<T> sample_rows(const Inputs<T>& in, Index m, Scratch& scratch, const Choose& choose) {
+SampledRows sample_rows(const Inputs<T>& in, Index m, Scratch& scratch, const Choose& choose) {
   const auto keeps_q = [&](Index i) { return keeps_query(in, i); };
   const auto keeps_k = [&](Index j) { return keeps_key(in, j); };
   const Index n_q = count_kept(in.q.rows(), keeps_q), n_k = count_kept(in.k.rows(), keeps_k);
   const Index m_q = std::min(m / 2, n_q), m_k = std::min(m - m_q, n_k);
-  const auto landmarks = scratch.matrix<T>(m_q + m_k, in.q.cols());
-  const std::span<Index> rows = scratch.array<Index>(m_q + m_k);
-  const auto from_q = rows.first(static_cast<std::size_t>(m_q)), from_k = rows.subspan(static_cast<std::size_t>(m_q));
-  choose(n_q, Side::queries, from_q);
-  choose(n_k, Side::keys, from_k);
-  ranks_to_rows(from_q, keeps_q);
-  ranks_to_rows(from_k, keeps_k);
-  for (Index j = 0; j < m_q + m_k; ++j) {
-    const ConstMatrixRef<T>& from = j < m_q ? in.q : in.k;
-    std::copy_n(from.data() + rows[static_cast<std::size_t>(j)] * from.outerStride(), from.cols(), landmarks.data() + j * landmarks.cols());
-  }
+  const SampledRows rows{scratch.array<Index>(m_q), scratch.array<Index>(m_k)};
+  choose(n_q, Side::queries, rows.from_q);
+  choose(n_k, Side::keys, rows.from_k);
+  ranks_to_rows(rows.from_q, keeps_q);
+  ranks_to_rows(rows.from_k, keeps_k);
+  return rows;
+}
+
+/// body(landmark, row, of_queries) for each sampled row.
+template <class Body>
+void for_each_sampled(const SampledRows& rows, const Body& body) {
+  Index landmark = 0;
+  for (const Index row : rows.from_q) body(landmark++, row, true);
+  for (const Index row : rows.from_k) body(landmark++, row, false);
+}
+
+template <class T>
+MatrixRef<T> gather_rows(const Inputs<T>& in, const SampledRows& rows, Scratch& scratch) {
+  const MatrixRef<T> landmarks = scratch.matrix<T>(static_cast<Index>(rows.from_q.size() + rows.from_k.size()), in.q.cols());
+  for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
+    const ConstMatrixRef<T>& from = of_queries ? in.q : in.k;
+    std::copy_n(from.data() + row * from.outerStride(), from.cols(), landmarks.data() + landmark * landmarks.cols());
+  });
   return landmarks;
+}
+
+template <class T>
+void scatter_rows(const SampledRows& rows, const ConstMatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk) {
+  for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
+    (of_queries ? dq : dk).row(row) += dland.row(landmark);
+  });
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014): the same numbers on every platform.
@@ -93,6 +118,17 @@ struct StridedSample {
 
   template <class T>
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return detail::gather_rows(in, sample(in, scratch), scratch);
+  }
+
+  template <class T>
+  void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk, Scratch& scratch) const {
+    detail::scatter_rows<T>(sample(in, scratch), dland, dq, dk);
+  }
+
+ private:
+  template <class T>
+  detail::SampledRows sample(const Inputs<T>& in, Scratch& scratch) const {
     return detail::sample_rows(in, num_landmarks, scratch, [](Index n, detail::Side, std::span<Index> chosen) {
       const auto m = static_cast<Index>(chosen.size());
       for (Index j = 0; j < m; ++j) chosen[static_cast<std::size_t>(j)] = (2 * j + 1) * n / (2 * m);
@@ -108,6 +144,17 @@ struct UniformSample {
 
   template <class T>
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return detail::gather_rows(in, sample(in, scratch), scratch);
+  }
+
+  template <class T>
+  void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk, Scratch& scratch) const {
+    detail::scatter_rows<T>(sample(in, scratch), dland, dq, dk);
+  }
+
+ private:
+  template <class T>
+  detail::SampledRows sample(const Inputs<T>& in, Scratch& scratch) const {
     return detail::sample_rows(in, num_landmarks, scratch, [&](Index n, detail::Side side, std::span<Index> chosen) {
       detail::SplitMix64 random(seed + static_cast<std::uint64_t>(side) * 0x632be59bd9b4e019U);
       Scratch temporary = scratch.nested();
@@ -126,7 +173,8 @@ struct UniformSample {
 static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSample, double>);
 
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
-/// says which rows of x count, at least num_landmarks of them.
+/// says which rows of x count, at least num_landmarks of them. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
+/// to that by the rows that they come from; without it they are constants in the backward pass.
 template <class L, class T>
 concept SplitLandmarks = std::copyable<L> && requires(const L& landmarks, const ConstMatrixRef<T>& x, bool (*keeps)(Index), Scratch& scratch) {
   { landmarks.num_landmarks } -> std::convertible_to<Index>;
@@ -176,6 +224,21 @@ struct SegmentMeans {
       means.row(j) /= static_cast<T>(segment.last - segment.first);
     }
     return means;
+  }
+
+  /// Every row of a segment gets an equal share.
+  template <class T, class Keeps>
+  void scatter(const ConstMatrixRef<T>& dland, const Keeps& keeps, MatrixRef<T> dx) const {
+    const Index n = detail::count_kept(dx.rows(), keeps);
+    for (Index j = 0, row = 0; j < num_landmarks; ++j) {
+      const detail::Range segment = detail::segment(n, num_landmarks, j);
+      const T share = 1 / static_cast<T>(segment.last - segment.first);
+      for (Index left = segment.last - segment.first; left > 0; ++row) {
+        if (!keeps(row)) continue;
+        dx.row(row) += share * dland.row(j);
+        --left;
+      }
+    }
   }
 
  private:

@@ -34,19 +34,51 @@ class LiftedSoftmax {
   bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
+    check(in, out);
+    Scratch scratch = context.scratch();
+    skyformer(in).forward(weighted(in, scratch), out, context);
+  }
+
+  using Saved = typename Skyformer<T, Landmarks, Inverse>::Saved;
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
+    check(in, out);
+    Scratch scratch = context.scratch();
+    skyformer(in).forward(weighted(in, scratch), out, context, saved);
+  }
+
+  /// Skyformer's, and the log-weights' own: dk_j gets s dbias_j k_j.
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
+                Context& context) const {
+    detail::check_backward(kName, in, out, dout, gradients);
+    Scratch scratch = context.scratch();
+    const std::span<T> dbias = scratch.array<T>(in.k.rows());
+    skyformer(in).backward(weighted(in, scratch), out, dout, saved, gradients, dbias, context);
+    MatrixRef<T> dk = gradients.dk;
+    for (Index j = 0; j < dk.rows(); ++j) {
+      if (detail::keeps_key(in, j)) dk.row(j) += static_cast<T>(scale(in)) * dbias[static_cast<std::size_t>(j)] * in.k.row(j);
+    }
+  }
+
+ private:
+  void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
     detail::check(kName, in, out);
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
-    const double scale = score_parameters(kernel_, in.q.cols()).scale;
-    if (!(std::isfinite(scale) && scale > 0)) detail::refuse(kName, "scale is ", scale, ", should be positive and finite");
-    Scratch scratch = context.scratch();
-    const GaussianKernel gaussian{.bandwidth = 1 / std::sqrt(scale), .rows = Rows::normalized};
-    const Inputs<T> weighted{in.q, in.k, in.v, in.mask, log_weights(in, static_cast<T>(scale), scratch)};
-    Skyformer<T, Landmarks, Inverse>{landmarks_, inverse_, gaussian}.forward(weighted, out, context);
+    if (!(std::isfinite(scale(in)) && scale(in) > 0)) detail::refuse(kName, "scale is ", scale(in), ", should be positive and finite");
   }
 
- private:
+  double scale(const Inputs<T>& in) const { return score_parameters(kernel_, in.q.cols()).scale; }
+
+  Skyformer<T, Landmarks, Inverse> skyformer(const Inputs<T>& in) const {
+    return Skyformer<T, Landmarks, Inverse>{landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(in)), .rows = Rows::normalized}};
+  }
+
+  Inputs<T> weighted(const Inputs<T>& in, Scratch& scratch) const {
+    return {in.q, in.k, in.v, in.mask, log_weights(in, static_cast<T>(scale(in)), scratch)};
+  }
+
   /// s |k_j|^2 / 2 and the caller's bias. Dropped keys may hold anything, so they get no weight.
   static std::span<const T> log_weights(const Inputs<T>& in, T scale, Scratch& scratch) {
     const std::span<T> weights = scratch.array<T>(in.k.rows());

@@ -5,11 +5,13 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/kernel_matrix.hpp>
+#include <attn/detail/nystrom_factors.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
 
 #include <algorithm>
+#include <span>
 #include <string_view>
 
 namespace attn {
@@ -33,26 +35,64 @@ class Nystrom {
   bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
+    check(in, out);
+    if (is_exact(in)) return kernel_matmul(kernel_, in, out, context);
+    Scratch scratch = context.scratch();
+    run(in, select(in, scratch), out, {}, context);
+  }
+
+  using Saved = detail::NystromSaved<T>;
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
+    check(in, out);
+    saved.lse.resize(static_cast<std::size_t>(in.q.rows()));
+    saved.exact = is_exact(in);
+    if (saved.exact) return kernel_matmul(kernel_, in, out, saved.lse, context);
+    Scratch scratch = context.scratch();
+    const detail::NystromFactors<T> factors = select(in, scratch);
+    run(in, factors, out, saved.lse, context);
+    saved.keep(factors);
+  }
+
+  /// Through the landmarks and through the inverse's own steps. About 3 times the forward pass.
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
+                Context& context) const {
+    detail::check_backward(kName, in, out, dout, gradients);
+    detail::check_saved(kName, saved.lse.size(), in.q.rows());
+    if (saved.exact) return kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
+    detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
+  }
+
+ private:
+  void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
     detail::check(kName, in, out);
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
     detail::check_kernel(kName, kernel_);
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
-    if (detail::covers(landmarks_.num_landmarks, in)) return kernel_matmul(kernel_, in, out, context);
-    Scratch scratch = context.scratch();
-    const auto keeps_q = [&](Index i) { return detail::keeps_query(in, i); };
-    const auto keeps_k = [&](Index j) { return detail::keeps_key(in, j); };
-    MatrixRef<T> q_land = landmarks_.template select<T>(in.q, keeps_q, scratch);
-    MatrixRef<T> k_land = landmarks_.template select<T>(in.k, keeps_k, scratch);
-    MatrixRef<T> values = scratch.matrix<T>(q_land.rows(), in.v.cols()), a = scratch.matrix<T>(q_land.rows(), k_land.rows());
-    kernel_matmul(kernel_, Inputs<T>{q_land, in.k, in.v, keys_only(in.mask)}, values, context);           // B v
-    detail::kernel_matrix<Kernel, T>(kernel_, q_land, k_land, a, context);                                // A
-    inverse_.apply(a, values, context);                                                                   // Z (B v)
-    kernel_matmul(kernel_, Inputs<T>{in.q, k_land, values, queries_only(in.mask)}, out, context);         // F Z (B v)
   }
 
- private:
+  bool is_exact(const Inputs<T>& in) const { return detail::covers(landmarks_.num_landmarks, in); }
+
+  /// The landmarks, and room for what is known of them.
+  detail::NystromFactors<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    MatrixRef<T> q_land = landmarks_.template select<T>(in.q, [&](Index i) { return detail::keeps_query(in, i); }, scratch);
+    MatrixRef<T> k_land = landmarks_.template select<T>(in.k, [&](Index j) { return detail::keeps_key(in, j); }, scratch);
+    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.array<T>(q_land.rows())};
+  }
+
+  /// out <- F Z (B v); lse, unless empty, <- the log-sums of F's rows.
+  void run(const Inputs<T>& in, const detail::NystromFactors<T>& f, MatrixRef<T> out, std::span<T> lse, Context& context) const {
+    Scratch scratch = context.scratch();
+    MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()), a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());
+    kernel_matmul(kernel_, Inputs<T>{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, f.lse_land, context);  // B v
+    detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);                                 // A
+    values = f.sums;
+    inverse_.apply(a, values, context);                                                                        // Z (B v)
+    kernel_matmul(kernel_, Inputs<T>{in.q, f.k_land, values, queries_only(in.mask)}, out, lse, context);       // F Z (B v)
+  }
+
   Landmarks landmarks_;
   Inverse inverse_;
   Kernel kernel_;

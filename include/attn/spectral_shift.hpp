@@ -4,6 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/nystrom_factors.hpp>
 #include <attn/detail/shifted_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -14,6 +15,7 @@
 #include <concepts>
 #include <span>
 #include <string_view>
+#include <vector>
 
 namespace attn {
 
@@ -32,6 +34,42 @@ struct SpectralShift {
     detail::check_at_least(who, "num_probes", num_probes, 1);
   }
 };
+
+namespace detail {
+
+/// Z - delta Z Z, Z that of IterativePinv: the core of the paper mode, and of the others where delta is 0. delta is a constant.
+template <class T>
+struct ShiftedPinv {
+  int iterations;
+  T delta;
+
+  void apply(MatrixRef<T> a, MatrixRef<T> x, Context& context) const {
+    Scratch scratch = context.scratch();
+    MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), once = scratch.matrix<T>(x.rows(), x.cols());
+    IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
+    gemm<T>(1, z, x, 0, once, context);
+    x = once;
+    gemm<T>(-delta, z, once, 1, x, context);
+  }
+
+  /// For y = t - delta z t, t = z x: dt = dx - delta z^T dx, dz = dt x^T - delta dx t^T, dx <- z^T dt.
+  void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
+    Scratch scratch = context.scratch();
+    MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), dz = scratch.matrix<T>(a.rows(), a.rows());
+    MatrixRef<T> once = scratch.matrix<T>(x.rows(), x.cols()), donce = scratch.matrix<T>(x.rows(), x.cols());
+    const IterativePinv pinv{.iterations = iterations};
+    pinv.invert<T>(a, z, context);
+    gemm<T>(1, z, x, 0, once, context);
+    donce = dx;
+    gemm<T, Left::column_major>(-delta, z, dx, 1, donce, context);
+    gemm<T, Left::row_major, Right::transposed>(1, donce, x, 0, dz, context);
+    gemm<T, Left::row_major, Right::transposed>(-delta, dx, once, 1, dz, context);
+    gemm<T, Left::column_major>(1, z, donce, 0, dx, context);
+    pinv.invert_backward<T>(a, dz, da, context);
+  }
+};
+
+}  // namespace detail
 
 /// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
 ///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): a reconstruction, no bound holds for it
@@ -58,21 +96,78 @@ class ShiftedNystrom {
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     check(in, out);
-    if (detail::covers(landmarks_.num_landmarks, in)) return kernel_matmul(kernel_, in, out, context);
+    if (is_exact(in)) return kernel_matmul(kernel_, in, out, context);
+    run(in, out, context, nullptr);
+  }
+
+  /// Beside what Nystrom saves (but lse): the method as out_i = scale_i (N v)_i + shift_i v_i, and delta of the paper mode.
+  struct Saved {
+    detail::NystromSaved<T> nystrom{};
+    std::vector<T> scale{}, shift{};
+    T delta = 0;
+  };
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
+    check(in, out);
+    const auto n = static_cast<std::size_t>(in.q.rows());
+    saved.nystrom.lse.resize(n);
+    saved.nystrom.exact = is_exact(in);
+    if (saved.nystrom.exact) return kernel_matmul(kernel_, in, out, saved.nystrom.lse, context);
+    saved.scale.assign(n, T(0));
+    saved.shift.assign(n, T(0));
+    run(in, out, context, &saved);
+  }
+
+  /// delta, s, alpha, g and t count as constants: the gradients are those of scale_i (N v)_i + shift_i v_i.
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
+                Context& context) const {
+    detail::check_backward(kName, in, out, dout, gradients);
+    detail::check_saved(kName, saved.nystrom.lse.size(), in.q.rows());
+    if (saved.nystrom.exact) return kernel_matmul_backward(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
+    Scratch scratch = context.scratch();
+    MatrixRef<T> plain = scratch.matrix<T>(out.rows(), out.cols()), dplain = scratch.matrix<T>(out.rows(), out.cols());
+    MatrixRef<T> values = scratch.matrix<T>(saved.nystrom.sums.rows(), out.cols());
+    const std::span<T> lse = scratch.array<T>(out.rows());
+    const detail::ShiftedPinv<T> inverse{shift_.iterations, saved.delta};
+    detail::landmark_values<SoftmaxKernel, T>(kernel_, inverse, saved.nystrom, values, context);
+    kernel_matmul(kernel_, Inputs<T>{in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse, context);
+    for (Index i = 0; i < out.rows(); ++i) {
+      if (detail::keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);
+    }
+    detail::nystrom_backward<SoftmaxKernel, T>(kernel_, landmarks_, inverse, in, saved.nystrom, plain, lse, dplain, gradients, context);
+    for (Index i = 0; i < out.rows(); ++i) {
+      if (detail::keeps_query(in, i)) MatrixRef<T>(gradients.dv).row(i) += saved.shift[static_cast<std::size_t>(i)] * dout.row(i);
+    }
+  }
+
+ private:
+  bool is_exact(const Inputs<T>& in) const { return detail::covers(landmarks_.num_landmarks, in); }
+
+  void run(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
     detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
-    if (shift_.mode == ShiftMode::row) return add_row_shift(in, factors, out, context, scratch);
-    const T delta = shift_.mode == ShiftMode::paper ? factors.paper_shift(context) : probed_shift(in, factors, context, scratch);
-    if (shift_.mode == ShiftMode::paper) {
+    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums.leftCols(out.cols()), factors.lse});
+    if (shift_.mode == ShiftMode::row) return add_row_shift(in, factors, out, context, scratch, saved);
+    const bool paper = shift_.mode == ShiftMode::paper;
+    const T delta = paper ? factors.paper_shift(context) : probed_shift(in, factors, context, scratch);
+    if (paper) {
       factors.subtract_twice_inverted(delta, context);
     } else {
       factors.values *= 1 - delta;
     }
     kernel_matmul(kernel_, Inputs<T>{in.q, factors.k_land, factors.values.leftCols(out.cols()), queries_only(in.mask)}, out, context);
-    for (const Index row : factors.rows) out.row(row) += delta * in.v.row(row);
+    for (const Index row : factors.rows) {
+      out.row(row) += delta * in.v.row(row);
+      if (saved != nullptr) save(*saved, row, paper ? T(1) : 1 - delta, delta);
+    }
+    if (saved != nullptr) saved->delta = paper ? delta : T(0);
   }
 
- private:
+  static void save(Saved& saved, Index row, T scale, T shift) {
+    saved.scale[static_cast<std::size_t>(row)] = scale;
+    saved.shift[static_cast<std::size_t>(row)] = shift;
+  }
+
   static bool same_masks(const Inputs<T>& in) {
     for (Index i = 0; i < in.q.rows(); ++i) {
       if (detail::keeps_query(in, i) != detail::keeps_key(in, i)) return false;
@@ -125,8 +220,10 @@ class ShiftedNystrom {
     return std::clamp<T>(wanted / r / std::max<T>(available / r, T(0.05)), 0, 1);
   }
 
-  void add_row_shift(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, MatrixRef<T> out, Context& context, Scratch& scratch) const {
+  void add_row_shift(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, MatrixRef<T> out, Context& context,
+                     Scratch& scratch, Saved* saved) const {
     constexpr Index kRows = 2048;
+    if (saved != nullptr) saved->delta = 0;
     const T gate = fit_gate(in, factors, context);
     out.setZero();
     const auto n = static_cast<Index>(factors.rows.size());
@@ -137,8 +234,10 @@ class ShiftedNystrom {
       Scratch chunk = scratch.nested();
       detail::ShiftedRows<T> rows(in, factors, some, context, chunk);
       for (std::size_t i = 0; i < some.size(); ++i) {
-        const auto r = static_cast<Index>(i);
-        out.row(factors.rows[static_cast<std::size_t>(some[i])]) = (1 - gate) * rows.plain.row(r).head(out.cols()) + gate * rows.shifted.row(r);
+        const auto r = static_cast<Index>(i), row = factors.rows[static_cast<std::size_t>(some[i])];
+        out.row(row) = (1 - gate) * rows.plain.row(r).head(out.cols()) + gate * rows.shifted.row(r);
+        const T alpha = rows.stretch[i];
+        if (saved != nullptr) save(*saved, row, 1 - gate + gate * alpha, gate * (rows.exact_diagonal[i] - alpha * rows.diagonal[i]));
       }
     }
   }

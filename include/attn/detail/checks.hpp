@@ -73,6 +73,13 @@ void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
 }
 
+/// What a forward pass saved is of inputs like those of the backward pass.
+inline void check_saved(std::string_view who, std::size_t saved, Index expected) {
+  if (saved != static_cast<std::size_t>(expected)) {
+    refuse(who, "saved holds ", saved, " rows, should hold ", expected, ": it is not of a forward pass of these inputs");
+  }
+}
+
 inline void check_finite(std::string_view who, const char* name, double value) {
   if (!std::isfinite(value)) refuse(who, name, " is ", value, ", should be finite");
 }

@@ -31,9 +31,8 @@ struct ShiftFactors {
         a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols() + 1)),
+        sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols() + 1)),
         lse(scratch.array<T>(landmarks.num_landmarks)) {
-    Scratch temporary = scratch.nested();
-    MatrixRef<T> sums = temporary.matrix<T>(values.rows(), values.cols());
     kernel_matmul(kernel, Inputs<T>{q_land, in.k, in.v, keys_only(in.mask)}, sums.leftCols(in.v.cols()), lse, context);
     sums.col(in.v.cols()).setOnes();  // B 1
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
@@ -71,6 +70,7 @@ struct ShiftFactors {
   MatrixRef<T> variance;        ///< of each segment's keys, per coordinate (m, d)
   MatrixRef<T> a, z;            ///< A and what stands for its inverse (m, m)
   MatrixRef<T> values;          ///< Z B [v 1] (m, d_v + 1)
+  MatrixRef<T> sums;            ///< B [v 1] (m, d_v + 1)
   std::span<T> lse;             ///< log-sums of B's rows
 
  private:
@@ -105,6 +105,7 @@ struct ShiftedRows {
         own_score(scratch.array<T>(static_cast<Index>(ranks.size()))),
         diagonal(scratch.array<T>(static_cast<Index>(ranks.size()))),
         exact_diagonal(scratch.array<T>(static_cast<Index>(ranks.size()))),
+        stretch(scratch.array<T>(static_cast<Index>(ranks.size()))),
         row_sum(scratch.array<T>(static_cast<Index>(ranks.size()))) {
     Scratch temporary = scratch.nested();
     const Index c = plain.rows(), m = factors.z.rows(), d = in.q.cols();
@@ -142,6 +143,7 @@ struct ShiftedRows {
   std::span<T> own_score;       ///< s q_i.k_i
   std::span<T> diagonal;        ///< g_i = N_ii
   std::span<T> exact_diagonal;  ///< estimate of S_ii
+  std::span<T> stretch;         ///< alpha_i
   std::span<T> row_sum;         ///< rho_i = (N 1)_i
 
  private:
@@ -172,7 +174,7 @@ struct ShiftedRows {
     for (Index i = 0; i < shifted.rows(); ++i) {
       const auto at = static_cast<std::size_t>(i);
       const T s = exact_diagonal[at], g = diagonal[at];
-      const T alpha = std::clamp<T>((1 - s) / std::max<T>(row_sum[at] - g, T(0.1)), 0, 2);
+      const T alpha = stretch[at] = std::clamp<T>((1 - s) / std::max<T>(row_sum[at] - g, T(0.1)), 0, 2);
       const auto v = in.v.row(factors.rows[static_cast<std::size_t>(ranks[at])]);
       shifted.row(i) = alpha * (plain.row(i).head(in.v.cols()) - g * v) + s * v;
     }

@@ -1,0 +1,93 @@
+/// Rows of a low-rank product divided by its own row sums, and their gradients: Skyformer's normalized rows.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/partition.hpp>
+#include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+
+namespace attn::detail {
+
+/// The divisor of a row of F [z z1 |z1|], whose last two columns these are: kept above 1e-6 of the sum of its terms' magnitudes.
+template <class T>
+T guarded_divisor(T sum, T magnitude) {
+  return std::max(sum, T(1e-6) * magnitude);
+}
+
+/// Queries [rows] of a call, with their masks, on landmarks.
+template <class T>
+Inputs<T> some_queries(const Inputs<T>& in, Range rows, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values) {
+  const Index count = rows.last - rows.first;
+  Mask mask = queries_only(in.mask);
+  if (!mask.keep_query.empty()) {
+    mask.keep_query = mask.keep_query.subspan(static_cast<std::size_t>(rows.first), static_cast<std::size_t>(count));
+  }
+  return {in.q.middleRows(rows.first, count), land, values, mask};
+}
+
+inline constexpr Index kDividedRows = 4096;  ///< at a time, to keep the extra columns small
+
+/// out <- (F z) / max(F z1, 1e-6 F |z1|) for values = [z z1 |z1|], F = kappa(q, L) up to a factor of each row, which cancels: its rows are
+/// normalised, so that queries far from every landmark stay finite.
+template <class T>
+void divide_rows(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& values,
+                 MatrixRef<T> out, Context& context) {
+  Scratch scratch = context.scratch();
+  const Index d_v = out.cols();
+  MatrixRef<T> parts = scratch.matrix<T>(std::min(kDividedRows, out.rows()), d_v + 2);
+  for (Index first = 0; first < out.rows(); first += kDividedRows) {
+    const Range rows{first, std::min(first + kDividedRows, out.rows())};
+    kernel_matmul(kernel, some_queries<T>(in, rows, land, values), parts.topRows(rows.last - first), context);
+    for (Index i = first; i < rows.last; ++i) {
+      const T divisor = guarded_divisor(parts(i - first, d_v), parts(i - first, d_v + 1));
+      if (divisor == 0) {
+        out.row(i).setZero();
+      } else {
+        out.row(i) = parts.row(i - first).head(d_v) / divisor;
+      }
+    }
+  }
+}
+
+/// dparts_i, on entry (F [z z1 |z1|])_i, <- its gradient for dout_i; out_i and dout_i have d_v elements.
+template <class T>
+void divide_row_backward(const T* out, const T* dout, Index d_v, T* parts) {
+  const T sum = parts[d_v], floor = T(1e-6) * parts[d_v + 1], divisor = std::max(sum, floor);
+  const T factor = divisor == 0 ? T(0) : 1 / divisor, along = -factor * dot_product(out, dout, d_v);
+  for (Index c = 0; c < d_v; ++c) parts[c] = factor * dout[c];
+  parts[d_v] = sum >= floor ? along : T(0);
+  parts[d_v + 1] = sum >= floor ? T(0) : T(1e-6) * along;
+}
+
+/// The gradients of divide_rows: dq (n_q, d), dland (m, d), and dvalues (m, d_v + 1) by [z z1], where values hold no |z1| yet.
+template <class T>
+void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& solved,
+                          const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq, MatrixRef<T> dland,
+                          MatrixRef<T> dvalues, Context& context) {
+  Scratch scratch = context.scratch();
+  const Index m = land.rows(), d_v = out.cols(), n = out.rows();
+  MatrixRef<T> values = scratch.matrix<T>(m, d_v + 2), dall = scratch.matrix<T>(m, d_v + 2);
+  MatrixRef<T> parts = scratch.matrix<T>(n, d_v + 2), dparts = scratch.matrix<T>(n, d_v + 2);
+  const std::span<T> lse = scratch.array<T>(n);
+  values.leftCols(d_v + 1) = solved;
+  values.col(d_v + 1) = solved.col(d_v).cwiseAbs();
+  const Inputs<T> queries = some_queries<T>(in, {0, n}, land, values);
+  kernel_matmul(kernel, queries, parts, lse, context);
+  for (Index i = 0; i < n; ++i) {
+    dparts.row(i).setZero();
+    if (!keeps_query(in, i)) continue;
+    dparts.row(i) = parts.row(i);
+    divide_row_backward(out.data() + i * out.outerStride(), dout.data() + i * dout.outerStride(), d_v, &dparts(i, 0));
+  }
+  kernel_matmul_backward(kernel, queries, parts, lse, dparts, {dq, dland, dall}, context);
+  dvalues = dall.leftCols(d_v + 1);
+  for (Index j = 0; j < m; ++j) dvalues(j, d_v) += std::copysign(T(1), values(j, d_v)) * dall(j, d_v + 1);
+}
+
+}  // namespace attn::detail

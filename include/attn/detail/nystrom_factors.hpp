@@ -1,0 +1,98 @@
+/// The landmark side of Nystromformer's product F C (B v), C a core in place of A^+, and its gradients. Nystrom and ShiftedNystrom share it.
+///   F = softmax(s q k_land^T)    A = softmax(s q_land k_land^T)    B = softmax(s q_land k^T)
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/core.hpp>
+#include <attn/detail/kernel_matrix.hpp>
+#include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/landmarks.hpp>
+#include <attn/matrix.hpp>
+
+#include <span>
+#include <vector>
+
+namespace attn::detail {
+
+/// Landmarks (m, d) each, sums B v (m, d_v) and the log-sums of B's rows (m).
+template <class T>
+struct NystromFactors {
+  MatrixRef<T> q_land, k_land, sums;
+  std::span<T> lse_land;
+};
+
+/// What a backward pass needs of the forward pass: copies of the factors, and lse, the log-sums of F's rows (n_q). exact: the method
+/// was exact attention, and lse are its log-sums.
+template <class T>
+struct NystromSaved {
+  Matrix<T> q_land{}, k_land{}, sums{};
+  std::vector<T> lse_land{}, lse{};
+  bool exact = false;
+
+  void keep(const NystromFactors<T>& factors) {
+    q_land = factors.q_land;
+    k_land = factors.k_land;
+    sums = factors.sums;
+    lse_land.assign(factors.lse_land.begin(), factors.lse_land.end());
+  }
+};
+
+/// a (m, m) <- A and its log-sums: A = A I, so that its gradients are those of any streamed product.
+template <ScoreKernel Kernel, class T>
+void landmark_matrix(const Kernel& kernel, const NystromSaved<T>& saved, const ConstMatrixRef<T>& identity, MatrixRef<T> a,
+                     std::span<T> lse, Context& context) {
+  kernel_matmul(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, a, lse, context);
+}
+
+template <class T>
+MatrixRef<T> identity_matrix(Index m, Scratch& scratch) {
+  MatrixRef<T> identity = scratch.matrix<T>(m, m);
+  identity.setIdentity();
+  return identity;
+}
+
+/// values (m, d_v) <- C (B v).
+template <ScoreKernel Kernel, class T, class Inverse>
+void landmark_values(const Kernel& kernel, const Inverse& inverse, const NystromSaved<T>& saved, MatrixRef<T> values, Context& context) {
+  Scratch scratch = context.scratch();
+  MatrixRef<T> a = scratch.matrix<T>(saved.q_land.rows(), saved.k_land.rows());
+  kernel_matrix<Kernel, T>(kernel, saved.q_land, saved.k_land, a, context);
+  values = saved.sums;
+  inverse.apply(a, values, context);
+}
+
+/// gradients <- those of F C (B v), which is out with lse the log-sums of F's rows, for its gradient dout.
+template <ScoreKernel Kernel, class T, class Landmarks, class Inverse>
+void nystrom_backward(const Kernel& kernel, const Landmarks& landmarks, const Inverse& inverse, const Inputs<T>& in,
+                      const NystromSaved<T>& saved, const ConstMatrixRef<T>& out, std::span<const T> lse,
+                      const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context) {
+  Scratch scratch = context.scratch();
+  const Index m = saved.q_land.rows(), d = in.q.cols(), d_v = in.v.cols();
+  MatrixRef<T> dq_land = scratch.matrix<T>(m, d), dk_land = scratch.matrix<T>(m, d), added = scratch.matrix<T>(m, d);
+  MatrixRef<T> values = scratch.matrix<T>(m, d_v), dvalues = scratch.matrix<T>(m, d_v);
+  landmark_values<Kernel, T>(kernel, inverse, saved, values, context);
+  kernel_matmul_backward(kernel, Inputs<T>{in.q, saved.k_land, values, queries_only(in.mask)}, out, lse, dout,
+                         {gradients.dq, dk_land, dvalues}, context);                                                    // F
+  {
+    Scratch core = scratch.nested();
+    MatrixRef<T> a = core.matrix<T>(m, m), kept = core.matrix<T>(m, m), da = core.matrix<T>(m, m), dunit = core.matrix<T>(m, m);
+    const MatrixRef<T> identity = identity_matrix<T>(m, core);
+    const std::span<T> lse_a = core.array<T>(m);
+    landmark_matrix<Kernel, T>(kernel, saved, identity, a, lse_a, context);
+    kept = a;
+    values = saved.sums;
+    inverse.backward(a, values, dvalues, da, context);                                                                  // C
+    kernel_matmul_backward(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da, {dq_land, added, dunit}, context);
+  }
+  dk_land += added;
+  kernel_matmul_backward(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums, saved.lse_land, dvalues,
+                         {added, gradients.dk, gradients.dv}, context);                                                 // B
+  dq_land += added;
+  if constexpr (requires { landmarks.template scatter<T>(dq_land, [](Index) { return true; }, gradients.dq); }) {
+    landmarks.template scatter<T>(dq_land, [&](Index i) { return keeps_query(in, i); }, gradients.dq);
+    landmarks.template scatter<T>(dk_land, [&](Index j) { return keeps_key(in, j); }, gradients.dk);
+  }
+}
+
+}  // namespace attn::detail
