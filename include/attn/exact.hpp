@@ -5,6 +5,7 @@
 #include <attn/detail/checks.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
+#include <attn/narrow.hpp>
 
 #include <string_view>
 #include <type_traits>
@@ -61,11 +62,20 @@ class ExactAttention {
   Kernel kernel_;
 };
 
+/// With narrow types in memory.
+template <NarrowScalar T, ScoreKernel Kernel>
+class ExactAttention<T, Kernel> : public detail::Widened<T, ExactAttention<float, Kernel>> {
+ public:
+  explicit constexpr ExactAttention(Kernel kernel = {})
+      : detail::Widened<T, ExactAttention<float, Kernel>>(ExactAttention<float, Kernel>(kernel)) {}
+};
+
 template <class T>
 using SoftmaxAttention = ExactAttention<T, SoftmaxKernel>;
 template <class T>
 using GaussianAttention = ExactAttention<T, GaussianKernel>;
 
 static_assert(Approximator<SoftmaxAttention<float>> && Approximator<GaussianAttention<double>>);
+static_assert(Approximator<SoftmaxAttention<Eigen::half>> && Approximator<GaussianAttention<Eigen::bfloat16>>);
 
 }  // namespace attn

@@ -7,6 +7,7 @@
 #include <attn/detail/panel.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>
+#include <attn/narrow.hpp>
 #include <attn/skyformer.hpp>
 
 #include <cmath>
@@ -97,6 +98,17 @@ class LiftedSoftmax {
   SoftmaxKernel kernel_;
 };
 
-static_assert(Approximator<LiftedSoftmax<float>>);
+/// With narrow types in memory.
+template <NarrowScalar T, class Landmarks, class Inverse>
+  requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
+class LiftedSoftmax<T, Landmarks, Inverse> : public detail::Widened<T, LiftedSoftmax<float, Landmarks, Inverse>> {
+  using Wide = LiftedSoftmax<float, Landmarks, Inverse>;
+
+ public:
+  explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
+      : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
+};
+
+static_assert(Approximator<LiftedSoftmax<float>> && Approximator<LiftedSoftmax<Eigen::half>>);
 
 }  // namespace attn

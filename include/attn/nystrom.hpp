@@ -9,6 +9,7 @@
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
+#include <attn/narrow.hpp>
 
 #include <algorithm>
 #include <span>
@@ -98,6 +99,17 @@ class Nystrom {
   Kernel kernel_;
 };
 
-static_assert(Approximator<Nystrom<float>>);
+/// With narrow types in memory.
+template <NarrowScalar T, class Landmarks, class Inverse, ScoreKernel Kernel>
+  requires SplitLandmarks<Landmarks, T> && Core<Inverse, T>
+class Nystrom<T, Landmarks, Inverse, Kernel> : public detail::Widened<T, Nystrom<float, Landmarks, Inverse, Kernel>> {
+  using Wide = Nystrom<float, Landmarks, Inverse, Kernel>;
+
+ public:
+  explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
+      : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
+};
+
+static_assert(Approximator<Nystrom<float>> && Approximator<Nystrom<Eigen::half>>);
 
 }  // namespace attn

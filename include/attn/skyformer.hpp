@@ -10,6 +10,7 @@
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
+#include <attn/narrow.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -195,6 +196,17 @@ class Skyformer {
   GaussianKernel kernel_;
 };
 
-static_assert(Approximator<Skyformer<float>> && Approximator<Skyformer<double, StridedSample, PreconditionedPinv>>);
+/// With narrow types in memory.
+template <NarrowScalar T, class Landmarks, class Inverse>
+  requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
+class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<float, Landmarks, Inverse>> {
+  using Wide = Skyformer<float, Landmarks, Inverse>;
+
+ public:
+  explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
+      : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
+};
+
+static_assert(Approximator<Skyformer<float>> && Approximator<Skyformer<Eigen::half>> && Approximator<Skyformer<double, StridedSample, PreconditionedPinv>>);
 
 }  // namespace attn

@@ -9,6 +9,7 @@
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
+#include <attn/narrow.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -273,6 +274,17 @@ class ShiftedNystrom {
   Kernel kernel_;
 };
 
-static_assert(Approximator<ShiftedNystrom<float>>);
+/// With narrow types in memory.
+template <NarrowScalar T, class Landmarks, ScoreKernel Kernel>
+  requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
+class ShiftedNystrom<T, Landmarks, Kernel> : public detail::Widened<T, ShiftedNystrom<float, Landmarks, Kernel>> {
+  using Wide = ShiftedNystrom<float, Landmarks, Kernel>;
+
+ public:
+  explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
+      : detail::Widened<T, Wide>(Wide(landmarks, shift, kernel)) {}
+};
+
+static_assert(Approximator<ShiftedNystrom<float>> && Approximator<ShiftedNystrom<Eigen::half>>);
 
 }  // namespace attn

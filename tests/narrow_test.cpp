@@ -1,0 +1,144 @@
+/// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
+#include <attn/attn.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using test::Context;
+using test::Family;
+using test::Index;
+using test::Inputs;
+using test::Mask;
+using test::Matrix;
+
+template <class T>
+class Narrow : public ::testing::Test {
+ protected:
+  /// Of results that are rounded once.
+  static constexpr double kTolerance = std::is_same_v<T, Eigen::half> ? 2e-3 : 1.6e-2;
+
+  /// Tokens of T, and the same in float.
+  struct Pair {
+    explicit Pair(const test::Shape& shape, std::uint64_t seed) {
+      const auto x = test::make_tokens<float>(Family::smooth, shape, seed);
+      narrow = {x.q.template cast<T>(), x.k.template cast<T>(), x.v.template cast<T>()};
+      wide = {narrow.q.template cast<float>(), narrow.k.template cast<float>(), narrow.v.template cast<float>()};
+    }
+    Inputs<T> inputs(const Mask& mask) const { return {.q = narrow.q, .k = narrow.k, .v = narrow.v, .mask = mask}; }
+    Inputs<float> wide_inputs(const Mask& mask) const { return {.q = wide.q, .k = wide.k, .v = wide.v, .mask = mask}; }
+
+    test::Tokens<T> narrow;
+    test::Tokens<float> wide;
+  };
+
+  /// |a - b| / |b| of a result in T.
+  static double error(const Matrix<T>& a, const Matrix<float>& b) {
+    return test::relative_error<float>(a.template cast<float>(), b.template cast<double>());
+  }
+};
+
+using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(Narrow, NarrowScalars);
+
+TYPED_TEST(Narrow, SoftmaxFollowsTheOracle) {
+  for (const auto causal : {attn::Causal::none, attn::Causal::lower_right}) {
+    const typename TestFixture::Pair x({70, 93, 33, 17}, 1);
+    const Mask mask{.causal = causal};
+    const Matrix<TypeParam> out = attn::attention(attn::SoftmaxAttention<TypeParam>{}, x.narrow.q, x.narrow.k, x.narrow.v, mask);
+    const reference::Problem problem{x.wide.q.template cast<double>(), x.wide.k.template cast<double>(), x.wide.v.template cast<double>(), mask};
+    const auto expected = reference::attend(reference::softmax_kernel(33), problem);
+    EXPECT_LE(test::relative_error<float>(out.template cast<float>(), expected.out), TestFixture::kTolerance);
+  }
+}
+
+TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
+  const auto keep = test::random_keep(120, 0.8, 2);
+  const typename TestFixture::Pair x({120, 120, 24, 10}, 3);
+  for (const auto& entry : attn::methods<TypeParam>()) {
+    const auto method = entry.make({.num_landmarks = 20});
+    const auto wide = attn::make_approximator<float>(entry.name, {.num_landmarks = 20});
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep, .keep_query = keep}}) {
+      Context context;
+      Matrix<TypeParam> out(120, 10);
+      Matrix<float> expected(120, 10);
+      ASSERT_TRUE(method.supports(x.inputs(mask))) << entry.name;
+      method.forward(x.inputs(mask), out, context);
+      wide.forward(x.wide_inputs(mask), expected, context);
+      EXPECT_TRUE(out == expected.template cast<TypeParam>()) << entry.name;
+    }
+    const Mask causal{.causal = attn::Causal::upper_left};
+    EXPECT_EQ(method.supports(x.inputs(causal)), wide.supports(x.wide_inputs(causal))) << entry.name;
+  }
+}
+
+TYPED_TEST(Narrow, GradientsFollowThoseOfFloat) {
+  const auto keep = test::random_keep(90, 0.8, 4);
+  const typename TestFixture::Pair x({90, 90, 16, 8}, 5), seed({90, 90, 16, 8}, 6);
+  const Mask mask{.keep_key = keep, .keep_query = keep};
+  for (const auto& entry : attn::methods<TypeParam>()) {
+    if (entry.name == "lifted-softmax") continue;  // its gradients are large where they cancel
+    const auto method = entry.make({.num_landmarks = 15});
+    const auto wide = attn::make_approximator<float>(entry.name, {.num_landmarks = 15});
+    Context context;
+    Matrix<TypeParam> out(90, 8), dq(90, 16), dk(90, 16), dv(90, 8);
+    Matrix<float> wide_out(90, 8), wide_dq(90, 16), wide_dk(90, 16), wide_dv(90, 8);
+    typename attn::AnyApproximator<TypeParam>::Saved saved;
+    attn::AnyApproximator<float>::Saved wide_saved;
+    method.forward(x.inputs(mask), out, context, saved);
+    method.backward(x.inputs(mask), out, seed.narrow.v, saved, {dq, dk, dv}, context);
+    wide.forward(x.wide_inputs(mask), wide_out, context, wide_saved);
+    wide.backward(x.wide_inputs(mask), wide_out, seed.wide.v, wide_saved, {wide_dq, wide_dk, wide_dv}, context);
+    const double tolerance = 10 * TestFixture::kTolerance;  // out, which slopes are measured from, is rounded too
+    EXPECT_LE(this->error(dq, wide_dq), tolerance) << entry.name;
+    EXPECT_LE(this->error(dk, wide_dk), tolerance) << entry.name;
+    EXPECT_LE(this->error(dv, wide_dv), tolerance) << entry.name;
+  }
+}
+
+TYPED_TEST(Narrow, ThePrimitiveKeepsItsLogSumsInFloat) {
+  const typename TestFixture::Pair x({40, 50, 8, 4}, 7);
+  const attn::GaussianKernel kernel{.rows = attn::Rows::normalized};
+  Context context;
+  Matrix<TypeParam> out(40, 4);
+  Matrix<float> expected(40, 4);
+  std::vector<float> lse(40), expected_lse(40);
+  attn::kernel_matmul(kernel, x.inputs({}), out, lse, context);
+  attn::kernel_matmul(kernel, x.wide_inputs({}), expected, expected_lse, context);
+  EXPECT_TRUE(out == expected.template cast<TypeParam>());
+  EXPECT_EQ(lse, expected_lse);
+  attn::kernel_matmul(kernel, x.inputs({}), out, context);
+  EXPECT_TRUE(out == expected.template cast<TypeParam>());
+}
+
+TYPED_TEST(Narrow, BitwiseEqualWhateverTheWorkers) {
+  const typename TestFixture::Pair x({700, 700, 16, 8}, 8);
+  const attn::Nystrom<TypeParam> method{attn::SegmentMeans{.num_landmarks = 30}};
+  Context serial;
+  Matrix<TypeParam> expected(700, 8), out(700, 8);
+  method.forward(x.inputs({}), expected, serial);
+  for (auto& [name, context] : test::contexts()) {
+    method.forward(x.inputs({}), out, context);
+    EXPECT_TRUE(test::bitwise_equal(out, expected)) << name;
+  }
+}
+
+TYPED_TEST(Narrow, ErrorsNameTheMethod) {
+  const typename TestFixture::Pair x({10, 12, 4, 4}, 9);
+  Matrix<TypeParam> out(9, 4);
+  Context context;
+  try {
+    attn::SoftmaxAttention<TypeParam>{}.forward(x.inputs({}), out, context);
+    ADD_FAILURE();
+  } catch (const std::invalid_argument& e) {
+    EXPECT_STREQ(e.what(), "softmax: out is 9 x 4, should be 10 x 4");
+  }
+}
+
+}  // namespace
