@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -89,6 +90,23 @@ TEST(Context, MovesItsExecutorAndItsMemory) {
   third = std::move(second);
   EXPECT_EQ(third.workers(), 2);
   EXPECT_EQ(third.scratch().array<float>(100).data(), before);
+}
+
+TEST(Context, KeepsASerialContextForEachWorker) {
+  for (auto& [name, context] : test::contexts()) {
+    SCOPED_TRACE(name);
+    const auto places = [&context = context] {
+      std::vector<const float*> all;
+      for (Context& worker : context.worker_contexts()) all.push_back(worker.scratch().array<float>(100).data());
+      all.push_back(context.scratch().array<float>(100).data());
+      return all;
+    };
+    const auto first = places();
+    EXPECT_EQ(first.size(), static_cast<std::size_t>(context.workers()) + 1);
+    EXPECT_EQ(std::set(first.begin(), first.end()).size(), first.size());
+    EXPECT_EQ(places(), first);
+    for (Context& worker : context.worker_contexts()) EXPECT_EQ(worker.workers(), 1);
+  }
 }
 
 TEST(Scratch, IsAlignedAndDisjoint) {

@@ -161,6 +161,14 @@ class Context {
   /// Opens a scope of scratch memory.
   Scratch scratch() { return Scratch(arena_); }
 
+  /// A serial context for each worker, by its number, for tasks that run whole calls: kept as scratch memory is, and
+  /// asked for by the calling thread, before the tasks run.
+  std::span<Context> worker_contexts() {
+    const auto count = static_cast<std::size_t>(workers());
+    if (worker_contexts_.size() < count) worker_contexts_.resize(count);
+    return std::span(worker_contexts_).first(count);
+  }
+
  private:
   struct Serial {
     int workers() const { return 1; }
@@ -188,6 +196,7 @@ class Context {
 
   std::unique_ptr<AnyExecutor> executor_;
   detail::Arena arena_;
+  std::vector<Context> worker_contexts_;
 };
 
 }  // namespace attn
