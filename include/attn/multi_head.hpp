@@ -10,10 +10,8 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <concepts>
 #include <cstddef>
-#include <exception>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -159,52 +157,22 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
   }
 }
 
-/// Keeps the first exception of parallel tasks, which must not throw, for the calling thread.
-class FirstException {
- public:
-  /// Runs body, unless one has thrown already.
-  template <class Body>
-  void guard(const Body& body) {
-    if (thrown_.load(std::memory_order_relaxed)) return;
-    try {
-      body();
-    } catch (...) {
-      if (!thrown_.exchange(true)) exception_ = std::current_exception();
-    }
-  }
-
-  void rethrow() const {
-    if (exception_ != nullptr) std::rethrow_exception(exception_);
-  }
-
- private:
-  std::atomic<bool> thrown_ = false;
-  std::exception_ptr exception_;
-};
-
 /// body(i, context) for every i in [0, n): independent problems of about so many multiply-adds each, whose results must
 /// not depend on the context. As many as go evenly over the workers run whole, each on one worker; those left over
 /// follow one after another, with all workers inside each. Problems too small to be shared all run whole, and where all
-/// together are too small, on the calling thread. What body throws arrives there too, once all tasks have ended.
+/// together are too small, on the calling thread. What body throws arrives there too.
 template <class Body>
 void for_each_problem(Index n, Index multiply_adds, Context& context, const Body& body) {
   constexpr Index kWorthWaking = 2 << 20, kWorthSharing = 8 << 20;  // multiply-adds: of all, of one
   constexpr Index kTasksAWorker = 32;                               // many, so that workers end together
-  const auto run = [&](Range range, Context& on) {
-    for (Index i = range.first; i < range.last; ++i) body(i, on);
-  };
   const Index workers = context.workers();
-  if (workers == 1) return run({0, n}, context);
-  const std::span<Context> contexts = context.worker_contexts();
-  if (n * multiply_adds < kWorthWaking) return run({0, n}, contexts.front());
-  const Index whole = multiply_adds < kWorthSharing ? n : n / workers * workers;
-  const Index tasks = std::min(whole, workers * kTasksAWorker);
-  FirstException exception;
-  context.for_each(tasks, [&](Index task, int worker) {
-    exception.guard([&] { run(nth_part(whole, tasks, task), contexts[static_cast<std::size_t>(worker)]); });
+  const Index whole = workers == 1 || multiply_adds < kWorthSharing ? n : n / workers * workers;
+  const Index tasks = n * multiply_adds < kWorthWaking ? 1 : std::min(whole, workers * kTasksAWorker);
+  context.for_each_call(tasks, [&](Index task, Context& of_worker) {
+    const Range range = nth_part(whole, tasks, task);
+    for (Index i = range.first; i < range.last; ++i) body(i, of_worker);
   });
-  exception.rethrow();
-  run({whole, n}, context);
+  for (Index i = whole; i < n; ++i) body(i, context);
 }
 
 }  // namespace detail
@@ -225,7 +193,8 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
   detail::check_heads(inputs, out);
   if (q.batch == 0) return;
   detail::check_supported(a, inputs);
-  const Index multiply_adds = q.length * k.length * (k.dim + v.dim);
+  constexpr Index kFewQueries = 16;  // fewer take as long
+  const Index multiply_adds = std::max(q.length, kFewQueries) * k.length * (k.dim + v.dim);
   detail::for_each_problem(q.batch * q.heads, multiply_adds, context, [&](Index i, Context& on) {
     const Index b = i / q.heads, h = i % q.heads;
     a.forward(inputs(b, h), out(b, h), on);
