@@ -334,7 +334,7 @@ TEST(MultiHeadThreads, WorksInsideAParallelRegionOfTheCaller) {
 #endif
 
 TEST(ForEachProblem, RunsEachOnceWithTheWorkersWhereTheyAreWorthMost) {
-  constexpr Index kTiny = 1, kSmall = Index{1} << 22, kLarge = Index{1} << 24;
+  constexpr Index kTiny = 1, kSmall = Index{1} << 21, kLarge = Index{1} << 24;
   struct Expected {
     Index n, multiply_adds;
     int workers;

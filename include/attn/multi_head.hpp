@@ -163,7 +163,7 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
 /// together are too small, on the calling thread. What body throws arrives there too.
 template <class Body>
 void for_each_problem(Index n, Index multiply_adds, Context& context, const Body& body) {
-  constexpr Index kWorthWaking = 2 << 20, kWorthSharing = 8 << 20;  // multiply-adds: of all, of one
+  constexpr Index kWorthWaking = 2 << 20, kWorthSharing = 4 << 20;  // multiply-adds: of all, of one
   constexpr Index kTasksAWorker = 32;                               // many, so that workers end together
   const Index workers = context.workers();
   const Index whole = workers == 1 || multiply_adds < kWorthSharing ? n : n / workers * workers;
