@@ -189,6 +189,18 @@ TEST(AllocationCounter, CountsMallocAndWhatEigenAllocates) {
 }
 #endif
 
+/// Gives all items of a run to one of three workers, of the next run to the next.
+struct Turns {
+  int next = 0;
+
+  int workers() const { return 3; }
+  template <class Task>
+  void run(Index n, const Task& task) {
+    for (Index item = 0; item < n; ++item) task(item, next);
+    next = (next + 1) % 3;
+  }
+};
+
 /// Calls of every kind, each with shapes of its own; run(context) must not allocate beyond what context keeps.
 template <class T>
 class Calls {
@@ -206,6 +218,21 @@ class Calls {
           context);
       run_methods({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none)}, context);
     }
+    run_multi_head(2, 3, 4, context);
+    run_multi_head(2, 3, 90, context);
+    run_multi_head(1, 3, 700, context);
+  }
+
+  /// Heads that differ in what they need.
+  void run_multi_head(Index batch, Index heads, Index n, Context& context) {
+    const auto view = [&](auto* data) { return attn::token_major(data, batch, n, heads, kWidth); };
+    const auto q = view(tokens_.q.data()), k = view(tokens_.k.data()), v = view(tokens_.v.data());
+    const auto out = view(out_.data());
+    std::vector<attn::Mask>& masks = masks_of_items_;
+    masks.assign(static_cast<std::size_t>(batch), {});
+    masks.back() = this->masks(n, n, Causal::none);
+    attn::multi_head(attn::SoftmaxAttention<T>{}, q, k, v, out, masks, context);
+    attn::multi_head(attn::Skyformer<T>(attn::UniformSample{.num_landmarks = 24}), q, k, v, out, masks, context);
   }
 
  private:
@@ -267,6 +294,7 @@ class Calls {
   std::vector<T> bias_ = test::random_key_bias<T>(kLongest, 0.1, 82);
   std::vector<T> lse_ = std::vector<T>(kLongest), maximum_ = lse_, sum_ = lse_;
   Matrix<T> out_ = Matrix<T>(kLongest, kWidth);
+  std::vector<attn::Mask> masks_of_items_ = std::vector<attn::Mask>(2);
 };
 
 template <class T>
@@ -279,6 +307,15 @@ TYPED_TEST(Allocations, NoneOnASecondCall) {
   Context context;
   EXPECT_GT(allocations_of([&] { calls.run(context); }), 0) << "the first call fills the arena";
   EXPECT_EQ(allocations_of([&] { calls.run(context); }), 0);
+}
+
+TYPED_TEST(Allocations, NoneWhicheverWorkerTakesAHead) {
+  Calls<TypeParam> calls;
+  Context context{Turns{}};
+  calls.run_multi_head(2, 3, 90, context);
+  for (int call = 0; call < 3; ++call) {
+    EXPECT_EQ(allocations_of([&] { calls.run_multi_head(2, 3, 90, context); }), 0);
+  }
 }
 
 #if defined(_OPENMP) && !defined(__clang__)  // Clang's OpenMP runtime allocates by itself; GCC's does not

@@ -4,11 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -89,6 +92,45 @@ TEST(Context, MovesItsExecutorAndItsMemory) {
   third = std::move(second);
   EXPECT_EQ(third.workers(), 2);
   EXPECT_EQ(third.scratch().array<float>(100).data(), before);
+}
+
+TEST(Context, RunsCallsEachWithAContextOfItsWorker) {
+  for (auto& [name, context] : test::contexts()) {
+    SCOPED_TRACE(name);
+    for (const Index n : {0, 1, 2, 3, 1000}) {
+      std::vector<std::atomic<int>> runs(static_cast<std::size_t>(n));
+      std::atomic<bool> disturbed = false;
+      context.for_each_call(n, [&](Index item, Context& of_worker) {
+        ++runs[static_cast<std::size_t>(item)];
+        auto scratch = of_worker.scratch();
+        const auto mine = scratch.array<Index>(100);
+        std::fill(mine.begin(), mine.end(), item);
+        if (of_worker.workers() != 1) disturbed = true;
+        if (std::any_of(mine.begin(), mine.end(), [&](Index x) { return x != item; })) disturbed = true;
+      });
+      for (const auto& r : runs) EXPECT_EQ(r, 1);
+      EXPECT_FALSE(disturbed);
+    }
+  }
+}
+
+TEST(Context, CallsMayThrow) {
+  for (auto& [name, context] : test::contexts()) {
+    SCOPED_TRACE(name);
+    for (const Index n : {1, 2, 100}) {
+      const auto fails = [&](Index item, Context&) {
+        if (item == n / 2) throw std::runtime_error(std::to_string(item));
+      };
+      std::string message;
+      try {
+        context.for_each_call(n, fails);
+      } catch (const std::runtime_error& e) {
+        message = e.what();
+      }
+      EXPECT_EQ(message, std::to_string(n / 2));
+      EXPECT_NO_THROW(context.for_each_call(n, [](Index, Context&) {}));
+    }
+  }
 }
 
 TEST(Scratch, IsAlignedAndDisjoint) {

@@ -14,24 +14,31 @@
 
 namespace bench {
 
-/// Times method.forward on the tokens. Counters: flops (a second), and of_peak, the fraction of the FMA peak of as many
-/// threads, measured just before.
-template <attn::Approximator Method>
-void time_forward(benchmark::State& state, const Method& method, Tokens<typename Method::Scalar>& tokens, double flops,
-                  attn::Context& context, attn::Causal causal = attn::Causal::none) {
+/// Times call(), which does so many flops of T on so many threads. Counters: flops (a second), and of_peak, the
+/// fraction of the FMA peak of as many threads, measured just before.
+template <class T, class Call>
+void time_calls(benchmark::State& state, double flops, int threads, const Call& call) {
   using Clock = std::chrono::steady_clock;
-  const auto inputs = tokens.inputs(causal);
-  method.forward(inputs, tokens.out, context);
-  const double peak = fma_peak<typename Method::Scalar>(0.01, context.workers());
+  call();
+  const double peak = fma_peak<T>(0.01, threads);
   const auto start = Clock::now();
   for (auto _ : state) {
-    method.forward(inputs, tokens.out, context);
+    call();
     benchmark::ClobberMemory();
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   const double rate = flops * static_cast<double>(state.iterations()) / seconds;
   state.counters["flops"] = benchmark::Counter(rate, benchmark::Counter::kDefaults, benchmark::Counter::kIs1000);
   state.counters["of_peak"] = rate / peak;
+}
+
+/// Times method.forward on the tokens, with the counters of time_calls.
+template <attn::Approximator Method>
+void time_forward(benchmark::State& state, const Method& method, Tokens<typename Method::Scalar>& tokens, double flops,
+                  attn::Context& context, attn::Causal causal = attn::Causal::none) {
+  const auto inputs = tokens.inputs(causal);
+  const auto call = [&] { method.forward(inputs, tokens.out, context); };
+  time_calls<typename Method::Scalar>(state, flops, context.workers(), call);
 }
 
 /// The rest of main once all benchmarks are registered. Each runs for 0.05 s unless --benchmark_min_time says

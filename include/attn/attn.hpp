@@ -13,6 +13,7 @@
 #include <attn/lifted_softmax.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
+#include <attn/multi_head.hpp>
 #include <attn/narrow.hpp>
 #include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>

@@ -4,8 +4,10 @@
 #include <Eigen/Core>
 
 #include <algorithm>
+#include <atomic>
 #include <concepts>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <new>
 #include <span>
@@ -47,11 +49,22 @@ namespace detail {
 class Arena {
  public:
   struct Mark {
-    std::size_t block = 0, used = 0;
+    std::size_t block = 0, used = 0, total = 0;
   };
 
   Mark mark() const { return top_; }
   void release(Mark mark) { top_ = mark; }
+
+  /// The most bytes that were ever taken at once.
+  std::size_t peak() const { return peak_; }
+
+  /// Makes room for any requests of so many bytes together. Nothing may be taken.
+  void reserve(std::size_t bytes) {
+    if (bytes == 0 || (!blocks_.empty() && blocks_.front().size >= bytes)) return;
+    Block block = allocate(bytes);
+    blocks_.clear();
+    blocks_.push_back(std::move(block));
+  }
 
   /// 64-byte aligned memory, valid until a mark taken before is released. Throws std::bad_alloc, and is then as it was.
   std::byte* take(std::size_t bytes) {
@@ -59,6 +72,8 @@ class Arena {
     if (blocks_.empty() || blocks_[top_.block].size - top_.used < bytes) next_block(bytes);
     std::byte* p = blocks_[top_.block].data.get() + top_.used;
     top_.used += bytes;
+    top_.total += bytes;
+    peak_ = std::max(peak_, top_.total);
     return p;
   }
 
@@ -86,11 +101,35 @@ class Arena {
     } else if (blocks_[next].size < bytes) {
       blocks_[next] = allocate(bytes);
     }
-    top_ = {next, 0};
+    top_ = {next, 0, top_.total};
   }
 
   std::vector<Block> blocks_;
   Mark top_;
+  std::size_t peak_ = 0;
+};
+
+/// Keeps the first exception of parallel tasks, which must not throw, for the calling thread.
+class FirstException {
+ public:
+  /// Runs body, unless one has thrown already.
+  template <class Body>
+  void guard(const Body& body) {
+    if (thrown_.load(std::memory_order_relaxed)) return;
+    try {
+      body();
+    } catch (...) {
+      if (!thrown_.exchange(true)) exception_ = std::current_exception();
+    }
+  }
+
+  void rethrow() const {
+    if (exception_ != nullptr) std::rethrow_exception(exception_);
+  }
+
+ private:
+  std::atomic<bool> thrown_ = false;
+  std::exception_ptr exception_;
 };
 
 }  // namespace detail
@@ -155,7 +194,31 @@ class Context {
   /// task(item, worker) for every item in [0, n), on the executor. The task must not throw.
   template <std::invocable<Index, int> F>
   void for_each(Index n, F&& task) {
+    if (n == 1) return void(task(Index{0}, 0));  // not worth waking anyone
     if (n > 0) executor_->run(n, TaskRef(task));
+  }
+
+  /// task(item, context) for every item in [0, n), on the executor, with a serial context of each worker: for tasks
+  /// that are whole calls. A single one runs on the calling thread. A task may throw: the first exception arrives here,
+  /// once those that have begun are done. The contexts are kept, all with as much memory as any of them has needed, so
+  /// that at a second call it does not matter which worker takes which item.
+  template <std::invocable<Index, Context&> F>
+  void for_each_call(Index n, F&& task) {
+    const auto count = static_cast<std::size_t>(workers());
+    if (count == 1) {
+      for (Index item = 0; item < n; ++item) task(item, *this);
+      return;
+    }
+    if (of_workers_.size() < count) of_workers_.resize(count);
+    if (n == 1) return void(task(0, of_workers_.front()));
+    detail::FirstException exception;
+    for_each(n, [&](Index item, int worker) {
+      exception.guard([&] { task(item, of_workers_[static_cast<std::size_t>(worker)]); });
+    });
+    exception.rethrow();
+    std::size_t most = 0;
+    for (const Context& context : of_workers_) most = std::max(most, context.arena_.peak());
+    for (Context& context : of_workers_) context.arena_.reserve(most);
   }
 
   /// Opens a scope of scratch memory.
@@ -188,6 +251,7 @@ class Context {
 
   std::unique_ptr<AnyExecutor> executor_;
   detail::Arena arena_;
+  std::vector<Context> of_workers_;
 };
 
 }  // namespace attn

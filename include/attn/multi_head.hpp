@@ -1,0 +1,297 @@
+/// Batches and heads: attention over views of four-dimensional arrays, grouped-query heads included.
+#pragma once
+
+#include <attn/approximator.hpp>
+#include <attn/context.hpp>
+#include <attn/detail/checks.hpp>
+#include <attn/detail/partition.hpp>
+#include <attn/mask.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace attn {
+
+/// The heads of a batch in any array whose features lie side by side: entry (b, h, i, c) is at
+///   data[b batch_stride + h head_stride + i row_stride + c]     b < batch, h < heads, i < length, c < dim
+/// HeadsView<const T> is read-only. Does not own the data. Where an input repeats its heads or batch items, their
+/// stride is 0.
+template <class T>
+struct HeadsView {
+  T* data;
+  Index batch, heads, length, dim;
+  Index batch_stride, head_stride, row_stride;
+
+  /// One head, (length, dim).
+  auto operator()(Index b, Index h) const {
+    using Ref = std::conditional_t<std::is_const_v<T>, ConstMatrixRef<std::remove_const_t<T>>, MatrixRef<T>>;
+    return Ref(data + b * batch_stride + h * head_stride, length, dim, row_stride);
+  }
+
+  /// What can be written can be read.
+  template <class U>
+    requires(std::same_as<U, const T> && !std::is_const_v<T>)
+  operator HeadsView<U>() const {  // NOLINT: implicit, as from T* to const T*
+    return {data, batch, heads, length, dim, batch_stride, head_stride, row_stride};
+  }
+};
+
+/// View of a contiguous array [batch, heads, length, dim]: the tokens of a head follow one another.
+template <class T>
+constexpr HeadsView<T> head_major(T* data, Index batch, Index heads, Index length, Index dim) {
+  return {data, batch, heads, length, dim, heads * length * dim, length * dim, dim};
+}
+
+/// View of a contiguous array [batch, length, heads, dim]: the heads of a token follow one another, as a projection
+/// writes them.
+template <class T>
+constexpr HeadsView<T> token_major(T* data, Index batch, Index length, Index heads, Index dim) {
+  return {data, batch, heads, length, dim, length * heads * dim, dim, heads * dim};
+}
+
+/// Where multi_head_backward writes: dq (batch, H_q, n_q, d), dk (batch, H_k, n_k, d), dv (batch, H_k, n_k, d_v), overwritten. Must not
+/// overlap one another or the inputs.
+template <class T>
+struct HeadGradients {
+  HeadsView<T> dq, dk, dv;
+};
+
+namespace detail {
+
+inline constexpr std::string_view kMultiHeadName = "multi_head";
+
+/// What the heads of one call read.
+template <class T>
+struct HeadInputs {
+  const HeadsView<const T>&q, &k, &v;
+  std::span<const Mask> masks;
+
+  /// Those of query head h of batch item b, with the key and value head of its group.
+  Inputs<T> operator()(Index b, Index h) const {
+    const Index kv = h / (q.heads / k.heads);
+    return {q(b, h), k(b, kv), v(b, kv), mask(b)};
+  }
+
+  Mask mask(Index b) const {
+    if (masks.empty()) return {};
+    return masks.size() == 1 ? masks.front() : masks[static_cast<std::size_t>(b)];
+  }
+
+  /// As many batch items as it takes to see every mask; their shapes are the same.
+  Index different_items() const { return std::max<Index>(1, static_cast<Index>(masks.size())); }
+};
+
+template <class T>
+void check_view(const char* name, const HeadsView<T>& x) {
+  if (x.batch < 0 || x.heads < 1 || x.length < 1 || x.dim < 1) {
+    refuse(kMultiHeadName, name, " is ", x.batch, " x ", x.heads, " x ", x.length, " x ", x.dim,
+           " (batch, heads, length, dim), should be at least 0 x 1 x 1 x 1");
+  }
+  if (x.row_stride < x.dim) {
+    refuse(kMultiHeadName, name, ".row_stride is ", x.row_stride, ", should be at least its dim of ", x.dim);
+  }
+}
+
+/// Results must not share elements. They do not when every stride, from the shortest to the longest, is at least what
+/// those before it span.
+template <class T>
+void check_disjoint(const char* name, const HeadsView<T>& x) {
+  std::array<std::pair<Index, Index>, 3> steps{
+      {{x.row_stride, x.length}, {x.head_stride, x.heads}, {x.batch_stride, x.batch}}};
+  std::sort(steps.begin(), steps.end());
+  Index span = x.dim;
+  for (const auto& [stride, count] : steps) {
+    if (count <= 1) continue;
+    if (stride < span) {
+      refuse(kMultiHeadName, name, " overlaps itself: its batch_stride is ", x.batch_stride, ", its head_stride ",
+             x.head_stride, ", its row_stride ", x.row_stride);
+    }
+    span += (count - 1) * stride;
+  }
+}
+
+inline void check_count(const char* name, Index count, const char* of, Index wanted) {
+  if (count != wanted) refuse(kMultiHeadName, name, " is ", count, ", ", of, " is ", wanted);
+}
+
+/// The number of masks, and the shapes of one head with each of them.
+template <class T>
+void check_masks(const HeadInputs<T>& in, const HeadsView<const T>& out) {
+  if (in.masks.size() > 1 && static_cast<Index>(in.masks.size()) != in.q.batch) {
+    refuse(kMultiHeadName, "masks has ", in.masks.size(), " entries, should have none, one, or one for each of the ",
+           in.q.batch, " batch items");
+  }
+  for (Index b = 0; b < in.different_items(); ++b) {
+    check_inputs(kMultiHeadName, in(b, 0));
+    check_shape<T>(kMultiHeadName, "out", out(b, 0), in.q.length, in.v.dim);
+  }
+}
+
+/// All that can be checked without the method.
+template <class T>
+void check_heads(const HeadInputs<T>& in, const HeadsView<const T>& out) {
+  check_view("q", in.q);
+  check_view("k", in.k);
+  check_view("v", in.v);
+  check_view("out", out);
+  check_count("k.batch", in.k.batch, "q.batch", in.q.batch);
+  check_count("v.batch", in.v.batch, "q.batch", in.q.batch);
+  check_count("out.batch", out.batch, "q.batch", in.q.batch);
+  check_count("v.heads", in.v.heads, "k.heads", in.k.heads);
+  check_count("out.heads", out.heads, "q.heads", in.q.heads);
+  if (in.q.heads % in.k.heads != 0) {
+    refuse(kMultiHeadName, "q has ", in.q.heads, " heads, k has ", in.k.heads, ", which do not divide them");
+  }
+  check_masks(in, out);
+}
+
+/// gradient has the shape of x and does not overlap itself.
+template <class T>
+void check_gradient(const char* name, const HeadsView<T>& gradient, const char* of, const HeadsView<const T>& x) {
+  check_view(name, gradient);
+  check_disjoint(name, gradient);
+  if (gradient.batch != x.batch || gradient.heads != x.heads || gradient.length != x.length || gradient.dim != x.dim) {
+    refuse(kMultiHeadName, name, " is ", gradient.batch, " x ", gradient.heads, " x ", gradient.length, " x ", gradient.dim, ", ", of,
+           " is ", x.batch, " x ", x.heads, " x ", x.length, " x ", x.dim);
+  }
+}
+
+template <class T>
+void check_gradients(const HeadInputs<T>& in, const HeadsView<const T>& out, const HeadsView<const T>& dout,
+                     const HeadGradients<T>& gradients) {
+  check_view("dout", dout);
+  if (dout.batch != out.batch || dout.heads != out.heads || dout.length != out.length || dout.dim != out.dim) {
+    refuse(kMultiHeadName, "dout is ", dout.batch, " x ", dout.heads, " x ", dout.length, " x ", dout.dim, ", out is ", out.batch,
+           " x ", out.heads, " x ", out.length, " x ", out.dim);
+  }
+  check_gradient<T>("dq", gradients.dq, "q", in.q);
+  check_gradient<T>("dk", gradients.dk, "k", in.k);
+  check_gradient<T>("dv", gradients.dv, "v", in.v);
+}
+
+/// Refuses what forward would refuse amid the batch.
+template <Approximator A>
+void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
+  for (Index b = 0; b < heads.different_items(); ++b) {
+    const Inputs<typename A::Scalar> in = heads(b, 0);
+    if (a.supports(in)) continue;
+    std::string_view name = A::kName;
+    if constexpr (requires { name = a.name(); }) name = a.name();
+    refuse(kMultiHeadName, name, " does not support batch item ", b, ": ", in.q.rows(), " queries, ", in.k.rows(),
+           " keys", in.mask.causal == Causal::none ? "" : ", causal", in.mask.keep_key.empty() ? "" : ", keep_key",
+           in.mask.keep_query.empty() ? "" : ", keep_query");
+  }
+}
+
+/// body(i, context) for every i in [0, n): independent problems of about so many multiply-adds each, whose results must
+/// not depend on the context. As many as go evenly over the workers run whole, each on one worker; those left over
+/// follow one after another, with all workers inside each. Problems too small to be shared all run whole, and where all
+/// together are too small, on the calling thread. What body throws arrives there too.
+template <class Body>
+void for_each_problem(Index n, Index multiply_adds, Context& context, const Body& body) {
+  constexpr Index kWorthWaking = 2 << 20, kWorthSharing = 4 << 20;  // multiply-adds: of all, of one
+  constexpr Index kTasksAWorker = 32;                               // many, so that workers end together
+  const Index workers = context.workers();
+  const Index whole = workers == 1 || multiply_adds < kWorthSharing ? n : n / workers * workers;
+  const Index tasks = n * multiply_adds < kWorthWaking ? 1 : std::min(whole, workers * kTasksAWorker);
+  context.for_each_call(tasks, [&](Index task, Context& of_worker) {
+    const Range range = nth_part(whole, tasks, task);
+    for (Index i = range.first; i < range.last; ++i) body(i, of_worker);
+  });
+  for (Index i = whole; i < n; ++i) body(i, context);
+}
+
+/// Of the exact scores and sums of one head: few queries take as long as 16.
+template <class T>
+Index multiply_adds(const HeadInputs<T>& in) {
+  constexpr Index kFewQueries = 16;
+  return std::max(in.q.length, kFewQueries) * in.k.length * (in.k.dim + in.v.dim);
+}
+
+/// forward(i, inputs, out, context) for every query head i = b heads + h, once all is checked.
+template <Approximator A, class Forward>
+void run_heads(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out, Context& context,
+               const Forward& forward) {
+  check_heads<typename A::Scalar>(inputs, out);
+  check_disjoint("out", out);
+  if (inputs.q.batch == 0) return;
+  check_supported(a, inputs);
+  for_each_problem(inputs.q.batch * inputs.q.heads, multiply_adds(inputs), context, [&](Index i, Context& on) {
+    const Index b = i / inputs.q.heads, h = i % inputs.q.heads;
+    forward(i, inputs(b, h), out(b, h), on);
+  });
+}
+
+}  // namespace detail
+
+/// out <- attention of every head by method a. Query head h reads key and value head h / (H_q / H_k), so H_k must
+/// divide H_q (grouped queries; H_k = 1: multi-query). No key bias.
+///   q (batch, H_q, n_q, d)   k (batch, H_k, n_k, d)   v (batch, H_k, n_k, d_v)   out (batch, H_q, n_q, d_v)
+/// masks: none, one for all batch items, or one for each. An empty batch is allowed, and nothing is done. Results are
+/// bitwise those of a.forward, head by head, whatever the executor. Scratch memory: that of a, once a worker. Throws
+/// std::invalid_argument before anything is written when shapes disagree or are empty, out overlaps itself, or a does
+/// not support a mask or the shapes. What a.forward throws beyond that arrives on the calling thread, with out partly
+/// written.
+template <Approximator A>
+void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
+                const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
+                std::span<const Mask> masks, Context& context) {
+  detail::run_heads(a, {q, k, v, masks}, out, context, [&](Index i, const auto& in, const auto& to, Context& on) {
+    static_cast<void>(i);
+    a.forward(in, to, on);
+  });
+}
+
+/// The same for training: saved becomes one A::Saved for each query head of each batch item, b heads + h, made at the first step.
+template <Approximator A>
+void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
+                const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
+                std::span<const Mask> masks, Context& context, std::vector<typename A::Saved>& saved) {
+  saved.resize(static_cast<std::size_t>(std::max<Index>(0, q.batch * q.heads)));
+  detail::run_heads(a, {q, k, v, masks}, out, context, [&](Index i, const auto& in, const auto& to, Context& on) {
+    a.forward(in, to, on, saved[static_cast<std::size_t>(i)]);
+  });
+}
+
+/// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same arguments and the out
+/// and saved of multi_head. Query heads that share a key head add up, in their order. Throws std::invalid_argument before anything is
+/// written when shapes disagree or saved is of another number of heads.
+template <Approximator A>
+void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
+                         const HeadsView<const typename A::Scalar>& v, const HeadsView<const typename A::Scalar>& out,
+                         const HeadsView<const typename A::Scalar>& dout, std::span<const Mask> masks,
+                         const std::vector<typename A::Saved>& saved, const HeadGradients<typename A::Scalar>& gradients,
+                         Context& context) {
+  using T = typename A::Scalar;
+  const detail::HeadInputs<T> inputs{q, k, v, masks};
+  detail::check_heads<T>(inputs, out);
+  detail::check_gradients<T>(inputs, out, dout, gradients);
+  detail::check_saved(detail::kMultiHeadName, saved.size(), q.batch * q.heads);
+  if (q.batch == 0) return;
+  const Index group = q.heads / k.heads;
+  detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context, [&](Index i, Context& on) {
+    const Index b = i / k.heads, kv = i % k.heads;
+    Scratch scratch = on.scratch();
+    MatrixRef<T> dk = gradients.dk(b, kv), dv = gradients.dv(b, kv);
+    MatrixRef<T> more_dk = scratch.matrix<T>(group > 1 ? dk.rows() : 0, dk.cols());
+    MatrixRef<T> more_dv = scratch.matrix<T>(group > 1 ? dv.rows() : 0, dv.cols());
+    for (Index h = kv * group; h < (kv + 1) * group; ++h) {
+      const bool first = h == kv * group;
+      const Gradients<T> to{gradients.dq(b, h), first ? dk : more_dk, first ? dv : more_dv};
+      a.backward(inputs(b, h), out(b, h), dout(b, h), saved[static_cast<std::size_t>(b * q.heads + h)], to, on);
+      if (first) continue;
+      dk += more_dk;
+      dv += more_dv;
+    }
+  });
+}
+
+}  // namespace attn
