@@ -1,0 +1,156 @@
+/// Gradients of batches and heads: those of every head alone, added up over the query heads that share a key head.
+#include <attn/any_approximator.hpp>
+#include <attn/multi_head.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+using attn::HeadsView;
+using attn::token_major;
+using test::Context;
+using test::Index;
+using test::Mask;
+using test::Matrix;
+
+/// Arrays [batch, length, heads, dim] of one training step: 2 batch items, grouped heads.
+struct Step {
+  static constexpr Index kBatch = 2, kQueries = 4, kKeys = 2, kD = 5, kDv = 3;
+
+  explicit Step(Index n) : length(n) {
+    test::Random random(7);
+    for (auto* array : {&q, &k, &v, &dout}) {
+      const Index heads = array == &q || array == &dout ? kQueries : kKeys, dim = array == &q || array == &k ? kD : kDv;
+      for (Index i = 0; i < kBatch * n * heads * dim; ++i) array->push_back(0.7 * random.normal());
+    }
+    out.resize(dout.size());
+    for (auto [gradient, of] : {std::pair{&dq, &q}, std::pair{&dk, &k}, std::pair{&dv, &v}}) {
+      gradient->assign(of->size(), test::kNaN<double>);
+    }
+  }
+
+  template <class T>
+  HeadsView<T> queries(T* x, Index dim) const {
+    return token_major(x, kBatch, length, kQueries, dim);
+  }
+  template <class T>
+  HeadsView<T> keys(T* x, Index dim) const {
+    return token_major(x, kBatch, length, kKeys, dim);
+  }
+
+  template <class A>
+  void run(const A& a, std::span<const Mask> masks, Context& context, std::vector<typename A::Saved>& saved) {
+    attn::multi_head(a, queries(std::as_const(q).data(), kD), keys(std::as_const(k).data(), kD), keys(std::as_const(v).data(), kDv),
+                     queries(out.data(), kDv), masks, context, saved);
+    backward(a, masks, context, saved);
+  }
+
+  template <class A>
+  void backward(const A& a, std::span<const Mask> masks, Context& context, const std::vector<typename A::Saved>& saved) {
+    attn::multi_head_backward(a, queries(std::as_const(q).data(), kD), keys(std::as_const(k).data(), kD),
+                              keys(std::as_const(v).data(), kDv), queries(std::as_const(out).data(), kDv),
+                              queries(std::as_const(dout).data(), kDv), masks, saved,
+                              {queries(dq.data(), kD), keys(dk.data(), kD), keys(dv.data(), kDv)}, context);
+  }
+
+  Index length;
+  std::vector<double> q, k, v, dout, out, dq, dk, dv;
+};
+
+/// Each head's own backward pass, sums over the query heads of a group in their order.
+template <class A>
+void check_heads(const A& a, const Step& step, const std::vector<Mask>& masks) {
+  constexpr Index kGroup = Step::kQueries / Step::kKeys;
+  const Index n = step.length;
+  for (Index b = 0; b < Step::kBatch; ++b) {
+    const Mask mask = masks.empty() ? Mask{} : masks[masks.size() == 1 ? 0 : static_cast<std::size_t>(b)];
+    for (Index kv = 0; kv < Step::kKeys; ++kv) {
+      Matrix<double> dk = Matrix<double>::Zero(n, Step::kD), dv = Matrix<double>::Zero(n, Step::kDv);
+      const Matrix<double> k = step.keys(step.k.data(), Step::kD)(b, kv), v = step.keys(step.v.data(), Step::kDv)(b, kv);
+      for (Index h = kv * kGroup; h < (kv + 1) * kGroup; ++h) {
+        const Matrix<double> q = step.queries(step.q.data(), Step::kD)(b, h), dout = step.queries(step.dout.data(), Step::kDv)(b, h);
+        Matrix<double> out(n, Step::kDv), dq(n, Step::kD), one_dk(n, Step::kD), one_dv(n, Step::kDv);
+        Context context;
+        typename A::Saved saved;
+        a.forward({q, k, v, mask}, out, context, saved);
+        a.backward({q, k, v, mask}, out, dout, saved, {dq, one_dk, one_dv}, context);
+        EXPECT_TRUE(test::bitwise_equal<double>(step.queries(step.dq.data(), Step::kD)(b, h), dq)) << b << ", query head " << h;
+        dk += one_dk;
+        dv += one_dv;
+      }
+      EXPECT_LE(test::relative_error<double>(step.keys(step.dk.data(), Step::kD)(b, kv), dk), 1e-15) << b << ", key head " << kv;
+      EXPECT_LE(test::relative_error<double>(step.keys(step.dv.data(), Step::kDv)(b, kv), dv), 1e-15) << b << ", key head " << kv;
+    }
+  }
+}
+
+TEST(MultiHeadBackward, IsThatOfEachHeadAddedUpOverGroups) {
+  const auto keep = test::random_keep(60, 0.8, 3), other = test::random_keep(60, 0.5, 4);
+  const Mask first{.keep_key = keep, .keep_query = keep}, second{.keep_key = other, .keep_query = other};
+  for (const std::string name : {"softmax", "gaussian", "nystrom", "shifted-nystrom", "skyformer"}) {
+    SCOPED_TRACE(name);
+    const auto a = attn::make_approximator<double>(name, {.num_landmarks = 8});
+    for (const std::vector<Mask>& masks : {std::vector<Mask>{}, {first}, {first, second}}) {
+      Step step(60);
+      Context context;
+      std::vector<attn::AnyApproximator<double>::Saved> saved;
+      step.run(a, masks, context, saved);
+      check_heads(a, step, masks);
+    }
+  }
+}
+
+TEST(MultiHeadBackward, BitwiseEqualWhateverTheWorkers) {
+  const attn::SoftmaxAttention<double> a;
+  Step expected(150);
+  Context serial;
+  std::vector<attn::SoftmaxAttention<double>::Saved> saved;
+  expected.run(a, {}, serial, saved);
+  for (auto& [name, context] : test::contexts()) {
+    Step step(150);
+    for (int twice = 0; twice < 2; ++twice) {
+      step.run(a, {}, context, saved);
+      EXPECT_EQ(step.dq, expected.dq) << name;
+      EXPECT_EQ(step.dk, expected.dk) << name;
+      EXPECT_EQ(step.dv, expected.dv) << name;
+    }
+  }
+}
+
+TEST(MultiHeadBackward, SavedOfOtherHeadsAndWrongShapesAreRefused) {
+  const attn::SoftmaxAttention<double> a;
+  Step step(6);
+  Context context;
+  std::vector<attn::SoftmaxAttention<double>::Saved> saved(3);
+  const auto message = [](const auto& body) {
+    try {
+      body();
+    } catch (const std::invalid_argument& e) {
+      return std::string(e.what());
+    }
+    return std::string("nothing was thrown");
+  };
+  EXPECT_EQ(message([&] { step.backward(a, {}, context, saved); }),
+            "multi_head: saved holds 3 rows, should hold 8: it is not of a forward pass of these inputs");
+  step.run(a, {}, context, saved);
+  const auto queries = step.queries(std::as_const(step.q).data(), Step::kD);
+  EXPECT_EQ(message([&] {
+              attn::multi_head_backward(a, queries, step.keys(std::as_const(step.k).data(), Step::kD),
+                                        step.keys(std::as_const(step.v).data(), Step::kDv),
+                                        step.queries(std::as_const(step.out).data(), Step::kDv),
+                                        step.queries(std::as_const(step.dout).data(), Step::kDv), {}, saved,
+                                        {step.queries(step.dq.data(), Step::kD), step.queries(step.dq.data(), Step::kD),
+                                         step.keys(step.dv.data(), Step::kDv)},
+                                        context);
+            }),
+            "multi_head: dk is 2 x 4 x 6 x 5, k is 2 x 2 x 6 x 5");
+}
+
+}  // namespace
