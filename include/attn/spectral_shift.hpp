@@ -148,7 +148,7 @@ class ShiftedNystrom {
     Scratch scratch = context.scratch();
     detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
     if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums.leftCols(out.cols()), factors.lse});
-    if (shift_.mode == ShiftMode::row) return add_row_shift(in, factors, out, context, scratch, saved);
+    if (shift_.mode == ShiftMode::row) return add_row_shift(in, factors, out, context, saved);
     const bool paper = shift_.mode == ShiftMode::paper;
     const T delta = paper ? factors.paper_shift(context) : probed_shift(in, factors, context, scratch);
     if (paper) {
@@ -222,25 +222,25 @@ class ShiftedNystrom {
   }
 
   void add_row_shift(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, MatrixRef<T> out, Context& context,
-                     Scratch& scratch, Saved* saved) const {
-    constexpr Index kRows = 2048;
+                     Saved* saved) const {
+    constexpr Index kRows = 256;
     if (saved != nullptr) saved->delta = 0;
     const T gate = fit_gate(in, factors, context);
     out.setZero();
     const auto n = static_cast<Index>(factors.rows.size());
-    const std::span<Index> ranks = scratch.array<Index>(std::min(kRows, n));
-    for (Index first = 0; first < n; first += kRows) {
-      const auto some = ranks.first(static_cast<std::size_t>(std::min(kRows, n - first)));
+    context.for_each_call((n + kRows - 1) / kRows, [&](Index chunk, Context& of_worker) {
+      Scratch scratch = of_worker.scratch();
+      const Index first = chunk * kRows;
+      const std::span<Index> some = scratch.array<Index>(std::min(kRows, n - first));
       for (std::size_t i = 0; i < some.size(); ++i) some[i] = first + static_cast<Index>(i);
-      Scratch chunk = scratch.nested();
-      detail::ShiftedRows<T> rows(in, factors, some, context, chunk);
+      detail::ShiftedRows<T> rows(in, factors, some, of_worker, scratch);
       for (std::size_t i = 0; i < some.size(); ++i) {
         const auto r = static_cast<Index>(i), row = factors.rows[static_cast<std::size_t>(some[i])];
         out.row(row) = (1 - gate) * rows.plain.row(r).head(out.cols()) + gate * rows.shifted.row(r);
         const T alpha = rows.stretch[i];
         if (saved != nullptr) save(*saved, row, 1 - gate + gate * alpha, gate * (rows.exact_diagonal[i] - alpha * rows.diagonal[i]));
       }
-    }
+    });
   }
 
   /// t of the row mode: with a = R - N v and b = S v - N v on the probed rows, sum a.b / sum a.a less one standard error.

@@ -62,16 +62,18 @@ template <class T, Left kLeft = Left::row_major, Right kRight = Right::plain>
 void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep,
           MatrixRef<T> c, Context& context) {
   constexpr Index kRowBlock = 96, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
+  const Index column_packets = (c.cols() + kLanes<T> - 1) / kLanes<T>;
   constexpr Index kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
-  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (c.cols() + kWidth - 1) / kWidth;
+  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (column_packets + kTilePackets - 1) / kTilePackets;
   const Index terms = kLeft == Left::row_major ? a.cols() : a.rows();
   Scratch scratch = context.scratch();
   const std::span<T> panels = scratch.array<T>(context.workers() * kDepth * kWidth);
   const auto multiply = [&](Index item, int worker) {
     T* panel = panels.data() + worker * kDepth * kWidth;
     const Range rows = nth_part(c.rows(), row_blocks, item / strips);
-    const Range columns{item % strips * kWidth, std::min(c.cols(), (item % strips + 1) * kWidth)};
-    const int packets = static_cast<int>((columns.last - columns.first + kLanes<T> - 1) / kLanes<T>);
+    const Range strip = nth_part(column_packets, strips, item % strips);
+    const Range columns{strip.first * kLanes<T>, std::min(c.cols(), strip.last * kLanes<T>)};
+    const int packets = static_cast<int>(strip.last - strip.first);
     for (Index first = 0; first < terms; first += kDepth) {
       const Range depth{first, std::min(terms, first + kDepth)};
       pack_right<kRight, T>(b, depth, columns, packets, panel);

@@ -26,14 +26,32 @@ std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, MatrixRe
   return norms;
 }
 
+/// The largest of n elements.
+template <class T>
+T row_maximum(const T* row, Index n) {
+  alignas(64) T lanes[kLanes<T>];
+  auto top = broadcast(row[0]);
+  Index j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) top = max(top, load_unaligned(row + j));
+  store(lanes, top);
+  return std::max(*std::max_element(lanes, lanes + kLanes<T>), *std::max_element(row + std::min(j, n - 1), row + n));
+}
+
+/// The sum of n elements.
+template <class T>
+T row_sum(const T* row, Index n) {
+  auto total = broadcast(T(0));
+  for (Index j = 0; j < n; j += kLanes<T>) total = total + load_row(row, j, n);
+  return sum(total);
+}
+
 /// row (length n) <- exp2(row), or with normalized rows what that is divided by its sum, taken relative to its maximum.
 template <class T>
 void weigh_row(T* row, Index n, Rows rows) {
-  T maximum = 0, total = 0;
-  if (rows == Rows::normalized) maximum = *std::max_element(row, row + n);
+  const T maximum = rows == Rows::normalized ? row_maximum(row, n) : T(0);
   for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, exp2(load_row(row, j, n) - broadcast(maximum)));
   if (rows == Rows::raw) return;
-  for (Index j = 0; j < n; ++j) total += row[j];
+  const T total = row_sum(row, n);
   for (Index j = 0; j < n; ++j) row[j] /= total;
 }
 

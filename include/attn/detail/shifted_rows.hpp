@@ -32,13 +32,20 @@ struct ShiftFactors {
         z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols() + 1)),
         sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols() + 1)),
-        lse(scratch.array<T>(landmarks.num_landmarks)) {
+        lse(scratch.array<T>(landmarks.num_landmarks)),
+        log_length(scratch.array<T>(landmarks.num_landmarks)),
+        log_others(scratch.array<T>(landmarks.num_landmarks)) {
     kernel_matmul(kernel, Inputs<T>{q_land, in.k, in.v, keys_only(in.mask)}, sums.leftCols(in.v.cols()), lse, context);
     sums.col(in.v.cols()).setOnes();  // B 1
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, sums, 0, values, context);
     set_variance(in);
+    for (Index c = 0; c < variance.rows(); ++c) {
+      const Range range = segment(static_cast<Index>(rows.size()), variance.rows(), c);
+      log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
+      log_others[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first - 1));
+    }
   }
 
   /// delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is, within [0, 1].
@@ -72,6 +79,8 @@ struct ShiftFactors {
   MatrixRef<T> values;          ///< Z B [v 1] (m, d_v + 1)
   MatrixRef<T> sums;            ///< B [v 1] (m, d_v + 1)
   std::span<T> lse;             ///< log-sums of B's rows
+  std::span<T> log_length;      ///< log2 of each segment's length
+  std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
 
  private:
   static std::span<const Index> list_kept(const Inputs<T>& in, Scratch& scratch) {
@@ -125,11 +134,11 @@ struct ShiftedRows {
     gemm<T>(1, f, factors.values, 0, plain, context);
     for (Index i = 0; i < c; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      own_score[at] = row_sum[at] = diagonal[at] = 0;
-      for (Index x = 0; x < d; ++x) own_score[at] += factors.scale * q(i, x) * k(i, x);
-      for (Index j = 0; j < m; ++j) b(i, j) -= factors.lse[static_cast<std::size_t>(j)] * log2e;
-      weigh_row(&b(i, 0), m, Rows::raw);
-      for (Index j = 0; j < m; ++j) diagonal[at] += fz(i, j) * b(i, j);
+      T* const weights = &b(i, 0);
+      for (Index j = 0; j < m; ++j) weights[j] -= factors.lse[static_cast<std::size_t>(j)] * log2e;
+      weigh_row(weights, m, Rows::raw);
+      own_score[at] = factors.scale * dot_product(&q(i, 0), &k(i, 0), d);
+      diagonal[at] = dot_product(&fz(i, 0), weights, m);
       row_sum[at] = plain(i, in.v.cols());
     }
     q = q.array().square();
@@ -156,17 +165,14 @@ struct ShiftedRows {
       const T own = own_score[at] * std::numbers::log2e_v<T>;
       const Index owner = segment_of(n, m, ranks[at]);
       T* row = &scores(i, 0);
-      T top = own, rest = 0;
-      for (Index c = 0; c < m; ++c) {
-        const Range range = segment(n, m, c);
-        row[c] += std::log2(static_cast<T>(range.last - range.first - (c == owner ? 1 : 0)));
-        top = std::max(top, row[c]);
-      }
+      const T of_owner = row[owner] + factors.log_others[static_cast<std::size_t>(owner)];
+      for (Index c = 0; c < m; ++c) row[c] += factors.log_length[static_cast<std::size_t>(c)];
+      row[owner] = of_owner;
+      const T top = std::max(own, row_maximum(row, m));
       for (Index c = 0; c < m; ++c) row[c] -= top;
       weigh_row(row, m, Rows::raw);
-      for (Index c = 0; c < m; ++c) rest += row[c];
       const T mass = std::exp2(own - top);
-      exact_diagonal[at] = mass / (mass + rest);
+      exact_diagonal[at] = mass / (mass + detail::row_sum(row, m));
     }
   }
 
