@@ -62,6 +62,13 @@ class Arena {
     return p;
   }
 
+  /// What all blocks hold together.
+  std::size_t bytes() const {
+    std::size_t total = 0;
+    for (const Block& block : blocks_) total += block.size;
+    return total;
+  }
+
  private:
   static constexpr std::size_t kAlignment = 64, kSmallestBlock = std::size_t{1} << 16;
 
@@ -160,6 +167,9 @@ class Context {
 
   /// Opens a scope of scratch memory.
   Scratch scratch() { return Scratch(arena_); }
+
+  /// Bytes of scratch memory that the calls so far have made it grow to, at least 64 KiB after the first that needs any.
+  std::size_t scratch_bytes() const { return arena_.bytes(); }
 
  private:
   struct Serial {
