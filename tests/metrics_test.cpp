@@ -198,7 +198,7 @@ TEST(FrobeniusNorm, IsEstimatedFromProducts) {
   const Dense<double> diagonal{Eigen::VectorXd::LinSpaced(20, 1, 20).asDiagonal().toDenseMatrix()};
   EXPECT_NEAR(attn::estimate_frobenius_norm(diagonal, 1, 5, context), diagonal.a.norm(), 1e-10);
   const Dense<double> ones{Matrix<double>::Ones(40, 50)};  // rank one: the deviation is the largest there is
-  for (const std::uint64_t seed : {1, 2, 3}) {
+  for (const unsigned seed : {1U, 2U, 3U}) {
     const double squared = std::pow(attn::estimate_frobenius_norm(ones, 2048, seed, context) / ones.a.norm(), 2);
     EXPECT_NEAR(squared, 1, 4 * std::sqrt(2.0 / 2048));
     EXPECT_NE(squared, 1);

@@ -1,5 +1,7 @@
 /// Removes noise from a photo by attention: exactly, then by every approximation with several numbers of landmarks, and shows what
 /// each costs and how good it is. The filter itself is described in filter.hpp.
+#include "common/make_context.hpp"
+#include "common/table.hpp"
 #include "contact_sheet.hpp"
 #include "filter.hpp"
 #include "measure.hpp"
@@ -10,7 +12,6 @@
 #include "quality.hpp"
 #include "resize.hpp"
 #include "softmax_features.hpp"
-#include "table.hpp"
 
 #include <attn/attn.hpp>
 
@@ -26,15 +27,6 @@
 #include <vector>
 
 namespace {
-
-attn::Context make_context(int threads) {
-#ifdef _OPENMP
-  return attn::Context{attn::OpenMP{.threads = threads}};
-#else
-  if (threads > 1) throw std::invalid_argument("--threads: built without OpenMP, only 1 is possible");
-  return attn::Context{};
-#endif
-}
 
 /// The photo at the size to be filtered.
 Image read_photo(const Options& options) {
