@@ -12,6 +12,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -281,7 +282,8 @@ TEST(Recommend, NothingThatMeanOfValuesBeats) {
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 2.5, .max_error = {}}), "none");
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = {}, .max_error = 0.95}), "nystrom 32");
   EXPECT_EQ(recommend(some_rows(), {.target = Target::softmax, .budget_ms = 2.5, .max_error = {}}).reason,
-            "No method that beats mean(v) has at most 2.5 ms; the fastest that does: nystrom with 32 landmarks, error "
+            "No method that beats mean(v) has a time of at most 2.5 ms; the fastest that does: nystrom with 32 "
+            "landmarks, error "
             "0.3000, 5.00 ms");
   EXPECT_EQ(recommend(some_rows(), {.target = Target::softmax, .budget_ms = {}, .max_error = 0.95}).reason,
             "The fastest with an error of at most 0.95: nystrom with 32 landmarks, error 0.3000, 5.00 ms\n"

@@ -1,9 +1,8 @@
 #include "compare/options.hpp"
 
-#include <attn/any_approximator.hpp>
+#include "common/option_checks.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 
 namespace {
@@ -22,29 +21,6 @@ const std::map<std::string, Family> kFamilyNames{{"unit", Family::unit},
 const std::map<std::string, Causal> kCausalNames{{"upper_left", Causal::upper_left},
                                                  {"lower_right", Causal::lower_right}};
 const std::map<std::string, Target> kTargetNames{{"softmax", Target::softmax}, {"gaussian", Target::gaussian}};
-
-/// A line for each of the library's methods.
-std::string list_of_methods() {
-  std::string lines;
-  for (const auto& method : attn::methods<float>()) {
-    lines += "\n  " + std::string(method.name) + ": " + std::string(method.description);
-  }
-  return lines;
-}
-
-std::string check_method(const std::string& text) {
-  std::string names;
-  for (const auto& method : attn::methods<float>()) {
-    if (method.name == text) return "";
-    names += (names.empty() ? "" : ", ") + std::string(method.name);
-  }
-  return "no method is called " + text + "; there are " + names;
-}
-
-std::string check_positive(const std::string& text) {
-  double x = 0;
-  return CLI::detail::lexical_cast(text, x) && std::isfinite(x) && x > 0 ? "" : "must be a number above 0, not " + text;
-}
 
 /// An option whose value is one of the names.
 template <class T>

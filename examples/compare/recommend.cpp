@@ -1,8 +1,9 @@
 #include "compare/recommend.hpp"
 
-#include "compare/number.hpp"
+#include "common/number.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 namespace {
@@ -17,8 +18,9 @@ std::vector<Row> candidates(const std::vector<Row>& rows, Target target) {
   const double baseline = mean_row(rows, target).worst_head;
   std::vector<Row> worth;
   for (const Row& row : rows) {
-    if (row.target == target && row.method != kMeanOfValues && (row.exact || row.worst_head < baseline))
+    if (row.target == target && row.method != kMeanOfValues && (row.exact || row.worst_head < baseline)) {
       worth.push_back(row);
+    }
   }
   return worth;
 }
@@ -26,7 +28,8 @@ std::vector<Row> candidates(const std::vector<Row>& rows, Target target) {
 std::string limits(const Wish& wish) {
   std::string text;
   if (wish.max_error) text += "an error of at most " + number("%.4g", *wish.max_error);
-  if (wish.budget_ms) text += (text.empty() ? "" : " and ") + ("at most " + number("%.4g", *wish.budget_ms)) + " ms";
+  if (wish.budget_ms)
+    text += (text.empty() ? "" : " and ") + ("a time of at most " + number("%.4g", *wish.budget_ms)) + " ms";
   return text;
 }
 

@@ -1,7 +1,7 @@
 #include "compare/report.hpp"
 
+#include "common/number.hpp"
 #include "common/table.hpp"
-#include "compare/number.hpp"
 
 #include <attn/version.hpp>
 
