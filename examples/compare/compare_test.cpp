@@ -151,6 +151,19 @@ TEST(Sequences, RefuseNaNAndInfinityInTokensThatAreKept) {
                 ": expected finite numbers of float's range, found an infinity in head 0, token 0, feature 1");
 }
 
+TEST(Sequences, LookForNaNWithTheMaskOfEachBatchItem) {
+  std::vector<float> values = numbers(2 * 2 * 3 * 1, 0);
+  values[3 * 3 + 2] = kNaN;  // batch item 1, head 1, token 2
+  const NpyFile x = float_file("(2, 2, 3, 1)", values);
+  const NpyFile keep(npy_header("|u1", "False", "(2, 3)"), bytes_of<std::uint8_t>({1, 1, 1, 1, 1, 0}));
+  const NpyFile others(npy_header("|u1", "False", "(2, 3)"), bytes_of<std::uint8_t>({1, 1, 0, 1, 1, 1}));
+  Options options = options_for(x, x, x);
+  options.mask = keep.path().string();
+  EXPECT_EQ(error_of(options), "no error");
+  options.mask = others.path().string();
+  EXPECT_NE(error_of(options).find("found NaN in head 3, token 2, feature 0"), std::string::npos) << error_of(options);
+}
+
 TEST(MeanOfValues, IsSoftmaxAttentionOfEqualScores) {
   const auto x = families::make_tokens<float>(families::Family::unit, {30, 40, 4, 5});
   std::vector<std::uint8_t> keep_key(40, 1), keep_query(30, 1);

@@ -80,8 +80,9 @@ void add_options(CLI::App& app, Options& options) {
       ->delimiter(',')
       ->check(CLI::Range(Index{1}, kMost))
       ->capture_default_str();
-  app.add_option("--methods", options.methods,
-                 "methods to run, such as nystrom,skyformer; without it, all of" + list_of_methods())
+  app.add_option(
+         "--methods", options.methods,
+         "methods to run besides exact softmax, such as nystrom,skyformer; without it, all of" + list_of_methods())
       ->delimiter(',')
       ->check(check_method);
   add_name(app, "--target", options.target, kTargetNames,
