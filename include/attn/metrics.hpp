@@ -106,10 +106,10 @@ bool rotate_columns(Matrix<T>& x, Index i, Index j) {
     jj += b * b;
     ij += a * b;
   }
-  if (!(std::abs(ij) > 4.0 * static_cast<double>(std::numeric_limits<T>::epsilon()) * std::sqrt(ii) * std::sqrt(jj)))
-    return false;
-  const double ratio = (jj - ii) / (2 * ij),
-               tangent = std::copysign(1.0, ratio) / (std::abs(ratio) + std::hypot(1.0, ratio));
+  const double rounding = 4.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  if (!(std::abs(ij) > rounding * std::sqrt(ii) * std::sqrt(jj))) return false;
+  const double ratio = (jj - ii) / (2 * ij);
+  const double tangent = std::copysign(1.0, ratio) / (std::abs(ratio) + std::hypot(1.0, ratio));
   const double cosine = 1 / std::hypot(1.0, tangent), sine = cosine * tangent;
   for (Index r = 0; r < x.rows(); ++r) {
     const double a = static_cast<double>(x(r, i)), b = static_cast<double>(x(r, j));
