@@ -12,7 +12,6 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -192,7 +191,9 @@ const Row& row_of(const Comparison& comparison, const std::string& method, Index
 }
 
 TEST(Compare, AveragesHeadsAndKeepsTheWorst) {
-  const NpyFile q = float_file("(2, 60, 4)", numbers(480, 0)), k = float_file("(2, 60, 4)", numbers(480, 1));
+  std::vector<float> queries = numbers(480, 0);
+  for (std::size_t i = 0; i < 240; ++i) queries[i] *= 4;  // the first head is the harder one
+  const NpyFile q = float_file("(2, 60, 4)", queries), k = float_file("(2, 60, 4)", numbers(480, 1));
   const NpyFile v = float_file("(2, 60, 3)", numbers(360, 2));
   const Options options = options_for(q, k, v);
   const Sequences s = load(options);
@@ -206,14 +207,14 @@ TEST(Compare, AveragesHeadsAndKeepsTheWorst) {
     const Matrix<double> softmax = attn::attention(attn::SoftmaxAttention<float>{}, in.q, in.k, in.v).cast<double>();
     const double error = (out - gaussian).norm() / gaussian.norm();
     total += error;
-    worst = std::max(worst, error);
+    if (head == 0) worst = error;
     total_softmax += (out - softmax).norm() / softmax.norm();
   }
   const Row& row = row_of(comparison, "skyformer", 4);
   EXPECT_NEAR(row.error, total / 2, 1e-9);
   EXPECT_NEAR(row.worst_head, worst, 1e-9);
   EXPECT_NEAR(row.softmax_error, total_softmax / 2, 1e-9);
-  EXPECT_GT(worst, total / 2);
+  EXPECT_GT(worst, 1.1 * total / 2);
   EXPECT_GT(row.milliseconds, 0);
   EXPECT_GT(row.scratch_bytes, 0U);
   EXPECT_EQ(row_of(comparison, "gaussian", 0).error, 0);
