@@ -50,7 +50,9 @@ std::vector<Golden> goldens_of(const std::vector<std::string>& methods) {
 template <class T>
 struct Arrays {
   explicit Arrays(const Golden& golden)
-      : q(npy::read_matrix<T>(golden.file("q"))), k(npy::read_matrix<T>(golden.file("k"))), v(npy::read_matrix<T>(golden.file("v"))) {
+      : q(npy::read_matrix<T>(golden.file("q"))),
+        k(npy::read_matrix<T>(golden.file("k"))),
+        v(npy::read_matrix<T>(golden.file("v"))) {
     const std::string causal = golden.parameters.value("causal", "none");
     mask.causal = causal == "upper_left" ? Causal::upper_left : causal == "lower_right" ? Causal::lower_right : Causal::none;
     mask.keep_key = read_keep(golden, "keep_key", keep_key);

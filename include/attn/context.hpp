@@ -168,7 +168,7 @@ class Context {
   /// Opens a scope of scratch memory.
   Scratch scratch() { return Scratch(arena_); }
 
-  /// Bytes of scratch memory that the calls so far have made it grow to, at least 64 KiB after the first that needs any.
+  /// Bytes of scratch memory that the calls so far have made it grow to.
   std::size_t scratch_bytes() const { return arena_.bytes(); }
 
  private:
