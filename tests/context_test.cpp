@@ -133,6 +133,19 @@ TEST(Context, CallsMayThrow) {
   }
 }
 
+TEST(Context, SaysWhatItsScratchMemoryGrewTo) {
+  Context context;
+  EXPECT_EQ(context.scratch_bytes(), 0U);
+  context.scratch().array<float>(10);
+  const std::size_t smallest = context.scratch_bytes();
+  EXPECT_EQ(smallest, std::size_t{1} << 16);
+  context.scratch().array<double>(100'000);
+  const std::size_t grown = context.scratch_bytes();
+  EXPECT_GE(grown, smallest + 800'000);
+  context.scratch().array<double>(100'000);
+  EXPECT_EQ(context.scratch_bytes(), grown);
+}
+
 TEST(Scratch, IsAlignedAndDisjoint) {
   Context context;
   auto scratch = context.scratch();

@@ -1,7 +1,7 @@
 /// Outputs of an independent implementation in NumPy, in double. tests/data/goldens/cases.json lists them with their parameters.
 #include <attn/attn.hpp>
 
-#include "npy.hpp"
+#include "common/npy.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
@@ -50,7 +50,9 @@ std::vector<Golden> goldens_of(const std::vector<std::string>& methods) {
 template <class T>
 struct Arrays {
   explicit Arrays(const Golden& golden)
-      : q(test::read_npy<T>(golden.file("q"))), k(test::read_npy<T>(golden.file("k"))), v(test::read_npy<T>(golden.file("v"))) {
+      : q(npy::read_matrix<T>(golden.file("q"))),
+        k(npy::read_matrix<T>(golden.file("k"))),
+        v(npy::read_matrix<T>(golden.file("v"))) {
     const std::string causal = golden.parameters.value("causal", "none");
     mask.causal = causal == "upper_left" ? Causal::upper_left : causal == "lower_right" ? Causal::lower_right : Causal::none;
     mask.keep_key = read_keep(golden, "keep_key", keep_key);
@@ -60,7 +62,7 @@ struct Arrays {
   static std::span<const std::uint8_t> read_keep(const Golden& golden, const char* name, Matrix<std::uint8_t>& storage) {
     const auto& inputs = golden.parameters.at("inputs");
     if (std::find(inputs.begin(), inputs.end(), name) == inputs.end()) return {};
-    storage = test::read_npy<std::uint8_t>(golden.file(name));
+    storage = npy::read_matrix<std::uint8_t>(golden.file(name));
     return {storage.data(), static_cast<std::size_t>(storage.size())};
   }
 
@@ -148,7 +150,7 @@ double tolerance_in_float(const Golden& golden) {
 
 class Goldens : public ::testing::TestWithParam<Golden> {
  protected:
-  const Matrix<double> expected_ = test::read_npy<double>(GetParam().file("out"));
+  const Matrix<double> expected_ = npy::read_matrix<double>(GetParam().file("out"));
 };
 
 TEST_P(Goldens, InDouble) {

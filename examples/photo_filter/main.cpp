@@ -1,5 +1,8 @@
 /// Removes noise from a photo by attention: exactly, then by every approximation with several numbers of landmarks, and shows what
 /// each costs and how good it is. The filter itself is described in filter.hpp.
+#include "common/make_context.hpp"
+#include "common/number.hpp"
+#include "common/table.hpp"
 #include "contact_sheet.hpp"
 #include "filter.hpp"
 #include "measure.hpp"
@@ -10,12 +13,10 @@
 #include "quality.hpp"
 #include "resize.hpp"
 #include "softmax_features.hpp"
-#include "table.hpp"
 
 #include <attn/attn.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -26,15 +27,6 @@
 #include <vector>
 
 namespace {
-
-attn::Context make_context(int threads) {
-#ifdef _OPENMP
-  return attn::Context{attn::OpenMP{.threads = threads}};
-#else
-  if (threads > 1) throw std::invalid_argument("--threads: built without OpenMP, only 1 is possible");
-  return attn::Context{};
-#endif
-}
 
 /// The photo at the size to be filtered.
 Image read_photo(const Options& options) {
@@ -67,19 +59,9 @@ std::vector<Result> run_all(const Options& options, const Image& noisy, attn::Co
   return results;
 }
 
-std::string number(const char* format, double value) {
-  if (std::isnan(value)) return "nan";  // printf may show its sign
-  char text[64];
-  std::snprintf(text, sizeof text, format, value);
-  return text;
-}
-
 /// The relative error of a result, empty without a reference.
-std::string error_text(const attn::Matrix<float>& rgb, const Result* reference) {
-  if (reference == nullptr) return "";
-  const double error = relative_error(rgb, reference->rgb);
-  const bool ordinary = error == 0.0 || (error >= 1e-4 && error < 1e2);
-  return number(ordinary ? "%.4f" : "%.0e", error);
+std::string error_against(const attn::Matrix<float>& rgb, const Result* reference) {
+  return reference == nullptr ? "" : error_text(attn::relative_frobenius_error(rgb, reference->rgb));
 }
 
 /// All that is reported about one image.
@@ -92,14 +74,13 @@ struct Report {
 /// reference: the exact Gaussian filter's result, which the others are compared with, or null where it was not wanted.
 Report report(const Result& result, const Result* reference, const Image& clean) {
   const std::string m = result.num_landmarks > 0 ? std::to_string(result.num_landmarks) : "";
-  const double t = result.milliseconds;
-  const std::string ms = number(t < 10.0 ? "%.2f" : t < 100.0 ? "%.1f" : "%.0f", t);
+  const std::string ms = milliseconds_text(result.milliseconds);
   const std::string decibels = number("%.2f", psnr(result.rgb, clean.rgb));
   const std::string speedup = reference == nullptr ? "" : number("%.1f", reference->milliseconds / result.milliseconds);
   const std::string name = m.empty() ? "exact (" + result.method + ")" : result.method;
   const std::string file = !m.empty() ? result.method + "-" + m : is_gaussian(result.method) ? "exact" : "exact-" + result.method;
   return {{Image(clean.width, clean.height, result.rgb), m.empty() ? name : name + ", " + m, decibels + " dB, " + ms + " ms"},
-          file, {name, m, ms, speedup, decibels, error_text(result.rgb, reference)}};
+          file, {name, m, ms, speedup, decibels, error_against(result.rgb, reference)}};
 }
 
 void make_folder(const std::filesystem::path& folder) {
@@ -136,7 +117,7 @@ void run(const Options& options) {
   const std::string decibels = number("%.2f", psnr(noisy.rgb, clean.rgb));
   std::vector<Report> reports{{{clean, "clean", ""}, "clean", {}},
                               {{noisy, "noisy", decibels + " dB"}, "noisy",
-                               {"noisy", "", "", "", decibels, error_text(noisy.rgb, reference)}}};
+                               {"noisy", "", "", "", decibels, error_against(noisy.rgb, reference)}}};
   for (const Result& result : results) reports.push_back(report(result, reference, clean));
 
   std::vector<std::vector<std::string>> lines{{"method", "landmarks", "ms", "speed-up", "PSNR dB", "relative error"}};

@@ -1,12 +1,9 @@
 #include "options.hpp"
 
-#include <attn/any_approximator.hpp>
+#include "common/option_checks.hpp"
 
 #include <algorithm>
 #include <charconv>
-#include <cmath>
-#include <cstdlib>
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <system_error>
@@ -30,39 +27,6 @@ std::optional<Size> parse_size(std::string_view text) {
 
 std::string check_size(const std::string& text) {
   return text == "full" || text == "half" || parse_size(text) ? "" : "must be full, half or WIDTHxHEIGHT, not " + text;
-}
-
-/// A finite number; NaN, which every check should refuse, for all else.
-double parse_number(const std::string& text) {
-  char* end = nullptr;
-  const double x = std::strtod(text.c_str(), &end);
-  return end == text.c_str() + text.size() && std::isfinite(x) ? x : std::numeric_limits<double>::quiet_NaN();
-}
-
-std::string check_positive(const std::string& text) {
-  return parse_number(text) > 0.0 ? "" : "must be a number above 0, not " + text;
-}
-
-std::string check_not_negative(const std::string& text) {
-  return parse_number(text) >= 0.0 ? "" : "must be a number of at least 0, not " + text;
-}
-
-/// A line for each of the library's methods.
-std::string list_of_methods() {
-  std::string lines;
-  for (const auto& method : attn::methods<float>()) {
-    lines += "\n  " + std::string(method.name) + ": " + std::string(method.description);
-  }
-  return lines;
-}
-
-std::string check_method(const std::string& text) {
-  std::string names;
-  for (const auto& method : attn::methods<float>()) {
-    if (method.name == text) return "";
-    names += (names.empty() ? "" : ", ") + std::string(method.name);
-  }
-  return "no method is called " + text + "; there are " + names;
 }
 
 }  // namespace

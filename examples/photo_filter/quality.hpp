@@ -10,8 +10,3 @@ inline double psnr(const attn::Matrix<float>& colours, const attn::Matrix<float>
   const auto clipped = [](const attn::Matrix<float>& m) { return m.cwiseMax(0.0f).cwiseMin(1.0f).cast<double>(); };
   return -10.0 * std::log10((clipped(colours) - clipped(clean)).squaredNorm() / static_cast<double>(clean.size()));
 }
-
-/// |approximate - exact|_F / |exact|_F.
-inline double relative_error(const attn::Matrix<float>& approximate, const attn::Matrix<float>& exact) {
-  return (approximate.cast<double>() - exact.cast<double>()).norm() / exact.cast<double>().norm();
-}

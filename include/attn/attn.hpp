@@ -3,6 +3,7 @@
 
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
+#include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
 #include <attn/core.hpp>
 #include <attn/depthwise_conv.hpp>
@@ -13,6 +14,7 @@
 #include <attn/lifted_softmax.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
+#include <attn/metrics.hpp>
 #include <attn/multi_head.hpp>
 #include <attn/narrow.hpp>
 #include <attn/nystrom.hpp>

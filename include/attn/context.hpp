@@ -77,6 +77,13 @@ class Arena {
     return p;
   }
 
+  /// What all blocks hold together.
+  std::size_t bytes() const {
+    std::size_t total = 0;
+    for (const Block& block : blocks_) total += block.size;
+    return total;
+  }
+
  private:
   static constexpr std::size_t kAlignment = 64, kSmallestBlock = std::size_t{1} << 16;
 
@@ -223,6 +230,13 @@ class Context {
 
   /// Opens a scope of scratch memory.
   Scratch scratch() { return Scratch(arena_); }
+
+  /// Bytes of scratch memory that the calls so far have made it grow to.
+  std::size_t scratch_bytes() const {
+    std::size_t bytes = arena_.bytes();
+    for (const Context& context : of_workers_) bytes += context.scratch_bytes();
+    return bytes;
+  }
 
  private:
   struct Serial {

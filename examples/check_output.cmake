@@ -1,7 +1,8 @@
 # Runs ${program} with ${arguments} and an empty ${folder} to write to; fails unless it exits with ${exit_code}, what it
 # prints matches ${output}, and ${files} are then in the folder, with nothing left under a temporary name.
 file(REMOVE_RECURSE ${folder})
-execute_process(COMMAND ${program} ${arguments} --output ${folder}
+file(MAKE_DIRECTORY ${folder})
+execute_process(COMMAND ${program} ${arguments}
   RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE text)
 message("${text}")
 if(NOT code STREQUAL exit_code)

@@ -1,0 +1,70 @@
+/// Which approximation, with how many landmarks, at what cost: runs exact attention and every approximation on a
+/// model's own queries, keys and values, and prints what each takes and how far off it is.
+#include "common/make_context.hpp"
+#include "compare/measure.hpp"
+#include "compare/options.hpp"
+#include "compare/recommend.hpp"
+#include "compare/report.hpp"
+#include "compare/sequences.hpp"
+
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+/// A file to write to, opened before anything is measured; none where none is wanted.
+std::optional<std::ofstream> open(const std::optional<std::string>& path) {
+  if (!path) return std::nullopt;
+  std::ofstream file(*path);
+  if (!file) throw std::runtime_error(*path + ": cannot be written");
+  return file;
+}
+
+void write(std::optional<std::ofstream>& file, const std::optional<std::string>& path, const std::string& text) {
+  if (file && !(*file << text << std::flush)) throw std::runtime_error(*path + ": cannot be written");
+}
+
+std::optional<Recommendation> recommendation(const Options& options, const Comparison& comparison, const Sequences& s) {
+  if (!options.budget_ms && !options.max_error) return std::nullopt;
+  Recommendation result{recommend(comparison.rows, {options.target, options.budget_ms, options.max_error}), ""};
+  if (const std::optional<Row>& row = result.advice.row) {
+    const MaskUse mask{.causal = s.causal, .keep_key = !s.keep.empty(), .keep_query = s.masks_queries()};
+    result.line = line_of_cpp(facts_of(row->method), row->num_landmarks, options.seed, mask);
+  }
+  return result;
+}
+
+void run(const Options& options) {
+  const int threads = make_context(options.threads).workers();
+  const Sequences sequences = load(options);
+  std::optional<std::ofstream> json = open(options.json), csv = open(options.csv);
+  std::printf("%s\n\n", heading(sequences, threads).c_str());
+  std::fflush(stdout);
+  const Comparison comparison = compare(options, sequences);
+  std::fputs(text_report(comparison, sequences).c_str(), stdout);
+  const std::optional<Recommendation> advised = recommendation(options, comparison, sequences);
+  if (advised) std::printf("\n%s\n", advised->advice.reason.c_str());
+  if (advised && advised->advice.row)
+    std::printf("%s%s\n", sequences.num_heads() > 1 ? "For each head:\n" : "", advised->line.c_str());
+  write(json, options.json, json_report(comparison, sequences, threads, advised));
+  write(csv, options.csv, csv_report(comparison));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  CLI::App app("Compares exact attention with every approximation of it, on tokens from files or on made ones.");
+  add_options(app, options);
+  CLI11_PARSE(app, argc, argv);
+  try {
+    run(options);
+  } catch (const std::exception& failure) {
+    std::fprintf(stderr, "attn_compare: %s\n", failure.what());
+    return 1;
+  }
+}

@@ -1,0 +1,42 @@
+/// What there is to know about each of the library's methods beyond its name: what it approximates, and the C++ that
+/// calls it.
+#pragma once
+
+#include <attn/any_approximator.hpp>
+#include <attn/mask.hpp>
+#include <attn/matrix.hpp>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+/// The exact attention that a method computes or approximates, and its error is measured against.
+enum class Target { softmax, gaussian };
+
+std::string_view target_name(Target target);
+
+struct MethodFacts {
+  std::string_view name;
+  Target target;
+  bool exact;  // takes no landmarks
+  std::string_view type, landmarks;
+};
+
+/// The facts about the method of that name, which must be one of the library's.
+const MethodFacts& facts_of(std::string_view name);
+
+/// The exact method of a target.
+const MethodFacts& exact_method(Target target);
+
+/// The method with that many landmarks (0: it takes none), other options at their defaults.
+attn::AnyApproximator<float> make_method(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed);
+
+/// Which masks a call has.
+struct MaskUse {
+  attn::Causal causal = attn::Causal::none;
+  bool keep_key = false, keep_query = false;
+};
+
+/// A line of C++ that computes what make_method's result computes, for q, k, v, out, context and, in a mask, keep.
+std::string line_of_cpp(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed, const MaskUse& mask);

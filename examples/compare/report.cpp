@@ -1,0 +1,126 @@
+#include "compare/report.hpp"
+
+#include "common/number.hpp"
+#include "common/table.hpp"
+
+#include <attn/version.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <sstream>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using Cells = std::vector<std::string>;
+
+std::string landmarks_text(const Row& row) {
+  return row.num_landmarks > 0 ? std::to_string(row.num_landmarks) : "";
+}
+
+/// A line of the table. With several heads there is a column for the worst; the error against softmax is only shown
+/// where it is another.
+Cells cells(const Row& row, bool several_heads) {
+  const bool timed = !std::isnan(row.milliseconds);
+  Cells line{row.method, landmarks_text(row), std::string(target_name(row.target))};
+  line.push_back(timed ? milliseconds_text(row.milliseconds) : "");
+  line.push_back(timed ? number("%.1f", row.speed_up) : "");
+  line.push_back(error_text(row.error));
+  if (several_heads) line.push_back(error_text(row.worst_head));
+  line.push_back(error_text(row.worst_row));
+  line.push_back(row.target == Target::softmax ? "" : error_text(row.softmax_error));
+  line.push_back(timed ? bytes_text(row.scratch_bytes) : "");
+  return line;
+}
+
+nlohmann::ordered_json json_row(const Row& row) {
+  nlohmann::ordered_json json{{"method", row.method}, {"landmarks", nullptr}, {"target", target_name(row.target)}};
+  if (row.num_landmarks > 0) json["landmarks"] = row.num_landmarks;
+  json["ms"] = row.milliseconds;  // null where it is NaN, as for all that follow
+  json["speed_up"] = row.speed_up;
+  json["error"] = row.error;
+  json["worst_head"] = row.worst_head;
+  json["worst_row"] = row.worst_row;
+  json["softmax_error"] = row.softmax_error;
+  json["scratch_bytes"] = row.scratch_bytes;
+  return json;
+}
+
+nlohmann::ordered_json json_inputs(const Sequences& s) {
+  return {{"description", s.description},
+          {"batch", s.batch},
+          {"heads", s.heads},
+          {"kv_heads", s.kv_heads},
+          {"n_q", s.n_q},
+          {"n_k", s.n_k},
+          {"d", s.d},
+          {"d_v", s.d_v},
+          {"masked", !s.keep.empty()},
+          {"causal", s.causal != attn::Causal::none}};
+}
+
+std::string csv_number(double value) {
+  return std::isnan(value) ? "" : number("%.9g", value);
+}
+
+}  // namespace
+
+std::string heading(const Sequences& s, int threads) {
+  std::ostringstream line;
+  line << s.description << ": n_q = " << s.n_q << ", n_k = " << s.n_k << ", d = " << s.d << ", d_v = " << s.d_v << ", ";
+  line << s.num_heads() << (s.num_heads() == 1 ? " head" : " heads");
+  if (s.causal == attn::Causal::upper_left) line << ", causal (upper left)";
+  if (s.causal == attn::Causal::lower_right) line << ", causal (lower right)";
+  if (!s.keep.empty()) line << ", masked";
+  line << ", float, " << threads << (threads == 1 ? " thread" : " threads");
+  return line.str();
+}
+
+std::string text_report(const Comparison& comparison, const Sequences& s) {
+  const bool several_heads = s.num_heads() > 1;
+  Cells titles{"method", "landmarks", "target", "ms", "speed-up", "error", "worst row", "error to softmax", "scratch"};
+  if (several_heads) titles.insert(titles.begin() + 6, "worst head");
+  std::vector<Cells> lines{std::move(titles)};
+  for (const Row& row : comparison.rows) lines.push_back(cells(row, several_heads));
+  std::string text = table(lines);
+  text += "\nerror: |out - target|_F / |target|_F against exact attention of the method's own target";
+  text += several_heads ? ", averaged over heads; worst head: its maximum\n" : "\n";
+  text += "worst row: the largest error of an output row, relative to the root mean square row of the target\n";
+  if (several_heads) text += "ms: all heads, one after the other\n";
+  for (const NotSupported& method : comparison.not_supported)
+    text += "not run: " + method.method + " (" + method.reason + ")\n";
+  return text;
+}
+
+std::string json_report(const Comparison& comparison, const Sequences& s, int threads,
+                        const std::optional<Recommendation>& recommendation) {
+  std::ostringstream version;
+  version << ATTN_VERSION_MAJOR << '.' << ATTN_VERSION_MINOR << '.' << ATTN_VERSION_PATCH;
+  nlohmann::ordered_json json{{"attn_version", version.str()}, {"inputs", json_inputs(s)}, {"threads", threads}};
+  json["rows"] = nlohmann::ordered_json::array();
+  for (const Row& row : comparison.rows) json["rows"].push_back(json_row(row));
+  json["not_supported"] = nlohmann::ordered_json::object();
+  for (const NotSupported& method : comparison.not_supported) json["not_supported"][method.method] = method.reason;
+  json["recommendation"] = nullptr;
+  if (recommendation && recommendation->advice.row) {
+    json["recommendation"] = json_row(*recommendation->advice.row);
+    json["recommendation"]["line"] = recommendation->line;
+  }
+  return json.dump(2) + "\n";
+}
+
+std::string csv_report(const Comparison& comparison) {
+  std::ostringstream text;
+  text << "method,landmarks,target,ms,speed_up,error,worst_head,worst_row,softmax_error,scratch_bytes\n";
+  for (const Row& row : comparison.rows) {
+    text << row.method << ',' << landmarks_text(row) << ',' << target_name(row.target);
+    for (const double x :
+         {row.milliseconds, row.speed_up, row.error, row.worst_head, row.worst_row, row.softmax_error}) {
+      text << ',' << csv_number(x);
+    }
+    text << ',' << row.scratch_bytes << '\n';
+  }
+  return text.str();
+}

@@ -1,0 +1,177 @@
+/// Attention matrices as linear operators: known by what they do to a block of columns, never stored.
+#pragma once
+
+#include <attn/approximator.hpp>
+#include <attn/context.hpp>
+#include <attn/detail/checks.hpp>
+#include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <concepts>
+#include <limits>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace attn {
+
+/// A matrix A that can be multiplied by blocks of b columns, b at least 1.
+///   typename A::Scalar          the type of the blocks' elements
+///   a.rows(), a.cols()          the shape of A
+///   a.apply(x, y, context)      y (rows, b) <- A x for x (cols, b)
+template <class A>
+concept ForwardOperator = requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y,
+                                   Context& context) {
+  { a.rows() } -> std::same_as<Index>;
+  { a.cols() } -> std::same_as<Index>;
+  a.apply(x, y, context);
+};
+
+/// One whose transpose can be applied too: a.apply_transpose(x, y, context), y (cols, b) <- A^T x for x (rows, b).
+template <class A>
+concept LinearOperator = ForwardOperator<A> &&
+    requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y, Context& context) {
+  a.apply_transpose(x, y, context);
+};
+
+namespace detail {
+
+/// A kernel with given parameters and raw rows.
+struct RawRows {
+  ScoreParameters parameters;
+
+  double scale(Index) const { return parameters.scale; }
+  double bias(Index) const { return parameters.bias; }
+  Rows rows() const { return Rows::raw; }
+};
+
+}  // namespace detail
+
+/// The matrix A of exact attention, A_ij = kappa(q_i, k_j), divided by exp(lse_i) = sum_j kappa(q_i, k_j) if the
+/// kernel's rows are normalized; zero where the mask drops i or j.
+///   (A x)_i   = sum_j A_ij x_j                            the streamed product with v = x
+///   (A^T x)_j = sum_i kappa(k_j, q_i) exp(-lse_i) x_i     the same, q and k in each other's place, a bias of -lse_i
+/// q (n_q, d), k (n_k, d), both views that must outlive it, as must the mask. Throws std::invalid_argument when shapes
+/// disagree or are empty, the kernel's parameter is out of range, or the mask is causal. Each product costs 2 n_q n_k
+/// (d + b) flops and O(tile) memory; the operator itself keeps n_q numbers.
+template <class T, ScoreKernel Kernel>
+class ExactOperator {
+ public:
+  using Scalar = T;
+  static constexpr std::string_view kName = "exact operator";
+
+  ExactOperator(Kernel kernel, ConstMatrixRef<T> q, ConstMatrixRef<T> k, Mask mask, Context& context)
+      : kernel_(kernel), q_(q), k_(k), mask_(mask) {
+    const Inputs<T> in{q_, k_, k_, mask_};
+    detail::check_inputs(kName, in);
+    detail::check_not_causal(kName, in);
+    detail::check_kernel(kName, kernel_);
+    if (score_parameters(kernel_, q_.cols()).rows == Rows::normalized) find_row_weights(context);
+  }
+
+  Index rows() const { return q_.rows(); }
+  Index cols() const { return k_.rows(); }
+
+  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const {
+    kernel_matmul(kernel_, Inputs<T>{q_, k_, x, mask_}, y, context);
+  }
+
+  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const {
+    const detail::RawRows raw{score_parameters(kernel_, q_.cols())};
+    const Mask swapped{.keep_key = mask_.keep_query, .keep_query = mask_.keep_key};
+    kernel_matmul(raw, Inputs<T>{k_, q_, x, swapped, log_row_weights_}, y, context);
+  }
+
+ private:
+  /// log_row_weights_ <- -lse; a row that sees no key has no weight.
+  void find_row_weights(Context& context) {
+    Scratch scratch = context.scratch();
+    log_row_weights_.resize(static_cast<std::size_t>(q_.rows()));
+    const Inputs<T> in{q_, k_, k_.leftCols(1), mask_};
+    kernel_matmul(kernel_, in, scratch.matrix<T>(q_.rows(), 1), log_row_weights_, context);
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    for (T& x : log_row_weights_) x = x == -kInfinity ? -kInfinity : -x;
+  }
+
+  Kernel kernel_;
+  ConstMatrixRef<T> q_, k_;
+  Mask mask_;
+  std::vector<T> log_row_weights_;  // empty: the rows are raw
+};
+
+/// The matrix of any method that is linear in v: A x is the method with v = x (cols, b). Not ShiftedNystrom in its row
+/// mode, whose gate depends on v. q (n_q, d) and k (n_k, d) are views that must outlive it, as must the mask; the
+/// method checks them.
+template <Approximator Method>
+class ApproximatorOperator {
+ public:
+  using Scalar = typename Method::Scalar;
+
+  ApproximatorOperator(Method method, ConstMatrixRef<Scalar> q, ConstMatrixRef<Scalar> k, Mask mask = {})
+      : method_(std::move(method)), q_(q), k_(k), mask_(mask) {}
+
+  Index rows() const { return q_.rows(); }
+  Index cols() const { return k_.rows(); }
+
+  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+    method_.forward(Inputs<Scalar>{q_, k_, x, mask_}, y, context);
+  }
+
+  /// The gradient by v for x as the gradient by out; costs a forward and a backward pass, with matrices of its own.
+  void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+    const Matrix<Scalar> v = Matrix<Scalar>::Zero(y.rows(), y.cols());
+    Matrix<Scalar> out(x.rows(), x.cols()), dq(q_.rows(), q_.cols()), dk(k_.rows(), k_.cols());
+    typename Method::Saved saved;
+    const Inputs<Scalar> in{q_, k_, v, mask_};
+    method_.forward(in, out, context, saved);
+    method_.backward(in, out, x, saved, {dq, dk, y}, context);
+  }
+
+ private:
+  Method method_;
+  ConstMatrixRef<Scalar> q_, k_;
+  Mask mask_;
+};
+
+/// A - B, for example an approximation's error. Has a transpose where both have. Throws std::invalid_argument when
+/// shapes disagree.
+template <ForwardOperator A, ForwardOperator B>
+requires std::same_as<typename A::Scalar, typename B::Scalar>
+class Difference {
+ public:
+  using Scalar = typename A::Scalar;
+
+  Difference(A a, B b) : a_(std::move(a)), b_(std::move(b)) {
+    if (a_.rows() == b_.rows() && a_.cols() == b_.cols()) return;
+    detail::refuse("difference", "a is ", a_.rows(), " x ", a_.cols(), ", b is ", b_.rows(), " x ", b_.cols());
+  }
+
+  Index rows() const { return a_.rows(); }
+  Index cols() const { return a_.cols(); }
+
+  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+    subtract(y, context, [&](const auto& op, MatrixRef<Scalar> to) { op.apply(x, to, context); });
+  }
+
+  void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y,
+                       Context& context) const requires LinearOperator<A> && LinearOperator<B> {
+    subtract(y, context, [&](const auto& op, MatrixRef<Scalar> to) { op.apply_transpose(x, to, context); });
+  }
+
+ private:
+  template <class Product>
+  void subtract(MatrixRef<Scalar> y, Context& context, const Product& product) const {
+    Scratch scratch = context.scratch();
+    MatrixRef<Scalar> other = scratch.matrix<Scalar>(y.rows(), y.cols());
+    product(a_, y);
+    product(b_, other);
+    y -= other;
+  }
+
+  A a_;
+  B b_;
+};
+
+}  // namespace attn

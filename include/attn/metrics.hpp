@@ -1,0 +1,236 @@
+/// How far an approximation is from what it approximates, and the spectra that decide how far it must be.
+#pragma once
+
+#include <attn/attention_operator.hpp>
+#include <attn/context.hpp>
+#include <attn/detail/checks.hpp>
+#include <attn/landmarks.hpp>
+#include <attn/matrix.hpp>
+
+#include <Eigen/Core>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <string_view>
+
+namespace attn {
+namespace detail {
+
+template <class A, class E>
+void check_same_shape(std::string_view who, const Eigen::MatrixBase<A>& approximation,
+                      const Eigen::MatrixBase<E>& exact) {
+  if (approximation.rows() == exact.rows() && approximation.cols() == exact.cols()) return;
+  refuse(who, "approximation is ", approximation.rows(), " x ", approximation.cols(), ", exact is ", exact.rows(),
+         " x ", exact.cols());
+}
+
+/// difference / size, and 0 where nothing differs from nothing.
+inline double relative(double difference, double size) {
+  return difference == 0 && size == 0 ? 0.0 : difference / size;
+}
+
+}  // namespace detail
+
+/// |approximation - exact|_F / |exact|_F, summed in double. 0 if both are zero, infinite if only exact is, NaN if
+/// either holds one. Throws std::invalid_argument when shapes disagree.
+template <class A, class E>
+double relative_frobenius_error(const Eigen::MatrixBase<A>& approximation, const Eigen::MatrixBase<E>& exact) {
+  detail::check_same_shape("relative_frobenius_error", approximation, exact);
+  double difference = 0, size = 0;
+  for (Index i = 0; i < exact.rows(); ++i) {
+    difference += (approximation.row(i).template cast<double>() - exact.row(i).template cast<double>()).squaredNorm();
+    size += exact.row(i).template cast<double>().squaredNorm();
+  }
+  return detail::relative(std::sqrt(difference), std::sqrt(size));
+}
+
+/// max_i |a_i - e_i| / r over the rows a_i of the approximation and e_i of exact, r the root mean square of |e_i| over
+/// the rows of exact that are not zero (a dropped query's is): the worst row's error in units of an ordinary row, so
+/// that a row that is small by cancellation counts no more than others. Special values and errors as in
+/// relative_frobenius_error.
+template <class A, class E>
+double worst_row_error(const Eigen::MatrixBase<A>& approximation, const Eigen::MatrixBase<E>& exact) {
+  detail::check_same_shape("worst_row_error", approximation, exact);
+  double worst = 0, size = 0;
+  Index rows = 0;
+  for (Index i = 0; i < exact.rows(); ++i) {
+    const double row = exact.row(i).template cast<double>().squaredNorm();
+    const double difference =
+        (approximation.row(i).template cast<double>() - exact.row(i).template cast<double>()).squaredNorm();
+    size += row;
+    rows += row == 0 ? 0 : 1;
+    if (!(difference <= worst)) worst = difference;
+    if (std::isnan(difference)) return difference;
+  }
+  return detail::relative(std::sqrt(worst), std::sqrt(size / static_cast<double>(std::max<Index>(rows, 1))));
+}
+
+/// How singular values are found. Stops when none of those wanted changes by more than tolerance times the largest in
+/// one step (16 units of rounding at the least), or after max_iterations. More oversampling: more work a step, and
+/// fewer steps.
+struct SubspaceIteration {
+  double tolerance = 1e-6;
+  int max_iterations = 300;
+  Index oversampling = 8;
+  std::uint64_t seed = 0;
+};
+
+/// The largest singular values, in descending order.
+struct SingularValues {
+  Eigen::VectorXd values;
+  int iterations = 0;
+  bool converged = false;
+};
+
+namespace detail {
+
+/// (rows, cols) of -1 and 1, each as likely: the same on every platform.
+template <class T>
+Matrix<T> random_signs(Index rows, Index cols, std::uint64_t seed) {
+  SplitMix64 random(seed);
+  Matrix<T> x(rows, cols);
+  for (Index i = 0; i < x.size(); ++i) x.data()[i] = (random() >> 63U) != 0 ? T(1) : T(-1);
+  return x;
+}
+
+/// Turns columns i and j of x in their plane until they are orthogonal; false where they were, up to rounding.
+template <class T>
+bool rotate_columns(Matrix<T>& x, Index i, Index j) {
+  double ii = 0, jj = 0, ij = 0;
+  for (Index r = 0; r < x.rows(); ++r) {
+    const double a = static_cast<double>(x(r, i)), b = static_cast<double>(x(r, j));
+    ii += a * a;
+    jj += b * b;
+    ij += a * b;
+  }
+  const double rounding = 4.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  if (!(std::abs(ij) > rounding * std::sqrt(ii) * std::sqrt(jj))) return false;
+  const double ratio = (jj - ii) / (2 * ij);
+  const double tangent = std::copysign(1.0, ratio) / (std::abs(ratio) + std::hypot(1.0, ratio));
+  const double cosine = 1 / std::hypot(1.0, tangent), sine = cosine * tangent;
+  for (Index r = 0; r < x.rows(); ++r) {
+    const double a = static_cast<double>(x(r, i)), b = static_cast<double>(x(r, j));
+    x(r, i) = static_cast<T>(cosine * a - sine * b);
+    x(r, j) = static_cast<T>(sine * a + cosine * b);
+  }
+  return true;
+}
+
+/// x (n, p) <- an orthonormal basis of its columns, in the directions of its left singular vectors; returns the
+/// singular values that it had, in descending order. A column whose value is 0 stays zero. One-sided Jacobi rotations,
+/// Hestenes 1958: O(n p^2) a sweep.
+template <class T>
+Eigen::VectorXd orthonormalize(Matrix<T>& x) {
+  constexpr int kMostSweeps = 40;
+  bool rotated = true;
+  for (int sweep = 0; rotated && sweep < kMostSweeps; ++sweep) {
+    rotated = false;
+    for (Index i = 0; i < x.cols(); ++i) {
+      for (Index j = i + 1; j < x.cols(); ++j) rotated |= rotate_columns(x, i, j);
+    }
+  }
+  Eigen::VectorXd values(x.cols());
+  for (Index c = 0; c < x.cols(); ++c) {
+    values[c] = x.col(c).template cast<double>().norm();
+    if (values[c] > 0) x.col(c) /= static_cast<T>(values[c]);
+  }
+  std::sort(values.begin(), values.end(), std::greater<>());
+  return values;
+}
+
+inline void check_subspace(std::string_view who, Index rows, Index cols, Index count,
+                           const SubspaceIteration& options) {
+  check_at_least(who, "count", static_cast<double>(count), 1);
+  if (count > std::min(rows, cols)) refuse(who, "count is ", count, ", the operator is ", rows, " x ", cols);
+  check_at_least(who, "tolerance", options.tolerance, 0);
+  check_at_least(who, "max_iterations", options.max_iterations, 1);
+  check_at_least(who, "oversampling", static_cast<double>(options.oversampling), 0);
+}
+
+}  // namespace detail
+
+/// The count largest singular values of A (rows, cols), by block power iteration on A^T A (subspace iteration, Halko,
+/// Martinsson and Tropp 2011, algorithm 4.4): X <- orth(A^T orth(A X)), whose singular values on the way approach those
+/// of A from below. Each step takes one product with A and one with A^T, with count + oversampling columns, and O((rows
+/// + cols) count^2) time besides; memory is (rows + cols) times that many columns. The values are lower bounds up to
+/// rounding; where the following ones are nearly as large, a small change in a step does not prove that they are close.
+/// Throws std::invalid_argument when an option is out of range.
+template <LinearOperator A>
+SingularValues leading_singular_values(const A& a, Index count, const SubspaceIteration& options, Context& context) {
+  using T = typename A::Scalar;
+  detail::check_subspace("leading_singular_values", a.rows(), a.cols(), count, options);
+  const Index columns = std::min(count + options.oversampling, std::min(a.rows(), a.cols()));
+  const double tolerance = std::max(options.tolerance, 16.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+  Matrix<T> x = detail::random_signs<T>(a.cols(), columns, options.seed), y(a.rows(), columns);
+  detail::orthonormalize(x);
+  SingularValues found{.values = Eigen::VectorXd::Zero(count)};
+  while (!found.converged && found.iterations < options.max_iterations) {
+    a.apply(x, y, context);
+    detail::orthonormalize(y);
+    a.apply_transpose(y, x, context);
+    const Eigen::VectorXd values = detail::orthonormalize(x).head(count);
+    found.converged = (values - found.values).cwiseAbs().maxCoeff() <= tolerance * values[0];
+    found.values = values;
+    ++found.iterations;
+    if (!values.allFinite()) break;
+  }
+  return found;
+}
+
+/// |A|_2, the largest singular value, from below: power iteration as in leading_singular_values.
+template <LinearOperator A>
+double spectral_norm(const A& a, const SubspaceIteration& options, Context& context) {
+  return leading_singular_values(a, 1, options, context).values[0];
+}
+
+/// An estimate of |A|_F from products alone: sqrt(mean_c |A g_c|^2) over num_probes columns g_c of random signs. Its
+/// square is unbiased (Hutchinson 1990), with a relative standard deviation of at most sqrt(2 / num_probes). Throws
+/// std::invalid_argument for no probes.
+template <ForwardOperator A>
+double estimate_frobenius_norm(const A& a, Index num_probes, std::uint64_t seed, Context& context) {
+  detail::check_at_least("estimate_frobenius_norm", "num_probes", static_cast<double>(num_probes), 1);
+  const Matrix<typename A::Scalar> x = detail::random_signs<typename A::Scalar>(a.cols(), num_probes, seed);
+  Matrix<typename A::Scalar> y(a.rows(), num_probes);
+  a.apply(x, y, context);
+  return y.template cast<double>().norm() / std::sqrt(static_cast<double>(num_probes));
+}
+
+/// A lower bound of |A|_2 from one product, for operators without a transpose: the largest singular value of A X, X an
+/// orthonormal basis of num_probes random columns, or of as many as A has rows or columns. Throws std::invalid_argument
+/// for no probes.
+template <ForwardOperator A>
+double spectral_norm_lower_bound(const A& a, Index num_probes, std::uint64_t seed, Context& context) {
+  using T = typename A::Scalar;
+  detail::check_at_least("spectral_norm_lower_bound", "num_probes", static_cast<double>(num_probes), 1);
+  const Index columns = std::min(num_probes, std::min(a.rows(), a.cols()));
+  Matrix<T> x = detail::random_signs<T>(a.cols(), columns, seed), y(a.rows(), columns);
+  detail::orthonormalize(x);
+  a.apply(x, y, context);
+  return detail::orthonormalize(y)[0];
+}
+
+/// sigma_1 / sigma_r of the r leading singular values given, in descending order: infinite if the last is 0.
+inline double condition_number(const Eigen::VectorXd& values) {
+  return values[0] / values[values.size() - 1];
+}
+
+/// exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j: r for r equal singular values, 1 for a single one. Given
+/// only the leading values it is the effective rank of that part. Roy and Vetterli 2007.
+inline double effective_rank(const Eigen::VectorXd& values) {
+  double entropy = 0;
+  for (const double sigma : values) {
+    const double p = sigma / values.sum();
+    if (p > 0) entropy -= p * std::log(p);
+  }
+  return std::exp(entropy);
+}
+
+/// |A|_F^2 / |A|_2^2: at most the rank, and not moved by small singular values.
+inline double stable_rank(double frobenius_norm, double spectral_norm) {
+  return (frobenius_norm * frobenius_norm) / (spectral_norm * spectral_norm);
+}
+
+}  // namespace attn
