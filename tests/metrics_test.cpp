@@ -1,8 +1,6 @@
 #include <attn/metrics.hpp>
 
-#include <attn/exact.hpp>
-#include <attn/nystrom.hpp>
-#include <attn/skyformer.hpp>
+#include <attn/any_approximator.hpp>
 
 #include "support.hpp"
 
@@ -309,7 +307,7 @@ TEST(AttentionOperators, OfAnApproximationAndItsError) {
   Context context;
   const attn::Nystrom<double> nystrom(attn::SegmentMeans{.num_landmarks = 16});
   const attn::ApproximatorOperator approximation(nystrom, x.q, x.k);
-  static_assert(attn::ForwardOperator<decltype(approximation)> && !attn::LinearOperator<decltype(approximation)>);
+  static_assert(attn::LinearOperator<decltype(approximation)>);
   Matrix<double> out(80, 12);
   approximation.apply(x.v, out, context);
   EXPECT_TRUE(test::bitwise_equal(out, attn::attention(nystrom, x.q, x.k, x.v)));
@@ -327,6 +325,20 @@ TEST(AttentionOperators, OfAnApproximationAndItsError) {
   EXPECT_LE(bound, norm * (1 + 1e-10));
   EXPECT_GE(bound, 0.3 * norm);
   EXPECT_NEAR(attn::estimate_frobenius_norm(difference, 512, 1, context) / error.norm(), 1, 0.25);
+  EXPECT_NEAR(attn::spectral_norm(difference, {}, context) / norm, 1, 1e-4);
+}
+
+/// The transpose of a method is its gradient by v; held against the matrix that the method makes of the identity.
+TEST(AttentionOperators, TransposeOfEveryLinearMethod) {
+  const auto x = test::make_tokens<double>(Family::smooth, {50, 50, 8, 8});
+  const auto keep = test::random_keep(50, 0.8, 1);
+  const Mask mask{.keep_key = keep, .keep_query = keep};
+  const Matrix<double> eye = Matrix<double>::Identity(50, 50);
+  for (const std::string name : {"softmax", "gaussian", "nystrom", "skyformer", "lifted-softmax"}) {
+    SCOPED_TRACE(name);
+    const auto method = attn::make_approximator<double>(name, {.num_landmarks = 12});
+    expect_products(attn::ApproximatorOperator(method, x.q, x.k, mask), attn::attention(method, x.q, x.k, eye, mask), 1e-9);
+  }
 }
 
 TEST(AttentionOperators, DifferenceOfLinearOperatorsHasATranspose) {
