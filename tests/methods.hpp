@@ -31,8 +31,9 @@ attn::AnyApproximator<T> make_method(const std::string& name, const attn::Method
 template <class T>
 std::string describe(const Inputs<T>& in) {
   const auto text = [](Index x) { return std::to_string(x); };
-  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " + text(in.v.cols()) +
-         (in.mask.keep_key.empty() ? "" : ", keep_key") + (in.mask.keep_query.empty() ? "" : ", keep_query");
+  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " +
+         text(in.v.cols()) + (in.mask.keep_key.empty() ? "" : ", keep_key") +
+         (in.mask.keep_query.empty() ? "" : ", keep_query");
 }
 
 /// Body is called for float and for double.
@@ -63,7 +64,8 @@ inline std::string test_name(const ::testing::TestParamInfo<std::string>& method
   return name;
 }
 
-/// Supported inputs of 140 queries, of as many keys or of 93: without a mask, and with masks of keys, of queries, and of both.
+/// Supported inputs of 140 queries, of as many keys or of 93: without a mask, and with masks of keys, of queries, and
+/// of both.
 template <class T>
 struct MaskedInputs {
   explicit MaskedInputs(Index n_keys) : n_k(n_keys), x(make_tokens<T>(Family::init, {140, n_k, 16, 18}, 104)) {
