@@ -1,49 +1,12 @@
 /// A method of one's own: what the concept asks for, and what it then fits into. Checked against exact attention.
 #include <attn/attn.hpp>
 
+#include "mean_pooling.hpp"
+
 #include <cstdint>
 #include <cstdlib>
 #include <iostream>
-#include <span>
-#include <stdexcept>
-#include <string_view>
 #include <vector>
-
-/// Every query gets the mean of the kept keys' values, as if all scores were equal: the baseline that an approximation has to beat.
-/// O(n d_v) time. Linear in v, and exact where the keys are all alike. Not causal, no key bias.
-template <class T>
-class MeanPooling {
- public:
-  using Scalar = T;
-  static constexpr std::string_view kName = "mean-pooling";
-
-  bool supports(const attn::Inputs<T>& in) const { return in.mask.causal == attn::Causal::none && in.key_bias.empty(); }
-
-  void forward(const attn::Inputs<T>& in, attn::MatrixRef<T> out, attn::Context& context) const {
-    if (!supports(in)) throw std::invalid_argument("mean-pooling: causal masks and key biases are not supported");
-    attn::Scratch scratch = context.scratch();  // memory that the context keeps from call to call
-    attn::MatrixRef<T> mean = scratch.matrix<T>(1, in.v.cols());
-    mean.setZero();
-    attn::Index kept = 0;
-    for (attn::Index j = 0; j < in.v.rows(); ++j) {
-      if (!keeps(in.mask.keep_key, j)) continue;
-      mean.row(0) += in.v.row(j);
-      ++kept;
-    }
-    if (kept > 0) mean /= static_cast<T>(kept);
-    out.rowwise() = mean.row(0);
-    for (attn::Index i = 0; i < out.rows(); ++i) {
-      if (!keeps(in.mask.keep_query, i)) out.row(i).setZero();
-    }
-  }
-
- private:
-  static bool keeps(std::span<const std::uint8_t> keep, attn::Index row) {
-    return keep.empty() || keep[static_cast<std::size_t>(row)] != 0;
-  }
-};
-
-static_assert(attn::Approximator<MeanPooling<float>> && attn::Approximator<MeanPooling<double>>);
 
 bool check(bool holds, const char* what) {
   std::cout << (holds ? "yes  " : "NO   ") << what << '\n';
@@ -73,8 +36,18 @@ int main() {
   const bool same = attn::attention(methods[1], q, k, v) == attn::attention(pooling, q, k, v) &&
                     methods[1].name() == "mean-pooling";
 
+  // A training step: what the forward pass saves, and the gradients of a loss whose gradient by out is all ones
+  attn::Context context;
+  decltype(methods)::value_type::Saved saved;
+  attn::Matrix<float> out(kTokens, 8), dq(kTokens, 16), dk(kTokens, 16), dv(kTokens, 8);
+  const attn::Matrix<float> dout = attn::Matrix<float>::Ones(kTokens, 8);
+  methods[1].forward({.q = q, .k = k, .v = v}, out, context, saved);
+  methods[1].backward({.q = q, .k = k, .v = v}, out, dout, saved, {.dq = dq, .dk = dk, .dv = dv}, context);
+  const bool trained = dq.isZero() && dk.isZero() && dv.isApprox(dout);
+
   bool good = check(plain, "equal to softmax attention where all keys are alike");
   good &= check(masked, "and with a mask");
   good &= check(same, "the same as AnyApproximator");
+  good &= check(trained, "every value counts as much for the mean as any other");
   return good ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -1,5 +1,6 @@
 #include <attn/attn.hpp>
 
+#include "mean_pooling.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
@@ -24,21 +25,31 @@ static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::Pre
 static_assert(!Approximator<int> && !Approximator<attn::SoftmaxKernel>);
 static_assert(std::is_trivially_copyable_v<attn::SoftmaxAttention<float>>);
 
-/// An approximator as a user would write it: every query gets the mean of the values.
-struct MeanOfValues {
-  using Scalar = double;
-  static constexpr std::string_view kName = "mean";
-  bool supports(const Inputs<double>& in) const { return in.mask.causal == Causal::none; }
-  void forward(const Inputs<double>& in, attn::MatrixRef<double> out, Context&) const { out.rowwise() = in.v.colwise().mean(); }
-};
-static_assert(Approximator<MeanOfValues>);
+static_assert(Approximator<MeanPooling<float>> && Approximator<attn::AnyApproximator<double>>);
 
-struct WithoutName {
-  using Scalar = double;
-  bool supports(const Inputs<double>&) const { return true; }
-  void forward(const Inputs<double>&, attn::MatrixRef<double>, Context&) const {}
+// A user's approximator that lacks one thing each.
+struct WithoutName : MeanPooling<double> {
+ private:
+  static constexpr int kName = 0;
 };
 static_assert(!Approximator<WithoutName>);
+
+struct WithoutSaved : MeanPooling<double> {
+ private:
+  struct Saved {};
+};
+static_assert(!Approximator<WithoutSaved>);
+
+struct WithoutTraining : MeanPooling<double> {
+  void forward(const Inputs<double>&, attn::MatrixRef<double>, Context&) const {}
+};
+static_assert(!Approximator<WithoutTraining>);
+
+struct WithoutBackward : MeanPooling<double> {
+ private:
+  static void backward() {}
+};
+static_assert(!Approximator<WithoutBackward>);
 
 TEST(Attention, IsForwardInOneLine) {
   const auto x = test::make_tokens<double>(Family::unit, {30, 40, 16, 12});
@@ -59,7 +70,7 @@ TEST(Attention, TakesBlocksOfAMatrix) {
 
 TEST(Attention, TakesAnApproximatorOfOnesOwn) {
   const auto x = test::make_tokens<double>(Family::unit, {3, 40, 16, 12});
-  EXPECT_LE((attn::attention(MeanOfValues{}, x.q, x.k, x.v).row(2) - x.v.colwise().mean()).norm(), 1e-15);
+  EXPECT_LE((attn::attention(MeanPooling<double>{}, x.q, x.k, x.v).row(2) - x.v.colwise().mean()).norm(), 1e-15);
 }
 
 TEST(Attention, ApproximatorsAreCopyableValues) {

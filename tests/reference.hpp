@@ -104,6 +104,40 @@ inline Result attend(const Kernel& kernel, const Problem& p) {
   return result;
 }
 
+struct Gradients {
+  Matrix dq, dk, dv;
+  Vector dbias;  // by the key bias, for every key
+};
+
+/// The gradients of attend's sum_i dout_i.out_i. With P_ij what multiplies v_j in out_i, and D_i = sum_j P_ij dout_i.v_j where
+/// rows are normalized, else 0:
+///   dv_j = sum_i P_ij dout_i        slope_ij = P_ij (dout_i.v_j - D_i)        dbias_j = sum_i slope_ij
+///   dq_i = sum_j slope_ij (scale k_j - 2 bias q_i)        dk_j = sum_i slope_ij (scale q_i - 2 bias k_j)
+inline Gradients attend_backward(const Kernel& kernel, const Problem& p, const Matrix& dout) {
+  const Matrix s = log_weights(kernel, p);
+  const Vector lse = attend(kernel, p).lse;
+  const auto zeros = [](const Matrix& m) -> Matrix { return Matrix::Zero(m.rows(), m.cols()); };
+  Gradients g{zeros(p.q), zeros(p.k), zeros(p.v), Vector::Zero(p.k.rows())};
+  for (Index i = 0; i < s.rows(); ++i) {
+    Vector weights = Vector::Zero(s.cols()), slopes = Vector::Zero(s.cols());
+    for (Index j = 0; j < s.cols(); ++j) {
+      if (s(i, j) == -kInfinity) continue;
+      weights[j] = std::exp(s(i, j) - (kernel.normalized ? lse[i] : 0));
+      slopes[j] = dout.row(i).dot(p.v.row(j));
+    }
+    const double origin = kernel.normalized ? weights.dot(slopes) : 0;
+    for (Index j = 0; j < s.cols(); ++j) {
+      if (s(i, j) == -kInfinity) continue;
+      const double slope = weights[j] * (slopes[j] - origin);
+      g.dv.row(j) += weights[j] * dout.row(i);
+      g.dq.row(i) += slope * (kernel.scale * p.k.row(j) - 2 * kernel.bias * p.q.row(i));
+      g.dk.row(j) += slope * (kernel.scale * p.q.row(i) - 2 * kernel.bias * p.k.row(j));
+      g.dbias[j] += slope;
+    }
+  }
+  return g;
+}
+
 /// m rows spread evenly over n: floor((2 j + 1) n / (2 m)).
 inline std::vector<Index> strided_rows(Index n, Index m) {
   std::vector<Index> rows;

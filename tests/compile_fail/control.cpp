@@ -5,7 +5,13 @@ struct Copies {
   using Scalar = float;
   static constexpr std::string_view kName = "copies";
   bool supports(const attn::Inputs<float>&) const { return true; }
+  struct Saved {};
   void forward(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context&) const { out = in.v; }
+  void forward(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context&, Saved&) const { out = in.v; }
+  void backward(const attn::Inputs<float>&, attn::ConstMatrixRef<float>, attn::ConstMatrixRef<float> dout, const Saved&,
+                const attn::Gradients<float>& gradients, attn::Context&) const {
+    attn::MatrixRef<float>(gradients.dv) = dout;
+  }
 };
 
 void call(const attn::Matrix<float>& q, attn::Matrix<float>& out, attn::Context& context) {
