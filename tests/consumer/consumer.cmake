@@ -1,5 +1,5 @@
 # The program that every consumer builds, and what attn must not do to the project that includes it.
-add_executable(consumer ${CMAKE_CURRENT_LIST_DIR}/main.cpp)
+add_executable(consumer ${CMAKE_CURRENT_LIST_DIR}/main.cpp ${CMAKE_CURRENT_LIST_DIR}/other.cpp)
 target_link_libraries(consumer PRIVATE attn::attn)
 
 get_target_property(actual attn::attn ALIASED_TARGET)
@@ -12,7 +12,7 @@ foreach(property INTERFACE_COMPILE_OPTIONS INTERFACE_COMPILE_DEFINITIONS INTERFA
     message(FATAL_ERROR "attn::attn brings ${property} ${value} into a project that uses it")
   endif()
 endforeach()
-foreach(target attn_own attn_tests attn_headers)
+foreach(target attn_own attn_single attn_tests attn_headers)
   if(TARGET ${target})
     message(FATAL_ERROR "attn builds ${target} in a project that uses it")
   endif()

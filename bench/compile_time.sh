@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# What including attn costs a build: the seconds of processor time that three programs take to compile at -O2, in turn, and
+# their ratio to the one with Eigen's header alone; medians over the rounds.
+# Usage: bench/compile_time.sh [ROUNDS]      CXX, CXXFLAGS and EIGEN_CFLAGS as set, else c++, none and pkg-config's.
+set -euo pipefail
+
+rounds="${1:-7}"
+if ! [[ "$rounds" =~ ^[1-9][0-9]*$ ]]; then
+  echo "compile_time.sh: the number of rounds should be positive, not $rounds" >&2
+  exit 1
+fi
+eigen_cflags="${EIGEN_CFLAGS:-$(pkg-config --cflags eigen3)}"
+include="$(cd "$(dirname "${BASH_SOURCE[0]}")/../include" && pwd)"
+folder="$(mktemp -d)"
+trap 'rm -r "$folder"' EXIT
+
+cat >"$folder/eigen.cpp" <<'CPP'
+#include <Eigen/Core>
+CPP
+cat >"$folder/attn.cpp" <<'CPP'
+#include <attn/attn.hpp>
+CPP
+cat >"$folder/nystrom.cpp" <<'CPP'
+#include <attn/attn.hpp>
+
+attn::Matrix<float> nystrom(const attn::Matrix<float>& q, const attn::Matrix<float>& k, const attn::Matrix<float>& v) {
+  return attn::attention(attn::Nystrom<float>{}, q, k, v);
+}
+CPP
+
+# Appends the seconds that compiling program $1 takes, user and system, to its list.
+compile() {
+  local TIMEFORMAT='%U %S' times
+  # shellcheck disable=SC2086  # flags are lists of words
+  times="$({ time "${CXX:-c++}" -std=c++20 -O2 ${CXXFLAGS:-} "-I$include" $eigen_cflags -c "$folder/$1.cpp" \
+    -o "$folder/$1.o" 2>"$folder/errors"; } 2>&1)" || { cat "$folder/errors" >&2; exit 1; }
+  awk '{ print $1 + $2 }' <<<"$times" >>"$folder/$1.times"
+}
+
+median() {
+  sort -g "$folder/$1.times" | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2) + 1]) / 2 }'
+}
+
+for ((round = 0; round < rounds; ++round)); do
+  for program in eigen attn nystrom; do compile "$program"; done
+done
+
+eigen="$(median eigen)"
+printf '%-46s %8s %6s\n' "$("${CXX:-c++}" --version | head -n 1), $rounds rounds" seconds ratio
+report() {
+  awk -v name="$2" -v t="$(median "$1")" -v of="$eigen" 'BEGIN { printf "%-46s %8.2f %6.2f\n", name, t, t / of }'
+}
+report eigen "#include <Eigen/Core>"
+report attn "#include <attn/attn.hpp>"
+report nystrom "#include <attn/attn.hpp>, one Nystrom call"
