@@ -119,4 +119,56 @@ TEST(DepthwiseConv, RefusesWhatDoesNotFit) {
   EXPECT_EQ(error(6, 6, 4, 3, {.keep_query = five}), "depthwise_conv: keep_query has 5 entries, v has 6 rows");
 }
 
+/// The convolution is linear in v and in the filter, so its gradients are its adjoints: dv.x = dout.(filter * x) for every x, and
+/// dfilter_t = dout.(e_t * v).
+TYPED_TEST(DepthwiseConvOf, GradientsAreItsAdjoints) {
+  using T = TypeParam;
+  const auto keep = test::random_keep(300, 0.8, 404), keep_query = test::random_keep(300, 0.7, 405);
+  for (const Index n : {1, 5, 300}) {
+    const auto first = [&](const std::vector<std::uint8_t>& all) { return std::span(all).first(static_cast<std::size_t>(n)); };
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = first(keep), .keep_query = first(keep_query)}}) {
+      const Problem<T> p(n, 7, 9), other(n, 7, 9);
+      const Matrix<T> dout = test::Random(406).normal(n, 7).template cast<T>();
+      Matrix<T> expected_dv;
+      for (auto& [name, context] : test::contexts()) {
+        Matrix<T> dv = other.before;
+        std::vector<T> dfilter(9, test::kNaN<T>);
+        attn::depthwise_conv_backward<T>(p.v, p.filter, dout, dv, dfilter, context, mask);
+        Problem<T> probe(n, 7, 9);
+        probe.before.setZero();
+        probe.v = test::Random(407).normal(n, 7).template cast<T>();
+        const double added = ((dv - other.before).template cast<double>().array() * probe.v.template cast<double>().array()).sum();
+        EXPECT_NEAR(added, (probe.defined(mask).array() * dout.template cast<double>().array()).sum(), 100 * kTolerance<T> * dout.norm());
+        probe.v = p.v;
+        for (std::size_t t = 0; t < 9; ++t) {
+          probe.filter.assign(9, T(0));
+          probe.filter[t] = 1;
+          EXPECT_NEAR(static_cast<double>(dfilter[t]), (probe.defined(mask).array() * dout.template cast<double>().array()).sum(),
+                      100 * kTolerance<T> * dout.norm())
+              << t;
+        }
+        if (expected_dv.size() == 0) expected_dv = dv;
+        EXPECT_TRUE(test::bitwise_equal(dv, expected_dv)) << name;
+      }
+    }
+  }
+}
+
+TEST(DepthwiseConv, BackwardRefusesWhatDoesNotFit) {
+  const Matrix<float> v = Matrix<float>::Zero(6, 4), dout = Matrix<float>::Zero(5, 4);
+  Matrix<float> dv = Matrix<float>::Zero(6, 4);
+  std::vector<float> filter(3), dfilter(2);
+  Context context;
+  const auto error = [&](const Matrix<float>& gradient) -> std::string {
+    try {
+      attn::depthwise_conv_backward<float>(v, filter, gradient, dv, dfilter, context);
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(error(dout), "depthwise_conv_backward: dout is 5 x 4, should be 6 x 4");
+  EXPECT_EQ(error(v), "depthwise_conv_backward: dfilter has 2 entries, filter has 3");
+}
+
 }  // namespace

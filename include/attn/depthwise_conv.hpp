@@ -3,15 +3,50 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <span>
+#include <string_view>
 #include <type_traits>
 
 namespace attn {
+namespace detail {
+
+inline bool keeps_row(std::span<const std::uint8_t> keep, Index i) { return keep.empty() || keep[static_cast<std::size_t>(i)] != 0; }
+
+/// Shapes agree, and the taps are odd.
+template <class T>
+void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::size_t taps, const char* name, const ConstMatrixRef<T>& other,
+                const Mask& mask) {
+  check_not_empty(who, "v", v);
+  check_shape(who, name, other, v.rows(), v.cols());
+  check_length(who, "keep_key", mask.keep_key.size(), "v", v.rows());
+  check_length(who, "keep_query", mask.keep_query.size(), "v", v.rows());
+  if (taps % 2 == 0) refuse(who, "filter has ", taps, " taps, should be odd");
+}
+
+/// body(i) for each of n rows, some at a time on each worker.
+template <class Body>
+void for_each_row(Index n, Context& context, const Body& body) {
+  constexpr Index kRows = 256;
+  const Index blocks = (n + kRows - 1) / kRows;
+  context.for_each(blocks, [&](Index block, int) {
+    const Range rows = nth_part(n, blocks, block);
+    for (Index i = rows.first; i < rows.last; ++i) body(i);
+  });
+}
+
+/// The rows that a filter of so many taps reaches from row i of n.
+inline Range reached_rows(Index n, Index taps, Index i) {
+  return {std::max<Index>(0, i - taps / 2), std::min(n, i + taps / 2 + 1)};
+}
+
+}  // namespace detail
 
 /// out_i <- out_i + sum_t filter_t v_(i + t - (taps - 1) / 2): one odd filter for all columns of a head, zeros beyond the sequence, no
 /// bias; to be added to an attention's result. v, out (n, d_v). Rows that mask.keep_key drops count as zeros, those that
@@ -20,24 +55,44 @@ namespace attn {
 template <class T>
 void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter, std::type_identity_t<MatrixRef<T>> out,
                     Context& context, const Mask& mask = {}) {
-  constexpr Index kRows = 256;
+  detail::check_conv<T>("depthwise_conv", v, filter.size(), "out", out, mask);
   const auto taps = static_cast<Index>(filter.size());
-  detail::check_not_empty("depthwise_conv", "v", v);
-  detail::check_shape("depthwise_conv", "out", out, v.rows(), v.cols());
-  detail::check_length("depthwise_conv", "keep_key", mask.keep_key.size(), "v", v.rows());
-  detail::check_length("depthwise_conv", "keep_query", mask.keep_query.size(), "v", v.rows());
-  if (taps % 2 == 0) detail::refuse("depthwise_conv", "filter has ", taps, " taps, should be odd");
-  const auto keeps = [](std::span<const std::uint8_t> keep, Index i) { return keep.empty() || keep[static_cast<std::size_t>(i)] != 0; };
-  const Index blocks = (v.rows() + kRows - 1) / kRows;
-  context.for_each(blocks, [&](Index block, int) {
-    const detail::Range rows = detail::nth_part(v.rows(), blocks, block);
-    for (Index i = rows.first; i < rows.last; ++i) {
-      if (!keeps(mask.keep_query, i)) continue;
-      const Index first = std::max<Index>(0, i - taps / 2), last = std::min(v.rows() - 1, i + taps / 2);
-      for (Index j = first; j <= last; ++j) {
-        if (keeps(mask.keep_key, j)) out.row(i) += filter[static_cast<std::size_t>(j - i + taps / 2)] * v.row(j);
-      }
+  detail::for_each_row(v.rows(), context, [&](Index i) {
+    if (!detail::keeps_row(mask.keep_query, i)) return;
+    const detail::Range near = detail::reached_rows(v.rows(), taps, i);
+    for (Index j = near.first; j < near.last; ++j) {
+      if (detail::keeps_row(mask.keep_key, j)) out.row(i) += filter[static_cast<std::size_t>(j - i + taps / 2)] * v.row(j);
     }
+  });
+}
+
+/// Its gradients, for dout (n, d_v), that of a loss by out. dv_j <- dv_j + sum_i filter_(j - i + (taps - 1) / 2) dout_i, added to that
+/// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. dv must not overlap v
+/// or dout. Throws std::invalid_argument as above. 4 n d_v taps flops.
+template <class T>
+void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter,
+                             std::type_identity_t<ConstMatrixRef<T>> dout, std::type_identity_t<MatrixRef<T>> dv,
+                             std::span<std::type_identity_t<T>> dfilter, Context& context, const Mask& mask = {}) {
+  constexpr std::string_view kName = "depthwise_conv_backward";
+  detail::check_conv<T>(kName, v, filter.size(), "dout", dout, mask);
+  detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
+  if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has ", dfilter.size(), " entries, filter has ", filter.size());
+  const auto taps = static_cast<Index>(filter.size());
+  detail::for_each_row(v.rows(), context, [&](Index j) {
+    if (!detail::keeps_row(mask.keep_key, j)) return;
+    const detail::Range near = detail::reached_rows(v.rows(), taps, j);
+    for (Index i = near.first; i < near.last; ++i) {
+      if (detail::keeps_row(mask.keep_query, i)) dv.row(j) += filter[static_cast<std::size_t>(j - i + taps / 2)] * dout.row(i);
+    }
+  });
+  context.for_each(taps, [&](Index tap, int) {
+    T sum = 0;
+    for (Index i = std::max<Index>(0, taps / 2 - tap); i < std::min(v.rows(), v.rows() + taps / 2 - tap); ++i) {
+      const Index j = i + tap - taps / 2;
+      if (!detail::keeps_row(mask.keep_query, i) || !detail::keeps_row(mask.keep_key, j)) continue;
+      sum += detail::dot_product(dout.data() + i * dout.outerStride(), v.data() + j * v.outerStride(), v.cols());
+    }
+    dfilter[static_cast<std::size_t>(tap)] = sum;
   });
 }
 
