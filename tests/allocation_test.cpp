@@ -1,6 +1,8 @@
-/// A second call with the same shapes allocates nothing: neither by operator new nor by malloc. This program replaces both.
+/// A second call, or training step, with the same shapes allocates nothing: neither by operator new nor by malloc. This
+/// program replaces both.
 #include <attn/attn.hpp>
 
+#include "every_method.hpp"
 #include "inputs.hpp"
 
 #include <gtest/gtest.h>
@@ -221,6 +223,12 @@ class Calls {
     run_multi_head(2, 3, 4, context);
     run_multi_head(2, 3, 90, context);
     run_multi_head(1, 3, 700, context);
+    next_saved_ = 0;
+    for (const auto& [n_q, n_k] : {std::pair<Index, Index>{3, kLongest}, {800, 800}}) {
+      const auto q = tokens_.q.topRows(n_q), k = tokens_.k.topRows(n_k), v = tokens_.v.topRows(n_k);
+      run_training({q, k, v, masks(n_q, n_k, Causal::none)}, context);
+      run_training({q, k, v, masks(n_q, n_k, Causal::lower_right), bias(n_k)}, context);
+    }
   }
 
   /// Heads that differ in what they need.
@@ -244,6 +252,11 @@ class Calls {
     for (const auto mode : {attn::ShiftMode::paper, attn::ShiftMode::scalar}) {
       made.push_back(attn::make_approximator<T>("shifted-nystrom", {.num_landmarks = 24, .mode = mode}));
     }
+    for (const auto name : {"gaussian", "skyformer"}) {
+      made.push_back(attn::make_approximator<T>(name, {.num_landmarks = 24, .rows = Rows::normalized}));
+    }
+    using Preconditioned = attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv>;
+    made.push_back(attn::AnyApproximator<T>(Preconditioned({.num_landmarks = 200})));
     return made;
   }
 
@@ -286,14 +299,31 @@ class Calls {
     attn::depthwise_conv<T>(in.v, filter_, values_.topRows(in.v.rows()), context, {.keep_key = in.mask.keep_key});
   }
 
+  /// Training steps of every method, each with a Saved of its own that lives as long as this.
+  void run_training(const Inputs<T>& in, Context& context) {
+    const Index n_q = in.q.rows(), n_k = in.k.rows();
+    auto out = out_.topRows(n_q);
+    for (const auto& method : methods_) {
+      if (!method.supports(in)) continue;
+      if (next_saved_ == saved_.size()) saved_.emplace_back();
+      auto& saved = saved_[next_saved_++];
+      method.forward(in, out, context, saved);
+      method.backward(in, out, dout_.topRows(n_q), saved, {dq_.topRows(n_q), dk_.topRows(n_k), dv_.topRows(n_k)},
+                      context);
+    }
+  }
+
   std::vector<attn::AnyApproximator<T>> methods_ = every_method();
+  std::vector<typename attn::AnyApproximator<T>::Saved> saved_{};
+  std::size_t next_saved_ = 0;
   std::vector<T> filter_ = std::vector<T>(33, T(1));
   Matrix<T> values_ = Matrix<T>::Zero(kLongest, kWidth);
   test::Tokens<T> tokens_ = test::make_tokens<T>(test::Family::init, {kLongest, kLongest, kWidth, kWidth});
   std::vector<std::uint8_t> keep_ = test::random_keep(kLongest, 0.9, 81);
   std::vector<T> bias_ = test::random_key_bias<T>(kLongest, 0.1, 82);
   std::vector<T> lse_ = std::vector<T>(kLongest), maximum_ = lse_, sum_ = lse_;
-  Matrix<T> out_ = Matrix<T>(kLongest, kWidth);
+  Matrix<T> out_ = Matrix<T>(kLongest, kWidth), dout_ = Matrix<T>::Ones(kLongest, kWidth);
+  Matrix<T> dq_ = out_, dk_ = out_, dv_ = out_;
   std::vector<attn::Mask> masks_of_items_ = std::vector<attn::Mask>(2);
 };
 

@@ -5,8 +5,10 @@
 
 #include <gtest/gtest.h>
 
+#include <span>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -90,6 +92,112 @@ TYPED_TEST(ErrorsOf, MasksAndBiasesOfTheWrongLength) {
   TestFixture::expect({.mask = {.keep_query = four}}, "keep_query has 4 entries, q has 5 rows");
   TestFixture::expect({.mask = {.keep_query = six}}, "keep_query has 6 entries, q has 5 rows");
   TestFixture::expect({.key_bias = std::vector<float>(5, 0)}, "key_bias has 5 entries, k has 6 rows");
+}
+
+/// Shapes of a training step for 6 tokens, each of which a test may get wrong in the backward pass.
+struct Step {
+  std::pair<Index, Index> out{6, 3}, dout{6, 3}, dq{6, 4}, dk{6, 4}, dv{6, 3};
+};
+
+/// The error of a backward pass for 6 tokens.
+template <class Method>
+std::string backward_error_of(const Method& method, const Step& step, typename Method::Saved& saved) {
+  const auto zeros = [](const std::pair<Index, Index>& shape) -> Matrix<float> {
+    return Matrix<float>::Zero(shape.first, shape.second);
+  };
+  const auto x = test::make_tokens<float>(test::Family::unit, {6, 6, 4, 3});
+  const Matrix<float> out = zeros(step.out), dout = zeros(step.dout);
+  Matrix<float> dq = zeros(step.dq), dk = zeros(step.dk), dv = zeros(step.dv);
+  Context context;
+  return error_of([&] { method.backward({.q = x.q, .k = x.k, .v = x.v}, out, dout, saved, {dq, dk, dv}, context); });
+}
+
+/// What a forward pass of inputs of that shape saves.
+template <class Method>
+typename Method::Saved saved_of(const Method& method, const test::Shape& shape) {
+  const auto x = test::make_tokens<float>(test::Family::unit, shape);
+  Matrix<float> out(shape.n_q, shape.d_v);
+  typename Method::Saved saved;
+  Context context;
+  method.forward({.q = x.q, .k = x.k, .v = x.v}, out, context, saved);
+  return saved;
+}
+
+/// Every method with 2 landmarks.
+template <class Method>
+Method with_few_landmarks() {
+  if constexpr (std::is_constructible_v<Method, attn::SegmentMeans>) return Method(attn::SegmentMeans{2});
+  if constexpr (std::is_constructible_v<Method, attn::UniformSample>) return Method(attn::UniformSample{2});
+  return Method{};
+}
+
+template <class Method>
+class BackwardErrorsOf : public ::testing::Test {
+ protected:
+  static std::string error(const Step& step, const test::Shape& saved_for) {
+    const Method method = with_few_landmarks<Method>();
+    typename Method::Saved saved = saved_of(method, saved_for);
+    return backward_error_of(method, step, saved);
+  }
+  static std::string text(const std::string& rest) { return std::string(Method::kName) + ": " + rest; }
+};
+using TrainedMethods =
+    ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>, attn::Nystrom<float>,
+                     attn::ShiftedNystrom<float>, attn::Skyformer<float>, attn::LiftedSoftmax<float>>;
+TYPED_TEST_SUITE(BackwardErrorsOf, TrainedMethods);
+
+TYPED_TEST(BackwardErrorsOf, ShapesThatDisagree) {
+  const auto error = [](const Step& step) { return TestFixture::error(step, {6, 6, 4, 3}); };
+  EXPECT_EQ(error({}), "no error");
+  EXPECT_EQ(error({.out = {5, 3}}), this->text("out is 5 x 3, should be 6 x 3"));
+  EXPECT_EQ(error({.dout = {6, 4}}), this->text("dout is 6 x 4, should be 6 x 3"));
+  EXPECT_EQ(error({.dq = {6, 3}}), this->text("dq is 6 x 3, should be 6 x 4"));
+  EXPECT_EQ(error({.dk = {7, 4}}), this->text("dk is 7 x 4, should be 6 x 4"));
+  EXPECT_EQ(error({.dv = {6, 4}}), this->text("dv is 6 x 4, should be 6 x 3"));
+}
+
+TYPED_TEST(BackwardErrorsOf, WhatOtherInputsSaved) {
+  constexpr bool kSavesNothing = std::is_same_v<TypeParam, attn::GaussianAttention<float>>;  // for rows are raw
+  constexpr bool kSavesLandmarks = !kSavesNothing && !std::is_same_v<TypeParam, attn::SoftmaxAttention<float>>;
+  const std::string_view name = std::is_same_v<TypeParam, attn::LiftedSoftmax<float>> ? "skyformer" : TypeParam::kName;
+  const std::string who(name);
+  const auto saved_holds = [&](const std::string& what) {
+    return who + ": saved holds " + what + ": it is not of a forward pass of these inputs";
+  };
+  typename TypeParam::Saved unused;
+  const auto expect = [](const std::string& error, bool refused, const std::string& text) {
+    EXPECT_EQ(error, refused ? text : "no error");
+  };
+  expect(backward_error_of(TypeParam{}, {}, unused), !kSavesNothing, saved_holds("0 rows of q, should hold 6"));
+  expect(this->error({}, {5, 5, 4, 3}), !kSavesNothing, saved_holds("5 rows of q, should hold 6"));
+  expect(this->error({}, {6, 6, 9, 3}), kSavesLandmarks, saved_holds("9 columns of k, should hold 4"));
+  expect(this->error({}, {6, 6, 4, 7}), kSavesLandmarks, saved_holds("7 columns of v, should hold 3"));
+}
+
+TEST(Errors, WhatAnotherMethodSaved) {
+  attn::AnyApproximator<float>::Saved saved;
+  const auto softmax = attn::make_approximator<float>("softmax"), nystrom = attn::make_approximator<float>("nystrom");
+  EXPECT_EQ(backward_error_of(softmax, {}, saved), "softmax: saved is not of a forward pass of this method");
+  saved = saved_of(nystrom, {6, 6, 4, 3});
+  EXPECT_EQ(backward_error_of(softmax, {}, saved), "softmax: saved is not of a forward pass of this method");
+  EXPECT_EQ(backward_error_of(nystrom, {}, saved), "no error");
+}
+
+TEST(Errors, OfTheStreamedGradients) {
+  const Matrix<float> q = Matrix<float>::Zero(6, 4), v = Matrix<float>::Zero(5, 3);
+  Matrix<float> out = Matrix<float>::Zero(6, 3), dq = q, dk = q.topRows(5), dv = v;
+  std::vector<float> lse(6), dbias(5), four(4);
+  Context context;
+  const auto error = [&](std::span<const float> sums, std::span<float> to) {
+    return error_of([&] {
+      attn::kernel_matmul_backward(SoftmaxKernel{}, Inputs<float>{.q = q, .k = q.topRows(5), .v = v}, out, sums, out,
+                                   {dq, dk, dv}, context, to);
+    });
+  };
+  EXPECT_EQ(error(lse, dbias), "no error");
+  EXPECT_EQ(error(four, {}), "kernel_matmul_backward: lse has 4 entries, q has 6 rows");
+  EXPECT_EQ(error({}, {}), "kernel_matmul_backward: lse is empty, should have 6 entries, for rows are normalized");
+  EXPECT_EQ(error(lse, four), "kernel_matmul_backward: dbias has 4 entries, k has 5 rows");
 }
 
 TEST(Errors, KernelParameters) {

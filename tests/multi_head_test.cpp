@@ -1,6 +1,6 @@
-#include <attn/any_approximator.hpp>
 #include <attn/multi_head.hpp>
 
+#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>

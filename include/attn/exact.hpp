@@ -54,7 +54,8 @@ class ExactAttention {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
                 Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    detail::check_saved(kName, saved.lse.size(), score_parameters(kernel_, in.q.cols()).rows == Rows::normalized ? in.q.rows() : 0);
+    const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
+    detail::check_saved(kName, "rows of q", static_cast<Index>(saved.lse.size()), normalized ? in.q.rows() : 0);
     kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
   }
 

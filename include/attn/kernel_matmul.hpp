@@ -236,12 +236,13 @@ void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradie
   if (!dbias.empty()) add_parts<T>(bias_column, bias.subspan(1), context);
 }
 
-/// dk_j <- dk_j - 2 bias dbias_j k_j, the kernel's own dependence on |k_j|^2. Dropped keys may hold anything, and have no gradient.
+/// dk_j <- dk_j - 2 bias dbias_j k_j, the kernel's own dependence on |k_j|^2. Keys that no query sees may hold anything,
+/// and have no gradient.
 template <class T>
 void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias, MatrixRef<T> dk) {
   const T twice_bias = 2 * std::numbers::ln2_v<T> * product.space.bias;
   for (Index j = 0; j < dk.rows(); ++j) {
-    if (!keeps_key(product.in, j)) continue;
+    if (dbias[static_cast<std::size_t>(j)] == 0) continue;
     const T* k = product.in.k.data() + j * product.in.k.outerStride();
     T* to = dk.data() + j * dk.outerStride();
     const T factor = twice_bias * dbias[static_cast<std::size_t>(j)];

@@ -59,7 +59,7 @@ class Nystrom {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
                 Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    detail::check_saved(kName, saved.lse.size(), in.q.rows());
+    saved.check(kName, in);
     if (saved.exact) return kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
     detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
   }

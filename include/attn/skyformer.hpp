@@ -48,8 +48,10 @@ class Skyformer {
     run(in, land, sums, out, context);
   }
 
-  /// The landmarks (m, d), and sums = kappa(L, k) [v 1] (m, d_v + 1), divided by 2^top where rows are normalized.
+  /// The landmarks (m, d) of n_q queries and n_k keys, and sums = kappa(L, k) [v 1] (m, d_v + 1), divided by 2^top where
+  /// rows are normalized.
   struct Saved {
+    Index n_q = 0, n_k = 0;
     Matrix<T> land{}, sums{};
     T top = 0;
   };
@@ -57,6 +59,8 @@ class Skyformer {
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     check(in, out);
     Scratch scratch = context.scratch();
+    saved.n_q = in.q.rows();
+    saved.n_k = in.k.rows();
     saved.land = landmarks_.select(in, scratch);
     saved.sums.resize(saved.land.rows(), in.v.cols() + 1);
     if (saved.land.rows() == 0) return void(out.setZero());
@@ -75,7 +79,7 @@ class Skyformer {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
                 std::span<T> dbias, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    if (saved.sums.cols() != in.v.cols() + 1) detail::check_saved(kName, 0, in.v.cols());
+    check_saved(in, saved);
     const Gradients<T> to = gradients;
     if (saved.land.rows() == 0) return set_zero(to, dbias);
     Scratch scratch = context.scratch();
@@ -98,6 +102,13 @@ class Skyformer {
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
+  }
+
+  static void check_saved(const Inputs<T>& in, const Saved& saved) {
+    detail::check_saved(kName, "rows of q", saved.n_q, in.q.rows());
+    detail::check_saved(kName, "rows of k", saved.n_k, in.k.rows());
+    detail::check_saved(kName, "columns of k", saved.land.cols(), in.k.cols());
+    detail::check_saved(kName, "columns of v", saved.sums.cols() - 1, in.v.cols());
   }
 
   /// kappa(L, L) has raw rows whatever those of the result are.

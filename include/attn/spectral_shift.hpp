@@ -123,7 +123,7 @@ class ShiftedNystrom {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
                 Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    detail::check_saved(kName, saved.nystrom.lse.size(), in.q.rows());
+    saved.nystrom.check(kName, in);
     if (saved.nystrom.exact) return kernel_matmul_backward(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
     Scratch scratch = context.scratch();
     MatrixRef<T> plain = scratch.matrix<T>(out.rows(), out.cols()), dplain = scratch.matrix<T>(out.rows(), out.cols());

@@ -73,10 +73,11 @@ void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
 }
 
-/// What a forward pass saved is of inputs like those of the backward pass.
-inline void check_saved(std::string_view who, std::size_t saved, Index expected) {
-  if (saved != static_cast<std::size_t>(expected)) {
-    refuse(who, "saved holds ", saved, " rows, should hold ", expected, ": it is not of a forward pass of these inputs");
+/// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.
+inline void check_saved(std::string_view who, const char* what, Index saved, Index expected) {
+  if (saved != expected) {
+    refuse(who, "saved holds ", saved, " ", what, ", should hold ", expected,
+           ": it is not of a forward pass of these inputs");
   }
 }
 

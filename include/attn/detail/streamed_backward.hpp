@@ -287,7 +287,7 @@ class BackwardRunner {
     }
   }
 
-  /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i; dropped queries get zeros.
+  /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i; dropped queries, and those that see no key, get zeros.
   void write_dq(const Lanes& strip, MatrixRef<T> dq) const {
     const T scale = std::numbers::ln2_v<T> * product_.space.scale, twice_bias = 2 * std::numbers::ln2_v<T> * product_.space.bias;
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
@@ -302,7 +302,7 @@ class BackwardRunner {
       T* to = dq.data() + row * dq.outerStride();
       if (!keeps_query(product_.in, row)) {
         std::fill_n(to, dq.cols(), T(0));
-      } else if (has_bias()) {
+      } else if (has_bias() && strip.slope_sum[i] != 0) {
         const T* q = product_.in.q.data() + row * product_.in.q.outerStride();
         const T* center = product_.space.center;
         for (Index c = 0; c < dq.cols(); ++c) to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));

@@ -1,0 +1,13 @@
+/// All methods by name, compiled once for all tests: their kernels are most of what a test would compile.
+#pragma once
+
+#include <attn/any_approximator.hpp>
+
+namespace attn {
+
+extern template std::span<const MethodEntry<float>> methods<float>();
+extern template std::span<const MethodEntry<double>> methods<double>();
+extern template AnyApproximator<float> make_approximator<float>(std::string_view, const MethodOptions&);
+extern template AnyApproximator<double> make_approximator<double>(std::string_view, const MethodOptions&);
+
+}  // namespace attn
