@@ -138,7 +138,7 @@ TEST(MultiHeadBackward, SavedOfOtherHeadsAndWrongShapesAreRefused) {
     return std::string("nothing was thrown");
   };
   EXPECT_EQ(message([&] { step.backward(a, {}, context, saved); }),
-            "multi_head: saved holds 3 rows, should hold 8: it is not of a forward pass of these inputs");
+            "multi_head: saved is of 3 heads, there are 8");
   step.run(a, {}, context, saved);
   const auto queries = step.queries(std::as_const(step.q).data(), Step::kD);
   EXPECT_EQ(message([&] {

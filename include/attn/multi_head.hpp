@@ -274,7 +274,9 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
   const detail::HeadInputs<T> inputs{q, k, v, masks};
   detail::check_heads<T>(inputs, out);
   detail::check_gradients<T>(inputs, out, dout, gradients);
-  detail::check_saved(detail::kMultiHeadName, saved.size(), q.batch * q.heads);
+  if (static_cast<Index>(saved.size()) != q.batch * q.heads) {
+    detail::refuse(detail::kMultiHeadName, "saved is of ", saved.size(), " heads, there are ", q.batch * q.heads);
+  }
   if (q.batch == 0) return;
   const Index group = q.heads / k.heads;
   detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context, [&](Index i, Context& on) {

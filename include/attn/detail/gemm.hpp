@@ -42,7 +42,7 @@ template <Left kLeft, int kPackets, class T>
 [[gnu::noinline]] void multiply_panel(T scale, const ConstMatrixRef<T>& a, Range depth, const T* panel, T keep, MatrixRef<T> c,
                                       Range rows, Range columns) {
   for_each_tile(rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
-    Packet<T> tile[count][kPackets];
+    Packet<T> tile[extent(count)][extent(kPackets)];
     const Index row_step = kLeft == Left::row_major ? a.outerStride() : 1, depth_step = kLeft == Left::row_major ? 1 : a.outerStride();
     const T* from = a.data() + (rows.first + r0) * row_step + depth.first * depth_step;
     multiply_tile<kLeft>(from, a.outerStride(), panel, depth.last - depth.first, tile);

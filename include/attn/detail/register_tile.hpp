@@ -4,6 +4,7 @@
 #include <attn/detail/simd.hpp>
 #include <attn/matrix.hpp>
 
+#include <cstddef>
 #include <type_traits>
 #include <utility>
 
@@ -12,6 +13,9 @@ namespace attn::detail {
 /// Rows of a register tile; with kTilePackets columns of packets its accumulators, operands and a broadcast fit the registers.
 inline constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 inline constexpr int kTilePackets = 3;
+
+/// A count as the extent of an array, without a change of sign.
+consteval std::size_t extent(Index n) { return static_cast<std::size_t>(n); }
 
 /// body(i) for i = 0 .. kCount-1 as compile-time constants: an array indexed by them lives in registers, where GCC 12 would keep
 /// one indexed by an unrolled loop in memory.
@@ -35,14 +39,16 @@ enum class Left { row_major, column_major };
 
 /// tile[r][p] = sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps.
 /// b is a panel: row l holds kPackets packets, aligned, one row after another.
-template <Left kLeft, int kRows, int kPackets, class T>
-[[gnu::always_inline]] inline void multiply_tile(const T* a, Index stride, const T* b, Index depth, Packet<T> (&tile)[kRows][kPackets]) {
+template <Left kLeft, std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+[[gnu::always_inline]] inline void multiply_tile(const T* a, Index stride, const T* b, Index depth,
+                                                 Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+  constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
   unroll<kRows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) { tile[r][p] = broadcast(T(0)); });
-  const T* row[kRows];
+  const T* row[kRowExtent];
   unroll<kRows>([&](auto r) __attribute__((always_inline)) { row[r] = kLeft == Left::row_major ? a + r * stride : a + r; });
   const Index step = kLeft == Left::row_major ? 1 : stride;
   for (Index l = 0, at = 0; l < depth; ++l, at += step) {
-    Packet<T> column[kPackets];
+    Packet<T> column[kPacketExtent];
     unroll<kPackets>([&](auto p) __attribute__((always_inline)) { column[p] = load(b + p * kLanes<T>); });
     b += kPackets * kLanes<T>;
     unroll<kRows>([&](auto r) __attribute__((always_inline)) {

@@ -61,7 +61,7 @@ class BlockRunner {
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
   void finish_block(Index block, MatrixRef<T> out, std::span<T> lse) {
     stream(block, {0, product_.in.k.rows()}, out, [&](const Lanes& strip) {
-      alignas(64) T factor[kWidth];
+      alignas(64) T factor[extent(kWidth)];
       set_factor(strip, factor);
       write_rows(strip, factor, out);
       if (lse.empty()) return;
@@ -74,7 +74,7 @@ class BlockRunner {
   /// states <- the rows of a block for some keys, to be merged.
   void partial_block(Index block, Range keys, const RowStates<T>& states) {
     stream(block, keys, states.weighted, [&](const Lanes& strip) {
-      alignas(64) T factor[kWidth];
+      alignas(64) T factor[extent(kWidth)];
       std::fill_n(factor, kWidth, T(1));
       for (Index i = 0; i < strip.count; ++i) {
         states.maximum[at(strip, i)] = keeps(strip, i) ? absolute_maximum(strip, i) : kNoMaximum<T>;

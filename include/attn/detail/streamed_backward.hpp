@@ -67,7 +67,7 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
 /// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys.
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot) {
-  Packet<T> divisor[kPackets], dots[kPackets];
+  Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
     dots[p] = load(dot + p * kLanes<T>);
@@ -86,7 +86,7 @@ template <class T>
 [[gnu::noinline]] void add_to_keys(const T* panel, Index lanes, const T* slices, const KeyTile<T>& tile, Index count, MatrixRef<T> to) {
   for (Index c = 0; c < to.cols(); c += kSliceWidth<T>, slices += lanes * kSliceWidth<T>) {
     for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
-      Packet<T> added[rows][kSlicePackets];
+      Packet<T> added[extent(rows)][extent(kSlicePackets)];
       multiply_tile<Left::row_major>(panel + j * lanes, lanes, slices, lanes, added);
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
         T* row = to.data() + tile.row(j + r) * to.outerStride();

@@ -55,11 +55,11 @@ template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
                                   const Upcoming& upcoming) {
   constexpr int kWidth = kPackets * kLanes<T>;
-  Packet<T> top[kPackets];
+  Packet<T> top[extent(kPackets)];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
   for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
     upcoming.fetch(j, rows, count);
-    Packet<T> score[rows][kPackets];
+    Packet<T> score[extent(rows)][extent(kPackets)];
     multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
     if (tile.bias != nullptr) {
       unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
@@ -77,7 +77,7 @@ template <int kPackets, class T>
 /// Turns a panel of scores into weights relative to maximum, and adds them to sum.
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T* sum) {
-  Packet<T> top[kPackets], total[kPackets];
+  Packet<T> top[extent(kPackets)], total[extent(kPackets)];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
     top[p] = load(maximum + p * kLanes<T>);
     total[p] = broadcast(T(0));
@@ -101,7 +101,7 @@ template <int kPackets, class T>
   constexpr int kWidth = kPackets * kLanes<T>;
   for_each_tile(d_v, [&](Index c, auto rows) __attribute__((always_inline)) {
     upcoming.fetch(c, rows, d_v);
-    Packet<T> tile[rows][kPackets];
+    Packet<T> tile[extent(rows)][extent(kPackets)];
     multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
     unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
       T* to = weighted + (c + r) * kWidth + p * kLanes<T>;
