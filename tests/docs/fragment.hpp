@@ -10,13 +10,9 @@
 #include <iostream>
 #include <vector>
 
-namespace surroundings {
-
 inline const attn::Matrix<float> q = 0.5f * attn::Matrix<float>::Random(256, 32);
 inline const attn::Matrix<float> k = 0.5f * attn::Matrix<float>::Random(256, 32);
 inline const attn::Matrix<float> v = attn::Matrix<float>::Random(256, 32);
 inline attn::Matrix<float> out(256, 32);
 inline attn::Context context;
 inline const attn::SoftmaxAttention<float> method;
-
-}  // namespace surroundings
