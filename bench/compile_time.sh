@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What including attn costs a build: the seconds of processor time that three programs take to compile at -O2, in turn, and
-# their ratio to the one with Eigen's header alone; medians over the rounds.
+# What including attn costs a build: the seconds of processor time that three programs take to compile at -O2, in turn,
+# and their ratio to the one with Eigen's header alone; medians over the rounds.
 # Usage: bench/compile_time.sh [ROUNDS]      CXX, CXXFLAGS and EIGEN_CFLAGS as set, else c++, none and pkg-config's.
 set -euo pipefail
 
