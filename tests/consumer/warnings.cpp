@@ -7,10 +7,13 @@
 
 template class attn::AnyApproximator<float>;
 template class attn::AnyApproximator<double>;
+template class attn::AnyApproximator<Eigen::half>;
+template class attn::AnyApproximator<Eigen::bfloat16>;
 template class attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>;
 template class attn::ExactAttention<float, attn::SoftmaxKernel>;
 template attn::AnyApproximator<float> attn::make_approximator(std::string_view, const attn::MethodOptions&);
 template attn::AnyApproximator<double> attn::make_approximator(std::string_view, const attn::MethodOptions&);
+template attn::AnyApproximator<Eigen::half> attn::make_approximator(std::string_view, const attn::MethodOptions&);
 
 template <class T>
 void primitives(const attn::Inputs<T>& in, attn::MatrixRef<T> out, const attn::Gradients<T>& gradients,
