@@ -211,7 +211,8 @@ template <class T>
 void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradients<T>& gradients, std::span<T> dbias,
                   Context& context, Scratch& scratch) {
   const Inputs<T>& in = product.in;
-  const auto [query_parts, key_parts] = BackwardPartition::of(in.q.rows(), in.k.rows());
+  const BackwardPartition partition = BackwardPartition::of(in.q.rows(), in.k.rows());
+  const Index query_parts = partition.query_parts, key_parts = partition.key_parts;
   const std::span<MatrixRef<T>> dq = scratch.make<MatrixRef<T>>(key_parts, gradients.dq);
   const std::span<MatrixRef<T>> dk = scratch.make<MatrixRef<T>>(query_parts, gradients.dk);
   const std::span<MatrixRef<T>> dv = scratch.make<MatrixRef<T>>(query_parts, gradients.dv);
