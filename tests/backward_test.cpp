@@ -272,6 +272,33 @@ TEST(Gradients, OfEveryMethodAreItsDerivatives) {
   }
 }
 
+/// [z z1] of random numbers, so that some rows' sums are negative: the guard is what divides these, and makes them
+/// large.
+TEST(Gradients, OfGuardedDivisorsAreTheirDerivatives) {
+  Context context;
+  test::Random random(227);
+  const attn::GaussianKernel kernel{.rows = Rows::normalized};
+  const Tokens<double> x{random.normal(12, 3), random.normal(5, 3), random.normal(5, 3)};  // q, landmarks, [z z1]
+  const Matrix<double> dout = random.normal(12, 2);
+  Matrix<double> out(12, 2);
+  const auto queries = [](const Tokens<double>& y) { return Inputs<double>{.q = y.q, .k = y.k, .v = y.v}; };
+  const auto divide = [&](const Tokens<double>& y) {
+    Matrix<double> values(5, 4);
+    values << y.v, y.v.col(2).cwiseAbs();
+    attn::detail::divide_rows<double>(kernel, queries(y), y.k, values, out, context);
+  };
+  divide(x);
+  EXPECT_GT(out.cwiseAbs().maxCoeff(), 1e4) << "no divisor is guarded";
+  Tokens<double> gradients = x;
+  attn::detail::divide_rows_backward<double>(kernel, queries(x), x.k, Matrix<double>(x.v), out, dout, gradients.q,
+                                             gradients.k, gradients.v, context);
+  const Loss loss = [&](const Tokens<double>& y) {
+    divide(y);
+    return sum_of_products(dout, out);
+  };
+  expect_gradients(loss, x, gradients);
+}
+
 /// Z - delta Z Z with delta given and Z by the iteration's definition.
 struct PaperCore {
   int iterations;
