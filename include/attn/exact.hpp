@@ -71,8 +71,11 @@ class ExactAttention<T, Kernel> : public detail::Widened<T, ExactAttention<float
       : detail::Widened<T, ExactAttention<float, Kernel>>(ExactAttention<float, Kernel>(kernel)) {}
 };
 
+/// softmax(s q k^T) v.
 template <class T>
 using SoftmaxAttention = ExactAttention<T, SoftmaxKernel>;
+
+/// Kernelized attention, C v with C_ij = exp(-|q_i - k_j|^2 / (2 h^2)).
 template <class T>
 using GaussianAttention = ExactAttention<T, GaussianKernel>;
 

@@ -35,6 +35,7 @@ inline ScoreParameters score_parameters(const SoftmaxKernel& kernel, Eigen::Inde
   return {kernel.scale.value_or(1.0 / std::sqrt(static_cast<double>(d))), 0.0, Rows::normalized};
 }
 
+/// exp(-|q - k|^2 / (2 h^2)) = exp(q.k / h^2 - (|q|^2 + |k|^2) / (2 h^2)).
 inline ScoreParameters score_parameters(const GaussianKernel& kernel, Eigen::Index d) {
   const double h = kernel.bandwidth.value_or(std::sqrt(std::sqrt(static_cast<double>(d))));
   return {1.0 / (h * h), 0.5 / (h * h), kernel.rows};

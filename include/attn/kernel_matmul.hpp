@@ -167,6 +167,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
   finish(kernel, states, in.q.cols(), out, lse);
 }
 
+/// The same without log-sums.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
   kernel_matmul(kernel, in, out, std::span<T>{}, context);

@@ -118,6 +118,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
   detail::convert<T, float>(to, out, context);
 }
 
+/// The same without log-sums.
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
   kernel_matmul(kernel, in, out, std::span<float>{}, context);
