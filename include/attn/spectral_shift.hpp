@@ -5,6 +5,8 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/nystrom_factors.hpp>
+#include <attn/detail/shift_probes.hpp>
+#include <attn/detail/shifted_pinv.hpp>
 #include <attn/detail/shifted_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -12,7 +14,6 @@
 #include <attn/narrow.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <concepts>
 #include <span>
 #include <string_view>
@@ -35,42 +36,6 @@ struct SpectralShift {
     detail::check_at_least(who, "num_probes", num_probes, 1);
   }
 };
-
-namespace detail {
-
-/// Z - delta Z Z, Z that of IterativePinv: the core of the paper mode, and of the others where delta is 0. delta is a constant.
-template <class T>
-struct ShiftedPinv {
-  int iterations;
-  T delta;
-
-  void apply(MatrixRef<T> a, MatrixRef<T> x, Context& context) const {
-    Scratch scratch = context.scratch();
-    MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), once = scratch.matrix<T>(x.rows(), x.cols());
-    IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
-    gemm<T>(1, z, x, 0, once, context);
-    x = once;
-    gemm<T>(-delta, z, once, 1, x, context);
-  }
-
-  /// For y = t - delta z t, t = z x: dt = dx - delta z^T dx, dz = dt x^T - delta dx t^T, dx <- z^T dt.
-  void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
-    Scratch scratch = context.scratch();
-    MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), dz = scratch.matrix<T>(a.rows(), a.rows());
-    MatrixRef<T> once = scratch.matrix<T>(x.rows(), x.cols()), donce = scratch.matrix<T>(x.rows(), x.cols());
-    const IterativePinv pinv{.iterations = iterations};
-    pinv.invert<T>(a, z, context);
-    gemm<T>(1, z, x, 0, once, context);
-    donce = dx;
-    gemm<T, Left::column_major>(-delta, z, dx, 1, donce, context);
-    gemm<T, Left::row_major, Right::transposed>(1, donce, x, 0, dz, context);
-    gemm<T, Left::row_major, Right::transposed>(-delta, dx, once, 1, dz, context);
-    gemm<T, Left::column_major>(1, z, donce, 0, dx, context);
-    pinv.invert_backward<T>(a, dz, da, context);
-  }
-};
-
-}  // namespace detail
 
 /// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
 ///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): a reconstruction, no bound holds for it
@@ -132,6 +97,7 @@ class ShiftedNystrom {
     const detail::ShiftedPinv<T> inverse{shift_.iterations, saved.delta};
     detail::landmark_values<SoftmaxKernel, T>(kernel_, inverse, saved.nystrom, values, context);
     kernel_matmul(kernel_, Inputs<T>{in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse, context);
+    dplain.setZero();
     for (Index i = 0; i < out.rows(); ++i) {
       if (detail::keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);
     }
@@ -150,7 +116,8 @@ class ShiftedNystrom {
     if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums.leftCols(out.cols()), factors.lse});
     if (shift_.mode == ShiftMode::row) return add_row_shift(in, factors, out, context, saved);
     const bool paper = shift_.mode == ShiftMode::paper;
-    const T delta = paper ? factors.paper_shift(context) : probed_shift(in, factors, context, scratch);
+    const T delta = paper ? factors.paper_shift(context)
+                          : detail::probed_shift(probe(in, factors, context, scratch), in, factors, context);
     if (paper) {
       factors.subtract_twice_inverted(delta, context);
     } else {
@@ -162,6 +129,10 @@ class ShiftedNystrom {
       if (saved != nullptr) save(*saved, row, paper ? T(1) : 1 - delta, delta);
     }
     if (saved != nullptr) saved->delta = paper ? delta : T(0);
+  }
+
+  detail::ShiftProbes<T> probe(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, Context& context, Scratch& scratch) const {
+    return detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
   }
 
   static void save(Saved& saved, Index row, T scale, T shift) {
@@ -187,45 +158,12 @@ class ShiftedNystrom {
     shift_.check(kName);
   }
 
-  /// Probed rows floor((2 j + 1) n / (2 r)) of the n kept ones, and the exact attention of each: its output and its log-sum.
-  struct Probes {
-    std::span<const Index> ranks;
-    MatrixRef<T> exact;
-    std::span<T> lse;
-  };
-
-  Probes probe(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, Context& context, Scratch& scratch) const {
-    const auto n = static_cast<Index>(factors.rows.size()), r = std::min<Index>(shift_.num_probes, n);
-    const std::span<Index> ranks = scratch.array<Index>(r);
-    MatrixRef<T> queries = scratch.matrix<T>(r, in.q.cols());
-    const Probes probes{ranks, scratch.matrix<T>(r, in.v.cols()), scratch.array<T>(r)};
-    for (Index j = 0; j < r; ++j) {
-      const Index rank = (2 * j + 1) * n / (2 * r);
-      ranks[static_cast<std::size_t>(j)] = rank;
-      queries.row(j) = in.q.row(factors.rows[static_cast<std::size_t>(rank)]);
-    }
-    kernel_matmul(kernel_, Inputs<T>{queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse, context);
-    return probes;
-  }
-
-  T probed_shift(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, Context& context, Scratch& scratch) const {
-    const Probes probes = probe(in, factors, context, scratch);
-    const detail::ShiftedRows<T> found(in, factors, probes.ranks, context, scratch);
-    T wanted = 0, available = 0;
-    for (Index j = 0; j < probes.exact.rows(); ++j) {
-      const auto at = static_cast<std::size_t>(j);
-      wanted += std::exp(found.own_score[at] - probes.lse[at]) - found.diagonal[at];
-      available += found.row_sum[at] - found.diagonal[at];
-    }
-    const T r = static_cast<T>(probes.exact.rows());
-    return std::clamp<T>(wanted / r / std::max<T>(available / r, T(0.05)), 0, 1);
-  }
-
   void add_row_shift(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, MatrixRef<T> out, Context& context,
                      Saved* saved) const {
     constexpr Index kRows = 256;
     if (saved != nullptr) saved->delta = 0;
-    const T gate = fit_gate(in, factors, context);
+    Scratch probing = context.scratch();
+    const T gate = detail::fit_gate(probe(in, factors, context, probing), in, factors, context);
     out.setZero();
     const auto n = static_cast<Index>(factors.rows.size());
     context.for_each_call((n + kRows - 1) / kRows, [&](Index chunk, Context& of_worker) {
@@ -241,32 +179,6 @@ class ShiftedNystrom {
         if (saved != nullptr) save(*saved, row, 1 - gate + gate * alpha, gate * (rows.exact_diagonal[i] - alpha * rows.diagonal[i]));
       }
     });
-  }
-
-  /// t of the row mode: with a = R - N v and b = S v - N v on the probed rows, sum a.b / sum a.a less one standard error.
-  T fit_gate(const Inputs<T>& in, const detail::ShiftFactors<T>& factors, Context& context) const {
-    Scratch scratch = context.scratch();
-    const Probes probes = probe(in, factors, context, scratch);
-    detail::ShiftedRows<T> found(in, factors, probes.ranks, context, scratch);
-    const Index r = probes.exact.rows();
-    const std::span<T> along = scratch.array<T>(r), size = scratch.array<T>(r);
-    T total_along = 0, total_size = 0, squares = 0;
-    for (Index j = 0; j < r; ++j) {
-      const auto at = static_cast<std::size_t>(j);
-      along[at] = size[at] = 0;
-      for (Index c = 0; c < in.v.cols(); ++c) {
-        const T step = found.shifted(j, c) - found.plain(j, c);
-        along[at] += step * (probes.exact(j, c) - found.plain(j, c));
-        size[at] += step * step;
-      }
-      total_along += along[at];
-      total_size += size[at];
-    }
-    if (!(total_size > 0)) return 0;
-    const T t = total_along / total_size;
-    for (std::size_t j = 0; j < along.size(); ++j) squares += (along[j] - t * size[j]) * (along[j] - t * size[j]);
-    const T correction = static_cast<T>(r) / static_cast<T>(std::max<Index>(r - 1, 1));
-    return std::clamp<T>(t - std::sqrt(squares * correction) / total_size, 0, 1);
   }
 
   Landmarks landmarks_;
