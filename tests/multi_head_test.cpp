@@ -356,9 +356,18 @@ TEST(ForEachProblem, RunsEachOnceWithTheWorkersWhereTheyAreWorthMost) {
   }
 }
 
-/// Throws std::bad_alloc in heads whose first element is negative, otherwise copies it.
-struct Failing {
+/// The training half of a method of which only the forward pass is tested.
+struct WithoutTraining {
   using Scalar = float;
+  struct Saved {};
+  void forward(const Inputs<float>&, attn::MatrixRef<float>, Context&, Saved&) const {}
+  void backward(const Inputs<float>&, test::ConstMatrixRef<float>, test::ConstMatrixRef<float>, const Saved&,
+                const attn::Gradients<float>&, Context&) const {}
+};
+
+/// Throws std::bad_alloc in heads whose first element is negative, otherwise copies it.
+struct Failing : WithoutTraining {
+  using WithoutTraining::forward;
   static constexpr std::string_view kName = "failing";
   bool supports(const Inputs<float>&) const { return true; }
   void forward(const Inputs<float>& in, attn::MatrixRef<float> out, Context&) const {
@@ -387,8 +396,8 @@ TEST(MultiHeadShapes, AnEmptyBatchIsLeftAlone) {
 }
 
 /// Says that it does not support causal masks, but would run.
-struct NotCausal {
-  using Scalar = float;
+struct NotCausal : WithoutTraining {
+  using WithoutTraining::forward;
   static constexpr std::string_view kName = "not_causal";
   bool supports(const Inputs<float>& in) const { return in.mask.causal == Causal::none; }
   void forward(const Inputs<float>&, attn::MatrixRef<float> out, Context&) const { out.setZero(); }
