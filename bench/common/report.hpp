@@ -1,7 +1,8 @@
 /// What the Google Benchmark programs share: a timed method with its counters, and main.
 #pragma once
 
-#include <attn/approximator.hpp>
+#include <attn/context.hpp>
+#include <attn/mask.hpp>
 
 #include "fma_peak.hpp"
 #include "tokens.hpp"
@@ -33,7 +34,7 @@ void time_calls(benchmark::State& state, double flops, int threads, const Call& 
 }
 
 /// Times method.forward on the tokens, with the counters of time_calls.
-template <attn::Approximator Method>
+template <class Method>
 void time_forward(benchmark::State& state, const Method& method, Tokens<typename Method::Scalar>& tokens, double flops,
                   attn::Context& context, attn::Causal causal = attn::Causal::none) {
   const auto inputs = tokens.inputs(causal);

@@ -16,7 +16,7 @@ struct Result {
   attn::Matrix<float> rgb;
 };
 
-template <attn::Approximator A>
+template <class A>
 double milliseconds_of(const A& method, const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context& context) {
   const auto start = std::chrono::steady_clock::now();
   method.forward(in, out, context);
@@ -26,7 +26,7 @@ double milliseconds_of(const A& method, const attn::Inputs<float>& in, attn::Mat
 /// The method of that name on in, whose values are colours. The time is that of the first run where it is long: growing the
 /// context, and the first touch of its pages, then weigh nothing. A short run is repeated and the median taken, so that it is the
 /// time with a context that has grown before, as wherever a method is called more than once. Both rules hold for every method alike.
-template <attn::Approximator A>
+template <class A>
 Result measure(const A& method, std::string_view name, attn::Index num_landmarks, const attn::Inputs<float>& in,
                attn::Context& context) {
   constexpr double kShort = 1000.0;  // milliseconds
