@@ -1,0 +1,42 @@
+/// How much scratch memory a method takes beside its inputs and its result.
+#include "every_method.hpp"
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <string>
+
+namespace {
+
+using test::Context;
+using test::Index;
+using test::Inputs;
+using test::Matrix;
+
+/// Bytes that a context holds after a method with 64 landmarks has run on n tokens of 64 features.
+std::size_t scratch_after(const std::string& name, Index n, attn::Rows rows = attn::Rows::raw) {
+  const Matrix<float> q = Matrix<float>::Random(n, 64), k = Matrix<float>::Random(n, 64), v = Matrix<float>::Random(n, 64);
+  Matrix<float> out(n, 64);
+  Context context;
+  const auto method = attn::make_approximator<float>(name, {.num_landmarks = 64, .rows = rows});
+  method.forward(Inputs<float>{.q = q, .k = k, .v = v}, out, context);
+  return context.scratch_bytes();
+}
+
+TEST(Memory, OfApproximationsStaysBelow4MiBFor65536Tokens) {
+  for (const std::string name : {"nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
+    const std::size_t bytes = scratch_after(name, 65536);
+    RecordProperty(name, std::to_string(bytes));
+    EXPECT_LT(bytes, std::size_t{4} << 20) << name;
+  }
+  EXPECT_LT(scratch_after("skyformer", 65536, attn::Rows::normalized), std::size_t{4} << 20);
+}
+
+TEST(Memory, OfExactMethodsDoesNotGrowWithTheTokens) {
+  for (const std::string name : {"softmax", "gaussian"}) {
+    EXPECT_EQ(scratch_after(name, 4096), scratch_after(name, 8192)) << name;
+  }
+}
+
+}  // namespace
