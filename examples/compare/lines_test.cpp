@@ -14,7 +14,8 @@
 
 int main() {
   constexpr attn::Index kTokens = 90;
-  const auto [q, k, v] = families::make_tokens<float>(families::Family::smooth, {kTokens, kTokens, 8, 5});
+  const auto tokens = families::make_tokens<float>(families::Family::smooth, {kTokens, kTokens, 8, 5});
+  const attn::Matrix<float>&q = tokens.q, &k = tokens.k, &v = tokens.v;
   std::vector<std::uint8_t> keep(kTokens, 1);
   for (std::size_t i = 0; i < keep.size(); i += 7) keep[i] = 0;
   attn::Context context;
