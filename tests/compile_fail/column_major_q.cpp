@@ -2,5 +2,6 @@
 #include <attn/exact.hpp>
 
 void call(const Eigen::MatrixXf& q, const attn::Matrix<float>& k, attn::Matrix<float>& out, attn::Context& context) {
-  attn::SoftmaxAttention<float>{}.forward({.q = q, .k = k, .v = k}, out, context);
+  const attn::Inputs<float> in{.q = q, .k = k, .v = k};
+  attn::SoftmaxAttention<float>{}.forward(in, out, context);
 }

@@ -4,5 +4,6 @@
 using EverySecondColumn = Eigen::Map<const attn::Matrix<float>, Eigen::Unaligned, Eigen::Stride<Eigen::Dynamic, 2>>;
 
 void call(const EverySecondColumn& q, const attn::Matrix<float>& k, attn::Matrix<float>& out, attn::Context& context) {
-  attn::SoftmaxAttention<float>{}.forward({.q = q, .k = k, .v = k}, out, context);
+  const attn::Inputs<float> in{.q = q, .k = k, .v = k};
+  attn::SoftmaxAttention<float>{}.forward(in, out, context);
 }
