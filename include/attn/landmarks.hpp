@@ -242,7 +242,7 @@ struct SegmentMeans {
   }
 
  private:
-  static constexpr Index kRowsAhead = 32;  // measured: 8 and 16 wait longer for memory, 64 no less
+  static constexpr Index kRowsAhead = 32;  // measured: 16 waits longer for memory, 64 no less
 };
 
 static_assert(SplitLandmarks<SegmentMeans, float>);
