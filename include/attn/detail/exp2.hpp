@@ -3,7 +3,7 @@
 
 #include <attn/detail/simd.hpp>
 
-#include <iterator>
+#include <cstddef>
 
 namespace attn::detail {
 
@@ -38,22 +38,31 @@ struct Exp2<double> {
                                              4.454960598186518564e-10};
 };
 
-/// 2^x for x <= 127 (float), x <= 1023 (double), within 3 units in the last place (float) or 1 (double); exactly 0 below -126.5 (-1022.5), where the result
-/// would be subnormal. NaN stays NaN.
+/// A polynomial with the given coefficients, lowest degree first, at r.
+template <class T, std::size_t kCount>
+inline Packet<T> polynomial(const T (&coefficients)[kCount], Packet<T> r) {
+  auto p = broadcast(coefficients[kCount - 1]);
+  for (std::size_t i = kCount - 1; i-- > 0;) p = multiply_add(p, r, broadcast(coefficients[i]));
+  return p;
+}
+
+/// 2^x for x <= 127 (float), x <= 1023 (double), within 3 units in the last place (float) or 1 (double). Where the result would be
+/// subnormal, below -126 (-1022), it is at most the smallest normal number; exactly 0 below -150 (-1075). NaN stays NaN.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
-/// Adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the exponent's place are 2^n; n = -kBias
-/// makes that 0.
+/// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the exponent's
+/// place are 2^n; n = -kBias makes that 0.
 template <class T>
 inline Packet<T> exp2(Packet<T> x) {
   using C = Exp2<T>;
-  constexpr int kDegree = static_cast<int>(std::size(C::kCoefficients)) - 1;
-  const auto magic = broadcast<T>(C::kRound + C::kBias);
-  x = max(x, broadcast<T>(-C::kBias));
-  const auto shifted = x + magic;
-  const auto r = x - (shifted - magic);
-  auto p = broadcast<T>(C::kCoefficients[kDegree]);
-  for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(p, r, broadcast<T>(C::kCoefficients[i]));
-  return p * shift_left<C::kMantissaBits>(shifted);
+  if constexpr (kScalesExponents) {
+    const auto r = fraction(x);
+    return scale_exponent(polynomial(C::kCoefficients, r), x - r);
+  } else {
+    const auto magic = broadcast<T>(C::kRound + C::kBias);
+    x = max(x, broadcast<T>(-C::kBias));
+    const auto shifted = x + magic;
+    return polynomial(C::kCoefficients, x - (shifted - magic)) * shift_left<C::kMantissaBits>(shifted);
+  }
 }
 
 /// The same for one number.

@@ -75,12 +75,16 @@ inline Packet<T> operator/(Packet<T> a, Packet<T> b) {
 /// The larger of a and b, lane by lane; a where either is NaN.
 template <class T>
 inline Packet<T> max(Packet<T> a, Packet<T> b) {
+#if defined(__SSE2__)
+  return {Eigen::internal::pmax(a.raw, b.raw)};  // one instruction, where the compilers make a comparison and a selection of the below
+#else
   if constexpr (kLanes<T> == 1) {
     return a.raw < b.raw ? b : a;
   } else {
     const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
     return std::bit_cast<Packet<T>>(x < y ? y : x);
   }
+#endif
 }
 
 /// c + a b.
@@ -88,6 +92,21 @@ template <class T>
 inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
   return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
 }
+
+/// Whether fraction and scale_exponent are instructions.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+inline constexpr bool kScalesExponents = true;
+
+/// x minus the nearest integer, in [-1/2, 1/2]; 0 where x is infinite.
+inline Packet<float> fraction(Packet<float> x) { return {_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Packet<double> fraction(Packet<double> x) { return {_mm512_reduce_pd(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+/// a 2^n for whole n. All lanes, by a mask: GCC 12 warns of its own header without one.
+inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n) { return {_mm512_mask_scalef_ps(a.raw, 0xFFFF, a.raw, n.raw)}; }
+inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n) { return {_mm512_mask_scalef_pd(a.raw, 0xFF, a.raw, n.raw)}; }
+#else
+inline constexpr bool kScalesExponents = false;
+#endif
 
 /// Each lane's bits moved left by kBits: puts an integer's low bits where the exponent is.
 template <int kBits, class T>
