@@ -3,6 +3,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/few_keys.hpp>
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/streamed.hpp>
 #include <attn/detail/streamed_backward.hpp>
@@ -23,8 +24,8 @@ namespace detail {
 
 inline constexpr std::string_view kMatmulName = "kernel_matmul";
 
-/// A key bias to count from, which keeps digits where biases are large: the largest finite one of the kept keys, or under a causal mask
-/// the first one's, since results must not depend on later keys.
+/// A key bias to count from, which keeps digits where biases are large: the largest finite one of the kept keys, or under a causal
+/// mask the first one's, since results must not depend on later keys.
 template <class T>
 T choose_bias_origin(const Inputs<T>& in) {
   T origin = std::numeric_limits<T>::lowest();
@@ -43,7 +44,8 @@ template <class T>
 const T* choose_center(const Inputs<T>& in, Scratch& scratch) {
   constexpr Index kSampledKeys = 1024;
   const bool causal = in.mask.causal != Causal::none;
-  const Index step = causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }) / kSampledKeys);
+  const Index step =
+      causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }) / kSampledKeys);
   const std::span<T> center = scratch.array<T>(in.k.cols());
   std::fill(center.begin(), center.end(), T(0));
   Index sampled = 0, until_next = 0;
@@ -58,8 +60,8 @@ const T* choose_center(const Inputs<T>& in, Scratch& scratch) {
   return center.data();
 }
 
-/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias, or
-/// sums are wanted: those may underflow.
+/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias,
+/// or sums are wanted: those may underflow.
 template <ScoreKernel Kernel, class T>
 Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_rows, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
@@ -137,13 +139,21 @@ void run_partial(const Product<T>& product, const RowStates<T>& states, Context&
 }
 
 /// out <- all blocks, each finished by one task. Under a causal mask the last blocks cost most, so they come first.
-template <class T>
-void run_blocks(const Product<T>& product, MatrixRef<T> out, std::span<T> lse, Context& context, Scratch& scratch) {
-  const auto runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
+template <class Runner, class T>
+void run_blocks(const Product<T>& product, std::span<Runner> runners, MatrixRef<T> out, std::span<T> lse, Context& context) {
   const Index blocks = product.partition.blocks;
-  context.for_each(blocks, [&](Index item, int worker) {
-    runners[static_cast<std::size_t>(worker)].finish_block(blocks - 1 - item, out, lse);
-  });
+  context.for_each(
+      blocks, [&](Index item, int worker) { runners[static_cast<std::size_t>(worker)].finish_block(blocks - 1 - item, out, lse); });
+}
+
+/// out <- the rows of a product whose keys are not cut into splits.
+template <class T>
+void run_whole(const Product<T>& product, MatrixRef<T> out, std::span<T> lse, Context& context, Scratch& scratch) {
+  if (FewKeys<T>::suits(product)) {
+    const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
+    return run_blocks(product, scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch), out, lse, context);
+  }
+  run_blocks(product, scratch.make<BlockRunner<T>>(context.workers(), product, scratch), out, lse, context);
 }
 
 }  // namespace detail
@@ -161,7 +171,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
   Scratch scratch = context.scratch();
   const auto raw_rows = lse.empty() ? detail::Maximum::fixed : detail::Maximum::running;
   const detail::Product<T> product = detail::make_product(kernel, in, raw_rows, scratch);
-  if (product.partition.splits == 1) return detail::run_blocks(product, out, lse, context, scratch);
+  if (product.partition.splits == 1) return detail::run_whole(product, out, lse, context, scratch);
   const RowStates<T> states{scratch.array<T>(in.q.rows()), scratch.array<T>(in.q.rows()), out};
   detail::run_partial(product, states, context, scratch);
   finish(kernel, states, in.q.cols(), out, lse);
@@ -248,16 +258,17 @@ void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias,
     const T* k = product.in.k.data() + j * product.in.k.outerStride();
     T* to = dk.data() + j * dk.outerStride();
     const T factor = twice_bias * dbias[static_cast<std::size_t>(j)];
-    for (Index c = 0; c < dk.cols(); ++c) to[c] -= factor * (k[c] - (product.space.center == nullptr ? T(0) : product.space.center[c]));
+    for (Index c = 0; c < dk.cols(); ++c)
+      to[c] -= factor * (k[c] - (product.space.center == nullptr ? T(0) : product.space.center[c]));
   }
 }
 
 }  // namespace detail
 
-/// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as kernel_matmul gave them
-/// for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or n_k entries that receive the gradient by
-/// the key bias. Throws std::invalid_argument when shapes disagree. 2 n_q n_k (3 d + 2 d_v) flops; memory for up to 7 partial dq, or dk
-/// and dv. Dao et al. 2022, Alg. 4.
+/// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as kernel_matmul gave
+/// them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or n_k entries that receive the
+/// gradient by the key bias. Throws std::invalid_argument when shapes disagree. 2 n_q n_k (3 d + 2 d_v) flops; memory for up to 7
+/// partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                             std::type_identity_t<std::span<const T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
@@ -270,7 +281,8 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
   Scratch scratch = context.scratch();
   const detail::Product<T> product = detail::make_product(kernel, in, detail::Maximum::running, scratch);
   const bool normalized = product.rows == Rows::normalized;
-  if (normalized && lse.empty()) detail::refuse(kName, "lse is empty, should have ", in.q.rows(), " entries, for rows are normalized");
+  if (normalized && lse.empty())
+    detail::refuse(kName, "lse is empty, should have ", in.q.rows(), " entries, for rows are normalized");
   const detail::Seeds<T> seeds{dout, normalized ? lse : std::span<const T>{},
                                normalized ? detail::row_dots<T>(out, dout, scratch) : std::span<const T>{}};
   if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());

@@ -16,8 +16,8 @@ template <>
 struct Exp2<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kBias = 127, kRound = 1.5F * (1 << 23);
-  static constexpr float kCoefficients[] = {1.0F,           0.69314696706526F, 0.24022119723969F,
-                                            0.05550713272875F, 0.00967554133102F, 0.00132764721678F};
+  static constexpr float kCoefficients[] = {
+      1.0F, 0.69314696706526F, 0.24022119723969F, 0.05550713272875F, 0.00967554133102F, 0.00132764721678F};
 };
 
 template <>
@@ -49,8 +49,8 @@ inline Packet<T> polynomial(const T (&coefficients)[kCount], Packet<T> r) {
 /// 2^x for x <= 127 (float), x <= 1023 (double), within 3 units in the last place (float) or 1 (double). Where the result would be
 /// subnormal, below -126 (-1022), it is at most the smallest normal number; exactly 0 below -150 (-1075). NaN stays NaN.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
-/// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the exponent's
-/// place are 2^n; n = -kBias makes that 0.
+/// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the
+/// exponent's place are 2^n; n = -kBias makes that 0.
 template <class T>
 inline Packet<T> exp2(Packet<T> x) {
   using C = Exp2<T>;

@@ -6,6 +6,7 @@
 #include <attn/detail/partition.hpp>
 #include <attn/detail/register_tile.hpp>
 #include <attn/detail/strip.hpp>
+#include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -37,30 +38,55 @@ void pack_right(const ConstMatrixRef<T>& b, Range depth, Range columns, int pack
   }
 }
 
-/// c <- keep c + scale a b for some rows and columns of c, b given as a packed panel; Left::column_major takes a^T for a.
-template <Left kLeft, int kPackets, class T>
-[[gnu::noinline]] void multiply_panel(T scale, const ConstMatrixRef<T>& a, Range depth, const T* panel, T keep, MatrixRef<T> c,
-                                      Range rows, Range columns) {
-  for_each_tile(rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
-    Packet<T> tile[extent(count)][extent(kPackets)];
-    const Index row_step = kLeft == Left::row_major ? a.outerStride() : 1, depth_step = kLeft == Left::row_major ? 1 : a.outerStride();
-    const T* from = a.data() + (rows.first + r0) * row_step + depth.first * depth_step;
-    multiply_tile<kLeft>(from, a.outerStride(), panel, depth.last - depth.first, tile);
-    unroll<count, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
-      T* row = c.data() + (rows.first + r0 + r) * c.outerStride();
-      const Index at = columns.first + p * kLanes<T>;
-      if (at >= columns.last) return;
-      const auto product = broadcast(scale) * tile[r][p];
-      store_row(row, at, columns.last, keep == 0 ? product : multiply_add(broadcast(keep), load_row(row, at, columns.last), product));
-    });
-  });
+/// What each row of a product is multiplied by: element i of data, or with step 0 one factor for all.
+template <class T>
+struct RowFactors {
+  const T* data;
+  Index step;
+};
+
+/// c (rows, columns) <- keep c + tile, whose rows hold width elements.
+template <class T>
+[[gnu::noinline]] void add_tile(const T* tile, Index rows, Index width, T keep, T* c, Index stride, Index columns) {
+  for (Index r = 0; r < rows; ++r, tile += width, c += stride) {
+    for (Index at = 0; at < columns; at += kLanes<T>) {
+      const auto x = load(tile + at);
+      store_row(c, at, columns, keep == 0 ? x : multiply_add(broadcast(keep), load_row(c, at, columns), x));
+    }
+  }
 }
 
-/// c <- keep c + scale a b, with a^T for Left::column_major and b^T for Right::transposed. c must not overlap a or b, and is not read
-/// where keep is 0. Sums run over at most 256 terms at a time.
+/// c <- keep c + diag(factor) a b for some rows and columns of c, b given as a packed panel; Left::column_major takes a^T for a.
+/// What is upcoming is fetched meanwhile.
+template <Left kLeft, int kPackets, class T>
+[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, Range depth, const T* panel, T keep,
+                                      MatrixRef<T> c, Range rows, Range columns, const Upcoming& upcoming) {
+  constexpr Index kWidth = kPackets * kLanes<T>;
+  const Index row_step = kLeft == Left::row_major ? a.outerStride() : 1,
+              depth_step = kLeft == Left::row_major ? 1 : a.outerStride();
+  const bool stores = keep == 0 && columns.last - columns.first == kWidth;
+  for_each_tile(
+      rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
+        upcoming.fetch(r0, count, rows.last - rows.first);
+        Packet<T> tile[extent(count)][extent(kPackets)];
+        multiply_tile<kLeft>(a.data() + (rows.first + r0) * row_step + depth.first * depth_step, a.outerStride(), panel,
+                             depth.last - depth.first, tile);
+        alignas(64) T buffer[extent(count * kWidth)];
+        T* to = c.data() + (rows.first + r0) * c.outerStride() + columns.first;
+        T* out = stores ? to : buffer;
+        const Index out_stride = stores ? c.outerStride() : kWidth;
+        const T* row_factor = factor.data + (rows.first + r0) * factor.step;
+        unroll<count, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+          store_unaligned(out + r * out_stride + p * kLanes<T>, broadcast(row_factor[r * factor.step]) * tile[r][p]);
+        });
+        if (!stores) add_tile<T>(buffer, count, kWidth, keep, to, c.outerStride(), columns.last - columns.first);
+      });
+}
+
+/// c <- keep c + scale a b, with a^T for Left::column_major and b^T for Right::transposed. c must not overlap a or b, and is not
+/// read where keep is 0. Sums run over at most 256 terms at a time.
 template <class T, Left kLeft = Left::row_major, Right kRight = Right::plain>
-void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep,
-          MatrixRef<T> c, Context& context) {
+void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep, MatrixRef<T> c, Context& context) {
   constexpr Index kRowBlock = 96, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
   const Index column_packets = (c.cols() + kLanes<T> - 1) / kLanes<T>;
   constexpr Index kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
@@ -78,7 +104,7 @@ void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T kee
       const Range depth{first, std::min(terms, first + kDepth)};
       pack_right<kRight, T>(b, depth, columns, packets, panel);
       with_packets(packets, [&](auto count) {
-        multiply_panel<kLeft, count, T>(scale, a, depth, panel, first == 0 ? keep : T(1), c, rows, columns);
+        multiply_panel<kLeft, count, T>({&scale, 0}, a, depth, panel, first == 0 ? keep : T(1), c, rows, columns, {});
       });
     }
   };

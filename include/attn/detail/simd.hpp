@@ -76,7 +76,8 @@ inline Packet<T> operator/(Packet<T> a, Packet<T> b) {
 template <class T>
 inline Packet<T> max(Packet<T> a, Packet<T> b) {
 #if defined(__SSE2__)
-  return {Eigen::internal::pmax(a.raw, b.raw)};  // one instruction, where the compilers make a comparison and a selection of the below
+  return {
+      Eigen::internal::pmax(a.raw, b.raw)};  // one instruction, where the compilers make a comparison and a selection of the below
 #else
   if constexpr (kLanes<T> == 1) {
     return a.raw < b.raw ? b : a;
@@ -98,12 +99,20 @@ inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
 inline constexpr bool kScalesExponents = true;
 
 /// x minus the nearest integer, in [-1/2, 1/2]; 0 where x is infinite.
-inline Packet<float> fraction(Packet<float> x) { return {_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Packet<double> fraction(Packet<double> x) { return {_mm512_reduce_pd(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Packet<float> fraction(Packet<float> x) {
+  return {_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Packet<double> fraction(Packet<double> x) {
+  return {_mm512_reduce_pd(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 
 /// a 2^n for whole n. All lanes, by a mask: GCC 12 warns of its own header without one.
-inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n) { return {_mm512_mask_scalef_ps(a.raw, 0xFFFF, a.raw, n.raw)}; }
-inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n) { return {_mm512_mask_scalef_pd(a.raw, 0xFF, a.raw, n.raw)}; }
+inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n) {
+  return {_mm512_mask_scalef_ps(a.raw, 0xFFFF, a.raw, n.raw)};
+}
+inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n) {
+  return {_mm512_mask_scalef_pd(a.raw, 0xFF, a.raw, n.raw)};
+}
 #else
 inline constexpr bool kScalesExponents = false;
 #endif
@@ -154,6 +163,20 @@ inline void transpose(Packet<T> (&rows)[kLanes<T>]) {
       if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
     }
     transpose<2 * kStep>(rows);
+  }
+}
+
+/// Lane i of the result: all lanes of rows[i], combined by op in pairs. Half the shuffles of a transposition.
+template <int kStep = 1, class T, class Op>
+inline Packet<T> reduce(Packet<T> (&rows)[kLanes<T>], const Op& op) {
+  if constexpr (kStep < kLanes<T>) {
+    for (int i = 0; i < kLanes<T>; i += 2 * kStep) {
+      exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
+      rows[i] = op(rows[i], rows[i + kStep]);
+    }
+    return reduce<2 * kStep>(rows, op);
+  } else {
+    return rows[0];
   }
 }
 

@@ -4,6 +4,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/product.hpp>
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/strip.hpp>
 #include <attn/detail/upcoming.hpp>
@@ -18,26 +19,6 @@
 #include <span>
 
 namespace attn::detail {
-
-/// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut.
-template <class T>
-struct Product {
-  const Inputs<T>& in;
-  KeySpace<T> space;
-  Rows rows;
-  Maximum maximum;
-  Partition partition;
-
-  /// The largest row number of the keys that query i may see.
-  Index limit(Index i) const {
-    switch (in.mask.causal) {
-      case Causal::upper_left: return i;
-      case Causal::lower_right: return i + in.k.rows() - in.q.rows();
-      case Causal::none: break;
-    }
-    return StripKernel<T>::kNoLimit;
-  }
-};
 
 /// Runs tasks of a Product. One for each worker; all its memory comes from the scratch that it is made with.
 template <class T>
@@ -62,11 +43,11 @@ class BlockRunner {
   void finish_block(Index block, MatrixRef<T> out, std::span<T> lse) {
     stream(block, {0, product_.in.k.rows()}, out, [&](const Lanes& strip) {
       alignas(64) T factor[extent(kWidth)];
-      set_factor(strip, factor);
+      product_.set_factors(strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), factor);
       write_rows(strip, factor, out);
       if (lse.empty()) return;
       for (Index i = 0; i < strip.count; ++i) {
-        lse[at(strip, i)] = keeps(strip, i) ? row_log_sum(absolute_maximum(strip, i), strip.total.sum[i]) : row_log_sum(T(0), T(0));
+        lse[at(strip, i)] = product_.log_sum(keeps(strip, i), strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
       }
     });
   }
@@ -77,7 +58,9 @@ class BlockRunner {
       alignas(64) T factor[extent(kWidth)];
       std::fill_n(factor, kWidth, T(1));
       for (Index i = 0; i < strip.count; ++i) {
-        states.maximum[at(strip, i)] = keeps(strip, i) ? absolute_maximum(strip, i) : kNoMaximum<T>;
+        states.maximum[at(strip, i)] =
+            keeps(strip, i) ? product_.absolute_maximum(strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i])
+                            : kNoMaximum<T>;
         states.sum[at(strip, i)] = keeps(strip, i) ? strip.total.sum[i] : T(0);
       }
       write_rows(strip, factor, states.weighted);
@@ -105,48 +88,14 @@ class BlockRunner {
   static std::size_t at(const Lanes& strip, Index i) { return static_cast<std::size_t>(strip.first + i); }
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
 
-  /// log2 of the factor between a state's sums and those of kappa.
-  T absolute_maximum(const Lanes& strip, Index i) const {
-    if (product_.maximum == Maximum::fixed) return 0;
-    if (strip.total.sum[i] == 0) return kNoMaximum<T>;
-    return strip.total.maximum[i] + strip.query_bias[i] + std::numbers::log2e_v<T> * product_.space.bias_origin;
-  }
-
-  /// What a strip's row sums are divided by at the end, as factors.
-  void set_factor(const Lanes& strip, T* factor) const {
-    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
-      if (product_.rows == Rows::normalized) {  // a row without keys has sum 0 and weighted 0, and stays 0
-        store(factor + p, broadcast(T(1)) / max(load(strip.total.sum + p), broadcast(std::numeric_limits<T>::min())));
-      } else {
-        for (Index i = p; i < p + kLanes<T>; ++i) factor[i] = row_factor(product_.rows, absolute_maximum(strip, i), strip.total.sum[i]);
-      }
-    }
-  }
-
   /// Feeds the strips of a block with keys, then calls done(strip) for each. to: where done writes the strips' rows.
   template <class Done>
   void stream(Index block, Range keys, const ConstMatrixRef<T>& to, const Done& done) {
     Range strips = product_.partition.strips_of_block(block);
-    if (keys.last - keys.first <= kTileKeys<T>) return stream_tile(strips, reader_.read(keys.first, keys.last), to, done);
     const std::span<Lanes> block_strips = strips_.first(static_cast<std::size_t>(strips.last - strips.first));
     for (Lanes& strip : block_strips) load_queries(strip, strips.first++);
     stream_chunks(block_strips, keys, to);
     for (const Lanes& strip : block_strips) done(strip);
-  }
-
-  /// Where one tile holds all keys, one strip after another goes from its queries to its results, and the next one's queries come
-  /// into the cache meanwhile.
-  template <class Done>
-  void stream_tile(Range strips, const KeyTile<T>& tile, const ConstMatrixRef<T>& to, const Done& done) {
-    Lanes& strip = strips_.front();
-    for (; strips.first < strips.last; ++strips.first) {
-      load_queries(strip, strips.first);
-      reset(strip, strip.total);
-      const Range next{strip.first + strip.count, strips.first + 1 < strips.last ? strip.first + strip.count + kWidth : 0};
-      kernel_.add(strip.with(strip.total), tile, product_.limit(strip.first),
-                  {Upcoming::of<T>(product_.in.q, next), Upcoming::of<T>(to, strip.rows())});
-      done(strip);
-    }
   }
 
   void stream_chunks(std::span<Lanes> strips, Range keys, const ConstMatrixRef<T>& to) {
@@ -196,8 +145,8 @@ class BlockRunner {
         const bool real = p + i < strip.count && keeps(strip, p + i);
         rows[i] = real ? product_.in.q.data() + (strip.first + p + i) * product_.in.q.outerStride() : nullptr;
       }
-      const auto squares = pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale,
-                                     strip.queries + p, strip.lanes());
+      const auto squares =
+          pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale, strip.queries + p, strip.lanes());
       store(strip.query_bias + p, broadcast(-product_.space.bias) * squares);
     }
   }

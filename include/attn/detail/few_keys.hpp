@@ -1,0 +1,235 @@
+/// Many queries meet few keys, all of them at once: what a landmark method's wide factor is.
+///
+///   for each strip of queries:                             keys lie along the lanes, packed once for all strips
+///     score[i]  = scale q_i.k + bias                       register tiles, keep c + diag(factor) a b
+///     weight[i] = 2^(score[i] - their maximum)
+///     out[i]    = factor_i sum_j weight[i][j] v_j          register tiles
+///
+/// Neither q nor out is transposed as strip.hpp would, which at 64 keys takes a tenth of the time.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/exp2.hpp>
+#include <attn/detail/gemm.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/product.hpp>
+#include <attn/detail/upcoming.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+
+namespace attn::detail {
+
+/// A right operand (depth, columns), packed for register tiles; its last packet is filled up with zeros.
+template <class T>
+struct Panels {
+  T* data;
+  Index depth, packets;
+
+  template <Right kRight>
+  static Panels pack(const ConstMatrixRef<T>& b, Scratch& scratch) {
+    const Index depth = kRight == Right::plain ? b.rows() : b.cols(), columns = kRight == Right::plain ? b.cols() : b.rows();
+    const Index packets = (columns + kLanes<T> - 1) / kLanes<T>;
+    const Panels panels{scratch.array<T>(depth * packets * kLanes<T>).data(), depth, packets};
+    panels.for_each([&](Range strip, int count, T* panel) {
+      pack_right<kRight, T>(b, {0, depth}, {strip.first * kLanes<T>, std::min(columns, strip.last * kLanes<T>)}, count, panel);
+    });
+    return panels;
+  }
+
+  /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile.
+  void multiply(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, T keep, MatrixRef<T> c, Upcoming upcoming) const {
+    for_each([&](Range strip, int count, const T* panel) {
+      const Range columns{strip.first * kLanes<T>, std::min(c.cols(), strip.last * kLanes<T>)};
+      with_packets(count, [&](auto width) {
+        multiply_panel<Left::row_major, width, T>(factor, a, {0, depth}, panel, keep, c, {0, a.rows()}, columns, upcoming);
+      });
+      upcoming = {};
+    });
+  }
+
+ private:
+  /// body(packets, how many, panel)
+  template <class Body>
+  void for_each(const Body& body) const {
+    const Index strips = (packets + kTilePackets - 1) / kTilePackets;
+    for (Index s = 0; s < strips; ++s) {
+      const Range strip = nth_part(packets, strips, s);
+      body(strip, static_cast<int>(strip.last - strip.first), data + strip.first * kLanes<T> * depth);
+    }
+  }
+};
+
+/// All keys and values of a product, which several workers read.
+template <class T>
+struct FewKeys {
+  Panels<T> keys, values;
+  const T* bias;  ///< of each lane of keys.packets, in units of log2, -infinity beyond the last key; null if all are 0
+
+  static bool suits(const Product<T>& product) {
+    return product.in.mask.causal == Causal::none && product.in.k.rows() <= kTileKeys<T> && product.partition.splits == 1;
+  }
+
+  static FewKeys pack(const Product<T>& product, Scratch& scratch) {
+    const KeyReader<T> reader(product.in, product.space, scratch);
+    const KeyTile<T> tile = reader.read(0, product.in.k.rows());
+    const ConstMatrixRef<T> k(tile.k, tile.count, product.in.k.cols(), tile.k_stride),
+        v(tile.v, tile.count, product.in.v.cols(), tile.v_stride);
+    const auto keys = Panels<T>::template pack<Right::transposed>(k, scratch);
+    const auto values = Panels<T>::template pack<Right::plain>(v, scratch);
+    const Index lanes = keys.packets * kLanes<T>;
+    if (tile.bias == nullptr && lanes == tile.count) return {keys, values, nullptr};
+    const std::span<T> bias = scratch.array<T>(lanes);
+    std::fill(bias.begin(), bias.end(), -std::numeric_limits<T>::infinity());
+    for (Index j = 0; j < tile.count; ++j) bias[static_cast<std::size_t>(j)] = tile.bias != nullptr ? tile.bias[j] : T(0);
+    return {keys, values, bias.data()};
+  }
+};
+
+/// Computes rows of a product with few keys. One for each worker; all its memory comes from the scratch that it is made with.
+template <class T>
+class FewKeysRunner {
+ public:
+  FewKeysRunner(const Product<T>& product, const FewKeys<T>& few, Scratch& scratch)
+      : product_(product),
+        few_(few),
+        scores_(scratch.matrix<T>(kWidth, few.keys.packets * kLanes<T>)),
+        centered_(scratch.matrix<T>(product.space.center != nullptr ? kWidth : 0, product.in.q.cols())),
+        lanes_(scratch.array<T>(kLanes<T> * kLanes<T>).data()) {
+    for (T** row : {&maximum_, &sum_, &query_bias_, &factor_}) *row = scratch.array<T>(kWidth).data();
+    scores_.setZero();
+  }
+
+  /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
+  void finish_block(Index block, MatrixRef<T> out, std::span<T> lse) {
+    const Range strips = product_.partition.strips_of_block(block);
+    for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, lse);
+  }
+
+ private:
+  static constexpr Index kWidth = kTilePackets * kLanes<T>;
+  static constexpr int kRows = std::min(4, kLanes<T>);  ///< weighed side by side, so that none waits for another
+
+  Range rows_of_strip(Index s) const {
+    const Range packets = product_.partition.packets_of_strip(s);
+    return {packets.first * kLanes<T>, std::min(packets.last * kLanes<T>, product_.in.q.rows())};
+  }
+
+  void finish_rows(Range rows, MatrixRef<T> out, std::span<T> lse) {
+    const Index count = rows.last - rows.first;
+    const Upcoming next_queries = Upcoming::of<T>(product_.in.q, {rows.last, rows.last + count}),
+                   results = Upcoming::of<T>(out, rows);
+    const MatrixRef<T> weights = scores_.topRows(count);
+    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, weights, next_queries);
+    weigh();
+    product_.set_factors(maximum_, sum_, query_bias_, kWidth, factor_);
+    few_.values.multiply({factor_, 1}, weights, 0, out.middleRows(rows.first, count), results);
+    for (Index i = 0; i < count; ++i) {
+      const bool keeps = keeps_query(product_.in, rows.first + i);
+      if (!keeps) out.row(rows.first + i).setZero();
+      if (!lse.empty())
+        lse[static_cast<std::size_t>(rows.first + i)] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
+    }
+  }
+
+  /// The queries, relative to the center; sets their bias.
+  ConstMatrixRef<T> read_queries(Range rows) {
+    const ConstMatrixRef<T> given = product_.in.q.middleRows(rows.first, rows.last - rows.first);
+    const ConstMatrixRef<T> queries = product_.space.center == nullptr ? given : center(given);
+    std::fill_n(query_bias_, kWidth, T(0));
+    if (product_.space.bias == 0) return queries;
+    for (Index i = 0; i < queries.rows(); ++i) {
+      query_bias_[i] = -product_.space.bias * squared_norm(queries.data() + i * queries.outerStride(), queries.cols());
+    }
+    return queries;
+  }
+
+  ConstMatrixRef<T> center(const ConstMatrixRef<T>& queries) {
+    const Index d = queries.cols();
+    for (Index i = 0; i < queries.rows(); ++i) {
+      for (Index c = 0; c < d; c += kLanes<T>) {
+        const auto x = load_row(queries.data() + i * queries.outerStride(), c, d) - load_row(product_.space.center, c, d);
+        store_row(centered_.data() + i * d, c, d, x);
+      }
+    }
+    return centered_.topRows(queries.rows());
+  }
+
+  /// Turns scores into weights relative to a maximum of each row, and sums them.
+  void weigh() {
+    if (few_.bias != nullptr) add_bias();
+    for (Index first = 0; first < kWidth; first += kLanes<T>) {
+      if (product_.maximum == Maximum::fixed) {
+        set_fixed_maxima(first);
+      } else {
+        set_maxima(first);
+      }
+      for (Index i = first; i < first + kLanes<T>; i += kRows) weigh_rows(i);
+      store(sum_ + first, reduce_rows([](auto a, auto b) { return a + b; }));
+    }
+  }
+
+  void add_bias() {
+    for (Index i = 0; i < kWidth; ++i) {
+      T* row = scores_.data() + i * scores_.cols();
+      for (Index j = 0; j < scores_.cols(); j += kLanes<T>) store(row + j, load(row + j) + load(few_.bias + j));
+    }
+  }
+
+  /// What makes the weights kappa itself; where that is NaN, all scores are, too.
+  void set_fixed_maxima(Index first) {
+    for (Index i = first; i < first + kLanes<T>; ++i) maximum_[i] = std::isnan(query_bias_[i]) ? T(0) : -query_bias_[i];
+  }
+
+  void set_maxima(Index first) {
+    for (Index i = first; i < first + kLanes<T>; i += kRows) {
+      Packet<T> top[extent(kRows)];
+      unroll<kRows>([&](auto r) __attribute__((always_inline)) { top[r] = broadcast(kNoMaximum<T>); });
+      const T* row = scores_.data() + i * scores_.cols();
+      for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
+        unroll<kRows>([&](auto r) __attribute__((always_inline)) { top[r] = max(top[r], load(row + r * scores_.cols() + j)); });
+      }
+      keep_lanes(i % kLanes<T>, top);
+    }
+    store(maximum_ + first, reduce_rows([](auto a, auto b) { return max(a, b); }));
+  }
+
+  /// Of rows i to i + kRows.
+  void weigh_rows(Index i) {
+    Packet<T> total[extent(kRows)];
+    unroll<kRows>([&](auto r) __attribute__((always_inline)) { total[r] = broadcast(T(0)); });
+    T* row = scores_.data() + i * scores_.cols();
+    for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
+      unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+        T* to = row + r * scores_.cols() + j;
+        const auto weight = exp2(load(to) - broadcast(maximum_[i + r]));
+        total[r] = total[r] + weight;
+        store(to, weight);
+      });
+    }
+    keep_lanes(i % kLanes<T>, total);
+  }
+
+  void keep_lanes(Index row, const Packet<T> (&rows)[extent(kRows)]) {
+    unroll<kRows>([&](auto r) __attribute__((always_inline)) { store(lanes_ + (row + r) * kLanes<T>, rows[r]); });
+  }
+
+  /// Lane i: the lanes kept of row i, combined.
+  template <class Op>
+  Packet<T> reduce_rows(const Op& op) const {
+    Packet<T> rows[extent(kLanes<T>)];
+    unroll<kLanes<T>>([&](auto r) __attribute__((always_inline)) { rows[r] = load(lanes_ + r * kLanes<T>); });
+    return reduce(rows, op);
+  }
+
+  const Product<T>& product_;
+  const FewKeys<T>& few_;
+  MatrixRef<T> scores_, centered_;
+  T *lanes_, *maximum_, *sum_, *query_bias_, *factor_;
+};
+
+}  // namespace attn::detail
