@@ -1,22 +1,23 @@
-# attn_own: what attn's own tests, benchmarks and examples link. Its flags never reach a consumer of attn::attn.
+# attn_own: what attn's own tests, benchmarks and examples link: attn_own_settings, flags that never reach a consumer of attn::attn,
+# and what takes longest to compile, once for all of them (attn/extern_templates.hpp, included without a word of theirs).
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 find_package(OpenMP COMPONENTS CXX)
 
-add_library(attn_own INTERFACE)
-target_link_libraries(attn_own INTERFACE attn::attn)
+add_library(attn_own_settings INTERFACE)
+target_link_libraries(attn_own_settings INTERFACE attn::attn)
 if(OpenMP_CXX_FOUND)
-  target_link_libraries(attn_own INTERFACE OpenMP::OpenMP_CXX)
+  target_link_libraries(attn_own_settings INTERFACE OpenMP::OpenMP_CXX)
 endif()
 if(ATTN_NATIVE)
   check_cxx_compiler_flag(-march=native ATTN_HAS_MARCH_NATIVE)
   if(ATTN_NATIVE AND ATTN_HAS_MARCH_NATIVE)
-    target_compile_options(attn_own INTERFACE -march=native)
+    target_compile_options(attn_own_settings INTERFACE -march=native)
   endif()
 endif()
 
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-  target_compile_options(attn_own INTERFACE -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror)
+  target_compile_options(attn_own_settings INTERFACE -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror)
 
   # GCC 12's AVX-512 intrinsics read a variable that they leave uninitialised on purpose (GCC bug 105593), so that there any
   # reduction or product of Eigen's warns. Only where that is so is the warning off.
@@ -30,7 +31,15 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     unset(CMAKE_REQUIRED_FLAGS)
     unset(CMAKE_REQUIRED_LIBRARIES)
     if(NOT ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
-      target_compile_options(attn_own INTERFACE -Wno-maybe-uninitialized)
+      target_compile_options(attn_own_settings INTERFACE -Wno-maybe-uninitialized)
     endif()
   endif()
 endif()
+
+set(templates_source ${CMAKE_CURRENT_BINARY_DIR}/own_templates.cpp)
+file(CONFIGURE OUTPUT ${templates_source} CONTENT "#define ATTN_INSTANTIATE_TEMPLATES\n#include <attn/extern_templates.hpp>\n")
+add_library(attn_own_templates STATIC ${templates_source})
+target_link_libraries(attn_own_templates PUBLIC attn_own_settings)
+add_library(attn_own INTERFACE)
+target_link_libraries(attn_own INTERFACE attn_own_templates)
+target_compile_options(attn_own INTERFACE "SHELL:-include attn/extern_templates.hpp")

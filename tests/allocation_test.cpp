@@ -2,7 +2,6 @@
 /// program replaces both.
 #include <attn/attn.hpp>
 
-#include "every_method.hpp"
 #include "inputs.hpp"
 
 #include <gtest/gtest.h>

@@ -1,7 +1,6 @@
 /// Gradients: of the streamed product against the oracle's, of every method against differences of its forward pass.
 #include <attn/attn.hpp>
 
-#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>

@@ -1,5 +1,6 @@
 /// How much scratch memory a method takes beside its inputs and its result.
-#include "every_method.hpp"
+#include <attn/any_approximator.hpp>
+
 #include "support.hpp"
 
 #include <gtest/gtest.h>

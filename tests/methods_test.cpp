@@ -3,7 +3,6 @@
 #include <attn/attn.hpp>
 
 #include "methods.hpp"
-#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>

@@ -1,7 +1,7 @@
 #include <attn/metrics.hpp>
+#include <attn/any_approximator.hpp>
 
 
-#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>

@@ -1,7 +1,7 @@
 /// Gradients of batches and heads: those of every head alone, added up over the query heads that share a key head.
 #include <attn/multi_head.hpp>
+#include <attn/any_approximator.hpp>
 
-#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>

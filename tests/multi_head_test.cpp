@@ -1,6 +1,6 @@
 #include <attn/multi_head.hpp>
+#include <attn/any_approximator.hpp>
 
-#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>

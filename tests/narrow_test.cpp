@@ -1,7 +1,6 @@
 /// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
 #include <attn/attn.hpp>
 
-#include "every_method.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
