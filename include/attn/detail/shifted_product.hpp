@@ -1,0 +1,107 @@
+/// How spectral shifting ends, whatever chose the shifts: out_i = scale_i (N
+/// v)_i + shift_i v_i over the kept rows; and its gradients.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/detail/nystrom_factors.hpp>
+#include <attn/detail/shifted_pinv.hpp>
+#include <attn/detail/shifted_rows.hpp>
+#include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <span>
+#include <vector>
+
+namespace attn::detail {
+
+/// Whether the same tokens are kept as queries and as keys, of which there are as many.
+template <class T>
+bool same_masks(const Inputs<T>& in) {
+  for (Index i = 0; i < in.q.rows(); ++i) {
+    if (keeps_query(in, i) != keeps_key(in, i)) return false;
+  }
+  return true;
+}
+
+/// Beside what Nystrom saves (but lse): scale and shift of each row, 0 where it
+/// is dropped, and delta, N's core being Z - delta Z Z.
+template <class T>
+struct ShiftSaved {
+  NystromSaved<T> nystrom{};
+  std::vector<T> scale{}, shift{};
+  T delta = 0;
+
+  void reset(Index n, bool exact) {
+    nystrom.lse.resize(static_cast<std::size_t>(n));
+    nystrom.exact = exact;
+    for (std::vector<T>* rows : {&scale, &shift}) rows->assign(exact ? 0 : nystrom.lse.size(), T(0));
+    delta = 0;
+  }
+
+  void set(Index row, T row_scale, T row_shift) {
+    scale[static_cast<std::size_t>(row)] = row_scale;
+    shift[static_cast<std::size_t>(row)] = row_shift;
+  }
+};
+
+/// out <- F values + delta v, where values are scale times those of N. saved
+/// may be null.
+template <class T>
+void add_one_shift(const SoftmaxKernel& kernel, const Inputs<T>& in, const ShiftFactors<T>& factors, T scale, T delta,
+                   MatrixRef<T> out, ShiftSaved<T>* saved, Context& context) {
+  kernel_matmul(kernel, Inputs<T>{in.q, factors.k_land, factors.values.leftCols(out.cols()), queries_only(in.mask)}, out, context);
+  for (const Index row : factors.rows) {
+    out.row(row) += delta * in.v.row(row);
+    if (saved != nullptr) saved->set(row, scale, delta);
+  }
+}
+
+/// out <- (1 - gate) N v + gate R, R of the row mode. saved may be null.
+template <class T>
+void add_row_shift(T gate, const Inputs<T>& in, const ShiftFactors<T>& factors, MatrixRef<T> out, ShiftSaved<T>* saved,
+                   Context& context) {
+  constexpr Index kRows = 256;
+  out.setZero();
+  const auto n = static_cast<Index>(factors.rows.size());
+  context.for_each_call((n + kRows - 1) / kRows, [&](Index chunk, Context& of_worker) {
+    Scratch scratch = of_worker.scratch();
+    const Index first = chunk * kRows;
+    const std::span<Index> some = scratch.array<Index>(std::min(kRows, n - first));
+    for (std::size_t i = 0; i < some.size(); ++i) some[i] = first + static_cast<Index>(i);
+    const ShiftedRows<T> rows(in, factors, some, of_worker, scratch);
+    for (std::size_t i = 0; i < some.size(); ++i) {
+      const auto r = static_cast<Index>(i), row = factors.rows[static_cast<std::size_t>(some[i])];
+      out.row(row) = (1 - gate) * rows.plain.row(r).head(out.cols()) + gate * rows.shifted.row(r);
+      const T alpha = rows.stretch[i];
+      if (saved != nullptr) saved->set(row, 1 - gate + gate * alpha, gate * (rows.exact_diagonal[i] - alpha * rows.diagonal[i]));
+    }
+  });
+}
+
+/// gradients <- those of scale_i (N v)_i + shift_i v_i, scales and shifts being
+/// constants.
+template <class T, class Landmarks>
+void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, int iterations, const Inputs<T>& in,
+                      const ShiftSaved<T>& saved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                      const Gradients<T>& gradients, Context& context) {
+  Scratch scratch = context.scratch();
+  MatrixRef<T> plain = scratch.matrix<T>(out.rows(), out.cols()), dplain = scratch.matrix<T>(out.rows(), out.cols());
+  MatrixRef<T> values = scratch.matrix<T>(saved.nystrom.sums.rows(), out.cols());
+  const std::span<T> lse = scratch.array<T>(out.rows());
+  const ShiftedPinv<T> inverse{iterations, saved.delta};
+  landmark_values<SoftmaxKernel, T>(kernel, inverse, saved.nystrom, values, context);
+  kernel_matmul(kernel, Inputs<T>{in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse, context);
+  dplain.setZero();
+  for (Index i = 0; i < out.rows(); ++i) {
+    if (keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);
+  }
+  nystrom_backward<SoftmaxKernel, T>(kernel, landmarks, inverse, in, saved.nystrom, plain, lse, dplain, gradients, context);
+  for (Index i = 0; i < out.rows(); ++i) {
+    if (keeps_query(in, i)) MatrixRef<T>(gradients.dv).row(i) += saved.shift[static_cast<std::size_t>(i)] * dout.row(i);
+  }
+}
+
+}  // namespace attn::detail
