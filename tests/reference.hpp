@@ -230,8 +230,9 @@ inline Matrix preconditioned_pinv(const Matrix& a, double gamma, int iterations)
 /// F (Z (B 1)), which is kept above 1e-6 of the sum of its terms' magnitudes.
 template <class Inverse>
 Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks, const Inverse& inverse) {
+  if (landmarks.rows() == 0) return Matrix::Zero(p.q.rows(), p.v.cols());  // nothing is kept
   Problem from_landmarks{landmarks, p.k, p.v, {.keep_key = p.mask.keep_key}, p.key_bias};
-  const Matrix b = log_weights(kernel, from_landmarks).array().exp();
+  const Matrix b = log_weights(kernel, from_landmarks).unaryExpr([](double x) { return std::exp(x); });  // 0 at -infinity, unlike Eigen's
   const Matrix f = log_kernel(kernel, p.q, landmarks).array().exp();
   const Matrix z = inverse(Matrix(log_kernel(kernel, landmarks, landmarks).array().exp()));
   Matrix bv = Matrix::Zero(b.rows(), p.v.cols());
@@ -242,7 +243,7 @@ Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks
   if (kernel.normalized) {
     const Vector total = z * b.rowwise().sum();
     const Vector divisor = (f * total).cwiseMax(1e-6 * (f * total.cwiseAbs()));
-    out = divisor.cwiseInverse().asDiagonal() * out;
+    for (Index i = 0; i < out.rows(); ++i) out.row(i) *= divisor[i] == 0 ? 0 : 1 / divisor[i];  // 0 where no key is kept
   }
   for (Index i = 0; i < out.rows(); ++i) {
     if (!kept(p.mask.keep_query, i)) out.row(i).setZero();
