@@ -65,7 +65,7 @@ Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_r
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_finite(kMatmulName, "scale", parameters.scale);
   check_finite(kMatmulName, "bias", parameters.bias);
-  const bool bounded = parameters.scale >= 0 && parameters.bias >= parameters.scale / 2 && in.key_bias.empty();
+  const bool bounded = parameters.bounded() && in.key_bias.empty();
   const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
   return {.in = in,
           .space = {.center = is_gaussian ? choose_center(in, scratch) : nullptr,
@@ -73,6 +73,7 @@ Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_r
                     .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
                     .bias_origin = choose_bias_origin(in)},
           .rows = parameters.rows,
+          .bounded = bounded,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
           .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols())};
 }

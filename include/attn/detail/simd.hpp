@@ -83,6 +83,17 @@ inline Packet<T> max(Packet<T> a, Packet<T> b) {
   }
 }
 
+/// The smaller of a and b, lane by lane; a where either is NaN.
+template <class T>
+inline Packet<T> min(Packet<T> a, Packet<T> b) {
+  if constexpr (kLanes<T> == 1) {
+    return b.raw < a.raw ? b : a;
+  } else {
+    const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
+    return std::bit_cast<Packet<T>>(y < x ? y : x);
+  }
+}
+
 /// c + a b.
 template <class T>
 inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {

@@ -19,12 +19,13 @@
 
 namespace attn::detail {
 
-/// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut.
+/// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut. bounded: no weight is above 1.
 template <class T>
 struct Product {
   const Inputs<T>& in;
   KeySpace<T> space;
   Rows rows;
+  bool bounded;
   Maximum maximum;
   Partition partition;
 
@@ -109,7 +110,8 @@ class BlockRunner {
   T absolute_maximum(const Lanes& strip, Index i) const {
     if (product_.maximum == Maximum::fixed) return 0;
     if (strip.total.sum[i] == 0) return kNoMaximum<T>;
-    return strip.total.maximum[i] + strip.query_bias[i] + std::numbers::log2e_v<T> * product_.space.bias_origin;
+    const T maximum = strip.total.maximum[i] + strip.query_bias[i] + std::numbers::log2e_v<T> * product_.space.bias_origin;
+    return product_.bounded && product_.rows == Rows::raw ? std::min(maximum, T(0)) : maximum;
   }
 
   /// What a strip's row sums are divided by at the end, as factors.
