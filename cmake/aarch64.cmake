@@ -1,4 +1,5 @@
-# Cross-compiles for AArch64 and runs what is built under qemu-user: Debian's packages g++-aarch64-linux-gnu and qemu-user.
+# Cross-compiles for AArch64 and runs what is built under qemu-user: Debian's packages g++-aarch64-linux-gnu and
+# qemu-user.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)

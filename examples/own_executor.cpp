@@ -8,7 +8,8 @@
 
 int main() {
   constexpr attn::Index kTokens = 1024, kFeatures = 32;
-  const attn::Matrix<float> q = attn::Matrix<float>::Random(kTokens, kFeatures), k = attn::Matrix<float>::Random(kTokens, kFeatures);
+  const attn::Matrix<float> q = attn::Matrix<float>::Random(kTokens, kFeatures),
+                            k = attn::Matrix<float>::Random(kTokens, kFeatures);
   const attn::Matrix<float> v = attn::Matrix<float>::Random(kTokens, kFeatures);
   attn::Matrix<float> serial(kTokens, kFeatures), parallel(kTokens, kFeatures);
 

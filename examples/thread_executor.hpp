@@ -13,8 +13,9 @@
 #include <thread>
 #include <vector>
 
-/// Runs items on the calling thread and on threads of its own, handing them out one by one. Copies share the threads, so that several
-/// contexts can have the same; while the threads are at work for one call, another runs on its calling thread alone.
+/// Runs items on the calling thread and on threads of its own, handing them out one by one. Copies share the threads,
+/// so that several contexts can have the same; while the threads are at work for one call, another runs on its calling
+/// thread alone.
 class ThreadExecutor {
  public:
   /// workers: threads that work at once, the calling one included.

@@ -1,5 +1,5 @@
-/// A second call, or training step, with the same shapes allocates nothing: neither by operator new nor by malloc. And where there
-/// is no memory, std::bad_alloc comes out and everything stays usable. This program replaces both.
+/// A second call, or training step, with the same shapes allocates nothing: neither by operator new nor by malloc. And
+/// where there is no memory, std::bad_alloc comes out and everything stays usable. This program replaces both.
 #include <attn/attn.hpp>
 
 #include "every_method.hpp"
@@ -378,8 +378,8 @@ TYPED_TEST(Allocations, NoneOnASecondCallUnderOpenMP) {
 }
 #endif
 
-/// Calls body(context, saved) with its first allocation failing, its second, and so on until it needs no more, each time followed by a
-/// call with enough memory.
+/// Calls body(context, saved) with its first allocation failing, its second, and so on until it needs no more, each
+/// time followed by a call with enough memory.
 template <class Body>
 void with_every_allocation_failing(const auto& executor, const Body& body) {
   for (long k = 0;; ++k) {

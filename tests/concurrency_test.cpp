@@ -60,7 +60,10 @@ TEST(ThreadExecutor, RunsCallsWithinCallsOnTheirThread) {
 TEST(ThreadExecutor, BringsExceptionsToTheCaller) {
   Context context{ThreadExecutor(3)};
   for (int i = 0; i < 20; ++i) {
-    EXPECT_THROW(context.for_each_call(50, [](Index item, Context&) { if (item == 30) throw std::runtime_error("30"); }),
+    EXPECT_THROW(context.for_each_call(50,
+                                       [](Index item, Context&) {
+                                         if (item == 30) throw std::runtime_error("30");
+                                       }),
                  std::runtime_error);
   }
 }
@@ -99,7 +102,8 @@ TEST_P(Concurrency, ThreadExecutorsGiveTheBitsOfOneThread) {
   }
 }
 
-/// One method, 8 threads, 150 calls each of different lengths, half of them on contexts that share one executor's threads.
+/// One method, 8 threads, 150 calls each of different lengths, half of them on contexts that share one executor's
+/// threads.
 TEST_P(Concurrency, AThousandCallsShareAMethod) {
   constexpr int kThreads = 8, kCalls = 150, kInputs = 5;
   const auto method = make<float>(6);
@@ -130,7 +134,9 @@ TEST_P(Concurrency, AThousandCallsShareAMethod) {
 TEST(ConcurrencyOfHeads, SharesHeadsOverThreads) {
   constexpr Index kHeads = 6, kTokens = 200, kWidth = 16;
   const Matrix<float> data = test::Random(823).normal(3 * kTokens, kHeads * kWidth).cast<float>();
-  const auto part = [&](Index i) { return attn::token_major(data.data() + i * kTokens * kHeads * kWidth, 1, kTokens, kHeads, kWidth); };
+  const auto part = [&](Index i) {
+    return attn::token_major(data.data() + i * kTokens * kHeads * kWidth, 1, kTokens, kHeads, kWidth);
+  };
   const auto method = attn::make_approximator<float>("nystrom", {.num_landmarks = 12});
   const auto run = [&](Context& context) {
     Matrix<float> out(kTokens, kHeads * kWidth);

@@ -91,8 +91,9 @@ TEST_P(Extremes, SubnormalValuesStaySo) {
   });
 }
 
-/// Scores of about 1e4, 1e8, 1e20 and 1e30. Weights are then 0 or 1 but for rounding, so that nothing large may come out. Gradients of the
-/// lifted methods have no digits left beyond 1e4, because they weigh keys by exponentials of differences of such numbers.
+/// Scores of about 1e4, 1e8, 1e20 and 1e30. Weights are then 0 or 1 but for rounding, so that nothing large may come
+/// out. Gradients of the lifted methods have no digits left beyond 1e4, because they weigh keys by exponentials of
+/// differences of such numbers.
 TEST_P(Extremes, LargeScoresGiveNothingLarge) {
   const bool lifted = GetParam() == "skyformer" || GetParam() == "lifted-softmax";
   in_both_precisions([&]<class T>(T) {
@@ -160,8 +161,8 @@ TEST_P(Extremes, NonFiniteInputsComeOut) {
   });
 }
 
-/// Half of a million tokens are a, the others b: whatever tokens the landmarks are, they are these two, and every method is exact but for
-/// gamma and rounding.
+/// Half of a million tokens are a, the others b: whatever tokens the landmarks are, they are these two, and every
+/// method is exact but for gamma and rounding.
 TEST(Million, TokensOfTwoKinds) {
   constexpr Index kTokens = 1'000'000, kHalf = kTokens / 2, kFeatures = 8, kValues = 4;
   const Matrix<double> kinds = test::Random(802).normal(2, kFeatures);

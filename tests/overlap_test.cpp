@@ -1,4 +1,5 @@
-/// Results that share memory with what is read: refused by every method, and columns of one buffer side by side are not that.
+/// Results that share memory with what is read: refused by every method, and columns of one buffer side by side are not
+/// that.
 #include <attn/depthwise_conv.hpp>
 #include <attn/kernel_matmul.hpp>
 

@@ -75,8 +75,8 @@ void expect_gradients_of_oracle(std::uint64_t seed) {
   const auto kernel = softmax ? reference::softmax_kernel(in.q.cols()) : reference::gaussian_kernel(in.q.cols());
   const auto expected = attend_backward(kernel, test::to_reference(in), dout.template cast<double>());
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-11;
-  for (const auto& [found, wanted] : {std::pair<const Matrix<T>&, const reference::Matrix&>{dq, expected.dq},
-                                      {dk, expected.dk}, {dv, expected.dv}}) {
+  for (const auto& [found, wanted] :
+       {std::pair<const Matrix<T>&, const reference::Matrix&>{dq, expected.dq}, {dk, expected.dk}, {dv, expected.dv}}) {
     EXPECT_LE((found.template cast<double>() - wanted).norm(), tolerance * (1 + wanted.norm()));
   }
 }

@@ -1,5 +1,5 @@
-/// Problems whose shapes, strides, masks and options are drawn from a source of numbers, and how far a method's result is from the
-/// oracle's. A source has below(n), uniform in [0, n), and normal(rows, cols).
+/// Problems whose shapes, strides, masks and options are drawn from a source of numbers, and how far a method's result
+/// is from the oracle's. A source has below(n), uniform in [0, n), and normal(rows, cols).
 #pragma once
 
 #include <attn/landmarks.hpp>
@@ -18,7 +18,8 @@
 
 namespace test {
 
-/// Inputs in padded buffers, where padding holds NaN, and room for the result. size: standard deviation of q's and k's entries.
+/// Inputs in padded buffers, where padding holds NaN, and room for the result. size: standard deviation of q's and k's
+/// entries.
 template <class T>
 class RandomProblem {
  public:
@@ -37,8 +38,11 @@ class RandomProblem {
   }
 
   Inputs<T> inputs() {
-    return {.q = q_.view(), .k = k_.view(), .v = v_.view(),
-            .mask = {.causal = causal_, .keep_key = keep_key_, .keep_query = keep_query_}, .key_bias = key_bias_};
+    return {.q = q_.view(),
+            .k = k_.view(),
+            .v = v_.view(),
+            .mask = {.causal = causal_, .keep_key = keep_key_, .keep_query = keep_query_},
+            .key_bias = key_bias_};
   }
   MatrixRef<T> out() { return out_.view(); }
   bool padding_untouched() const { return out_.padding_untouched(); }
@@ -122,7 +126,8 @@ Expected expected(std::string_view name, const attn::MethodOptions& options, con
   const Index d = in.q.cols(), m = *options.num_landmarks;
   const bool normalized = options.rows == attn::Rows::normalized;
   const auto softmax = reference::softmax_kernel(d), gaussian = reference::gaussian_kernel(d, {}, normalized);
-  const double logits = 1 + softmax.scale * std::sqrt(p.q.rowwise().squaredNorm().maxCoeff() * p.k.rowwise().squaredNorm().maxCoeff());
+  const double logits =
+      1 + softmax.scale * std::sqrt(p.q.rowwise().squaredNorm().maxCoeff() * p.k.rowwise().squaredNorm().maxCoeff());
   const double exact = kExactTolerance<T> * logits, landmarks = (sizeof(T) == 4 ? 1e-4 : 1e-9) * logits;
   const auto of_exact = [&](const reference::Kernel& kernel) -> Expected {
     reference::Problem terms = p;
@@ -133,7 +138,8 @@ Expected expected(std::string_view name, const attn::MethodOptions& options, con
   if (name == "softmax") return of_exact(softmax);
   if (name == "gaussian") return of_exact(gaussian);
   if (name == "nystrom") {
-    const Index kept = std::min(detail::count_kept(in.mask.keep_query, p.q.rows()), detail::count_kept(in.mask.keep_key, p.k.rows()));
+    const Index kept =
+        std::min(detail::count_kept(in.mask.keep_query, p.q.rows()), detail::count_kept(in.mask.keep_key, p.k.rows()));
     return m >= kept ? of_exact(softmax) : of_landmarks(nystrom(softmax, p, m, 6));
   }
   const reference::Matrix sampled = detail::uniform_sample(in, options);

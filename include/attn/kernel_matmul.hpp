@@ -152,8 +152,9 @@ void run_blocks(const Product<T>& product, MatrixRef<T> out, std::span<T> lse, C
 /// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their sum if the
 /// kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key bias.
 /// lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is 0.
-/// Throws std::invalid_argument when shapes disagree or are empty, or out overlaps an input. 2 n_q n_k (d + d_v) flops; O(tile) memory
-/// a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022, Alg. 1.
+/// Throws std::invalid_argument when shapes disagree or are empty, or out overlaps an input. 2 n_q n_k (d + d_v) flops;
+/// O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022,
+/// Alg. 1.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    std::type_identity_t<std::span<T>> lse, Context& context) {

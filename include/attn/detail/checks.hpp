@@ -57,12 +57,14 @@ void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>
   if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
 }
 
-/// Whether two views share an element. Their rows are walked only where their memory may meet, as that of two heads' columns does.
+/// Whether two views share an element. Their rows are walked only where their memory may meet, as that of two heads'
+/// columns does.
 template <class T>
 bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
   const auto row = [](const ConstMatrixRef<T>& m, Index i) { return m.data() + i * m.outerStride(); };
   const std::less_equal<const T*> at_most;
-  if (at_most(row(a, a.rows() - 1) + a.cols(), b.data()) || at_most(row(b, b.rows() - 1) + b.cols(), a.data())) return false;
+  if (at_most(row(a, a.rows() - 1) + a.cols(), b.data())) return false;
+  if (at_most(row(b, b.rows() - 1) + b.cols(), a.data())) return false;
   for (Index i = 0, j = 0; i < a.rows() && j < b.rows();) {
     if (at_most(row(a, i) + a.cols(), row(b, j))) {
       ++i;
@@ -99,7 +101,8 @@ void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrix
   check_shape(who, "dq", gradients.dq, in.q.rows(), in.q.cols());
   check_shape(who, "dk", gradients.dk, in.k.rows(), in.k.cols());
   check_shape(who, "dv", gradients.dv, in.v.rows(), in.v.cols());
-  const std::pair<const char*, const MatrixRef<T>&> results[] = {{"dq", gradients.dq}, {"dk", gradients.dk}, {"dv", gradients.dv}};
+  const std::pair<const char*, const MatrixRef<T>&> results[] = {
+      {"dq", gradients.dq}, {"dk", gradients.dk}, {"dv", gradients.dv}};
   for (const auto& [name, result] : results) {
     check_apart(who, name, result, in);
     check_apart(who, name, result, "out", out);

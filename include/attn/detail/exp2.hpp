@@ -38,8 +38,8 @@ struct Exp2<double> {
                                              4.454960598186518564e-10};
 };
 
-/// 2^x for x <= 128 (float), x <= 1024 (double), where it is infinite, within 3 units in the last place (float) or 1 (double); exactly 0 below -126.5 (-1022.5), where the result
-/// would be subnormal. NaN stays NaN.
+/// 2^x for x <= 128 (float), x <= 1024 (double), where it is infinite, within 3 units in the last place (float) or 1
+/// (double); exactly 0 below -126.5 (-1022.5), where the result would be subnormal. NaN stays NaN.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
 /// Adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the exponent's place are 2^n; n = -kBias
 /// makes that 0.

@@ -56,8 +56,9 @@ void weigh_row(T* row, Index n, Rows rows) {
   for (Index j = 0; j < n; ++j) row[j] /= total;
 }
 
-/// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized. Distances are
-/// measured from the first row of y, which keeps digits. Where kappa is at most 1, rounding does not lift it above that.
+/// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized.
+/// Distances are measured from the first row of y, which keeps digits. Where kappa is at most 1, rounding does not lift
+/// it above that.
 template <ScoreKernel Kernel, class T>
 void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out, Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());

@@ -19,7 +19,8 @@
 
 namespace attn::detail {
 
-/// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut. bounded: no weight is above 1.
+/// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut. bounded: no weight is
+/// above 1.
 template <class T>
 struct Product {
   const Inputs<T>& in;

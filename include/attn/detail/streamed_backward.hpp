@@ -64,8 +64,8 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
   return sum(zero) == 0;
 }
 
-/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. largest: log2 of what no weight exceeds,
-/// but for rounding.
+/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. largest: log2 of what no
+/// weight exceeds, but for rounding.
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, T largest) {
   Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];

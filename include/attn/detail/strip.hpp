@@ -77,8 +77,8 @@ template <int kPackets, class T>
 /// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
 enum class Maximum { running, fixed };
 
-/// Turns a panel of scores into weights relative to maximum, and adds them to sum. Scores that rounding lifts above a fixed maximum
-/// are at it: where |q|^2 is large against its last digit, their weights would be any numbers.
+/// Turns a panel of scores into weights relative to maximum, and adds them to sum. A fixed maximum also limits scores
+/// that rounding lifts above it: where the last digit of |q|^2 is above 1, their weights could be any numbers.
 template <int kPackets, Maximum kMaximum, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T* sum) {
   Packet<T> top[extent(kPackets)], total[extent(kPackets)];
