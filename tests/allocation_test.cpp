@@ -1,8 +1,10 @@
-/// A second call, or training step, with the same shapes allocates nothing: neither by operator new nor by malloc. This
-/// program replaces both.
+/// A second call, or training step, with the same shapes allocates nothing: neither by operator new nor by malloc. And
+/// where there is no memory, std::bad_alloc comes out and everything stays usable. This program replaces both.
 #include <attn/attn.hpp>
 
 #include "inputs.hpp"
+#include "methods.hpp"
+#include "thread_executor.hpp"
 
 #include <gtest/gtest.h>
 
@@ -10,6 +12,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -29,9 +32,16 @@ namespace {
 
 std::atomic<bool> counting = false;
 std::atomic<long> allocations = 0;
+std::atomic<long> until_failure = -1;  // allocations that still succeed before one fails; negative: none fails
+std::atomic<long> living = 0;          // what operator new gave and has not come back
 
 void count() noexcept {
   if (counting.load(std::memory_order_relaxed)) allocations.fetch_add(1, std::memory_order_relaxed);
+}
+
+/// Whether this allocation, by any thread, is the one to fail.
+bool fails() noexcept {
+  return until_failure.load(std::memory_order_relaxed) >= 0 && until_failure.fetch_sub(1, std::memory_order_relaxed) == 0;
 }
 
 /// Allocations, by any thread, while body runs.
@@ -56,27 +66,27 @@ void* __libc_memalign(std::size_t, std::size_t);
 
 void* malloc(std::size_t size) noexcept {
   count();
-  return __libc_malloc(size);
+  return fails() ? nullptr : __libc_malloc(size);
 }
 void* calloc(std::size_t n, std::size_t size) noexcept {
   count();
-  return __libc_calloc(n, size);
+  return fails() ? nullptr : __libc_calloc(n, size);
 }
 void* realloc(void* p, std::size_t size) noexcept {
   count();
-  return __libc_realloc(p, size);
+  return fails() ? nullptr : __libc_realloc(p, size);
 }
 void* memalign(std::size_t alignment, std::size_t size) noexcept {
   count();
-  return __libc_memalign(alignment, size);
+  return fails() ? nullptr : __libc_memalign(alignment, size);
 }
 void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   count();
-  return __libc_memalign(alignment, size);
+  return fails() ? nullptr : __libc_memalign(alignment, size);
 }
 int posix_memalign(void** p, std::size_t alignment, std::size_t size) noexcept {
   count();
-  *p = __libc_memalign(alignment, size);
+  *p = fails() ? nullptr : __libc_memalign(alignment, size);
   return *p == nullptr ? ENOMEM : 0;
 }
 }
@@ -84,17 +94,26 @@ int posix_memalign(void** p, std::size_t alignment, std::size_t size) noexcept {
 
 namespace {
 
+void* given(void* p) {
+  if (p == nullptr) throw std::bad_alloc();
+  living.fetch_add(1, std::memory_order_relaxed);
+  return p;
+}
+
+void give_back(void* p) noexcept {
+  if (p != nullptr) living.fetch_sub(1, std::memory_order_relaxed);
+  std::free(p);
+}
+
 void* allocate(std::size_t size) {
   count();
-  if (void* p = std::malloc(size == 0 ? 1 : size)) return p;
-  throw std::bad_alloc();
+  return given(fails() ? nullptr : std::malloc(size == 0 ? 1 : size));
 }
 
 void* allocate(std::size_t size, std::align_val_t alignment) {
   count();
   const auto a = static_cast<std::size_t>(alignment);
-  if (void* p = std::aligned_alloc(a, (size + a) / a * a)) return p;
-  throw std::bad_alloc();
+  return given(fails() ? nullptr : std::aligned_alloc(a, (size + a) / a * a));
 }
 
 }  // namespace
@@ -112,28 +131,28 @@ void* operator new[](std::size_t size, std::align_val_t alignment) {
   return allocate(size, alignment);
 }
 void operator delete(void* p) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete[](void* p) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete(void* p, std::size_t) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete[](void* p, std::size_t) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete(void* p, std::align_val_t) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete[](void* p, std::align_val_t) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
-  std::free(p);
+  give_back(p);
 }
 void operator delete[](void* p, std::size_t, std::align_val_t) noexcept {
-  std::free(p);
+  give_back(p);
 }
 
 namespace {
@@ -357,5 +376,73 @@ TYPED_TEST(Allocations, NoneOnASecondCallUnderOpenMP) {
   }
 }
 #endif
+
+/// Calls body(context, saved) with its first allocation failing, its second, and so on until it needs no more, each
+/// time followed by a call with enough memory.
+template <class Body>
+void with_every_allocation_failing(const auto& executor, const Body& body) {
+  for (long k = 0;; ++k) {
+    const long before = living;
+    bool thrown = false, reached = false;
+    {
+      Context context{executor};
+      attn::AnyApproximator<float>::Saved saved;
+      until_failure = k;
+      try {
+        body(context, saved);
+      } catch (const std::bad_alloc&) {
+        thrown = true;
+      }
+      reached = until_failure.exchange(-1) < 0;
+      ASSERT_EQ(thrown, reached) << "allocation " << k;
+      body(context, saved);
+    }
+    ASSERT_EQ(living, before) << "allocation " << k;
+    if (!reached) {
+      EXPECT_GT(k, 4);
+      return;
+    }
+  }
+}
+
+class OutOfMemory : public test::MethodTest {
+ protected:
+  /// A forward and a backward pass, then heads that workers take whole.
+  void train(Context& context, attn::AnyApproximator<float>::Saved& saved) {
+    const Inputs<float> in{.q = x_.q, .k = x_.k, .v = x_.v};
+    method_.forward(in, out_, context, saved);
+    method_.backward(in, out_, dout_, saved, {dq_, dk_, dv_}, context);
+    const auto heads = [](auto* data) { return attn::token_major(data, 4, kLength / 4, 2, kWidth / 2); };
+    attn::multi_head(method_, heads(x_.q.data()), heads(x_.k.data()), heads(x_.v.data()), heads(heads_out_.data()), {}, context);
+  }
+
+  void expect_usable_after_failures(const auto& executor) {
+    Context fresh;
+    attn::AnyApproximator<float>::Saved saved;
+    train(fresh, saved);
+    const Matrix<float> out = out_, dq = dq_, dk = dk_, dv = dv_, heads_out = heads_out_;
+    with_every_allocation_failing(executor, [&](Context& context, auto& of_training) {
+      train(context, of_training);
+      const bool same = out == out_ && dq == dq_ && dk == dk_ && dv == dv_ && heads_out == heads_out_;
+      if (!same) throw std::runtime_error("other results than before");
+    });
+  }
+
+  static constexpr Index kLength = 320, kWidth = 16;
+  const attn::AnyApproximator<float> method_ = make<float>(8);
+  const test::Tokens<float> x_ = test::make_tokens<float>(test::Family::init, {kLength, kLength, kWidth, kWidth});
+  const Matrix<float> dout_ = Matrix<float>::Ones(kLength, kWidth);
+  Matrix<float> out_ = dout_, dq_ = dout_, dk_ = dout_, dv_ = dout_, heads_out_ = dout_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Every, OutOfMemory, ::testing::ValuesIn(test::method_names()), test::test_name);
+
+TEST_P(OutOfMemory, LeavesEverythingUsable) {
+  expect_usable_after_failures(Turns{});
+}
+
+TEST_P(OutOfMemory, LeavesEverythingUsableOnThreads) {
+  expect_usable_after_failures(ThreadExecutor(3));
+}
 
 }  // namespace

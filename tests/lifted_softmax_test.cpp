@@ -35,13 +35,8 @@ Matrix<T> forward(const Strided<T>& method, const Inputs<T>& in) {
   return out;
 }
 
-/// (A~ v) / (A~ 1) by definition: a normalised Gaussian lift whose keys weigh exp(scale |k|^2 / 2).
-reference::Matrix defined(reference::Problem p, Index m, double gamma, double scale) {
-  if (p.key_bias.size() == 0) p.key_bias = reference::Vector::Zero(p.k.rows());
-  const reference::Matrix landmarks = strided_landmarks(p, m);
-  p.key_bias += scale / 2 * p.k.rowwise().squaredNorm();
-  const reference::Kernel kernel{scale, scale / 2, true};
-  return skyformer(kernel, p, landmarks, [&](const reference::Matrix& a) { return reference::ridge_inverse(a, gamma); });
+reference::Matrix defined(const reference::Problem& p, Index m, double gamma, double scale) {
+  return lifted_softmax(scale, p, strided_landmarks(p, m), gamma);
 }
 
 template <class T>

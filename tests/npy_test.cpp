@@ -121,6 +121,16 @@ TEST(Npy, NamesTheFileInErrors) {
   EXPECT_EQ(error_of("/"), "/: cannot be opened");
 }
 
+/// Headers up to the longest go through a recursive match, which must not exhaust the stack.
+TEST(Npy, RefusesLongHeaders) {
+  for (const std::size_t length : {std::size_t{3900}, std::size_t{65'000}, std::size_t{1'000'000}}) {
+    const NpyFile type(npy_header(std::string(length, 'f'), "False", "(2, 3)"), "", 2);
+    EXPECT_NE(error_of(type.path()).find(length < 4096 ? "expected elements of type" : "expected a header of at most"), std::string::npos);
+    const NpyFile shape(npy_header("<f8", "False", "(" + std::string(length, '1') + ")"), "", 2);
+    EXPECT_NE(error_of(shape.path()).find(length < 4096 ? "expected a shape" : "expected a header of at most"), std::string::npos);
+  }
+}
+
 TEST(Npy, RefusesWhatItCannotRead) {
   const std::string six = bytes_of<double>({1, 2, 3, 4, 5, 6});
   const auto expect_error = [](const NpyFile& file, const std::string& what) {
@@ -130,7 +140,7 @@ TEST(Npy, RefusesWhatItCannotRead) {
   expect_error(NpyFile(""), "expected a .npy file, found none of its marks at the start");
   expect_error(NpyFile(std::string_view("\x93NUMPY\x01\x00\xff\x00{'de", 14)), "the file ends within its header");
   expect_error(NpyFile(std::string_view("\x93NUMPY\x02\x00\xff\xff\xff\xff{'de", 16)),
-               "expected a header of at most 65536 bytes, found one of 4294967295");
+               "expected a header of at most 4096 bytes, found one of 4294967295");
   expect_error(NpyFile(npy_header("<f8", "False", "(2, 3)"), six, 4),
                "expected a .npy file of version 1, 2 or 3, found version 4");
   expect_error(NpyFile(npy_header("<f8", "False", "(2, 4)"), six),

@@ -34,45 +34,8 @@ using Dense = reference::Matrix;
 template <class T>
 constexpr double kTolerance = sizeof(T) == 4 ? 1e-5 : 1e-11;
 
-Dense kept_rows(const Dense& x, std::span<const std::uint8_t> keep) {
-  std::vector<Index> rows;
-  for (Index i = 0; i < x.rows(); ++i) {
-    if (reference::kept(keep, i)) rows.push_back(i);
-  }
-  return x(rows, Eigen::all);
-}
-
-/// Means of m consecutive segments: m - n mod m of floor(n / m) rows, then the longer ones.
-Dense segment_means(const Dense& x, Index m) {
-  Dense means(m, x.cols());
-  Index first = 0;
-  for (Index j = 0; j < m; ++j) {
-    const Index length = x.rows() / m + (j < m - x.rows() % m ? 0 : 1);
-    means.row(j) = x.middleRows(first, length).colwise().mean();
-    first += length;
-  }
-  EXPECT_EQ(first, x.rows());
-  return means;
-}
-
-Dense iterated_inverse(const Dense& a, int iterations) {
-  const Dense eye = Dense::Identity(a.rows(), a.cols());
-  Dense z = a.transpose() / (a.cwiseAbs().colwise().sum().maxCoeff() * a.cwiseAbs().rowwise().sum().maxCoeff());
-  for (int i = 0; i < iterations; ++i) {
-    const Dense az = a * z;
-    z = (z * (13 * eye - az * (15 * eye - az * (7 * eye - az)))).eval() / 4;
-  }
-  return z;
-}
-
-/// F (Z (B v)) by definition, for fewer landmarks than kept rows.
 Dense defined(const reference::Problem& p, Index m, int iterations, std::optional<double> scale = {}) {
-  const auto kernel = reference::softmax_kernel(p.q.cols(), scale);
-  const Dense q_land = segment_means(kept_rows(p.q, p.mask.keep_query), m);
-  const Dense k_land = segment_means(kept_rows(p.k, p.mask.keep_key), m);
-  const Dense bv = attend(kernel, {q_land, p.k, p.v, {.keep_key = p.mask.keep_key}}).out;
-  const Dense a = attend(kernel, {q_land, k_land, Dense::Identity(m, m)}).out;
-  return attend(kernel, {p.q, k_land, iterated_inverse(a, iterations) * bv, {.keep_query = p.mask.keep_query}}).out;
+  return nystrom(reference::softmax_kernel(p.q.cols(), scale), p, m, iterations);
 }
 
 template <class T>

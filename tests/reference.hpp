@@ -138,6 +138,46 @@ inline Gradients attend_backward(const Kernel& kernel, const Problem& p, const M
   return g;
 }
 
+inline Matrix kept_rows(const Matrix& x, std::span<const std::uint8_t> keep) {
+  std::vector<Index> rows;
+  for (Index i = 0; i < x.rows(); ++i) {
+    if (kept(keep, i)) rows.push_back(i);
+  }
+  return x(rows, Eigen::indexing::all);
+}
+
+/// Means of m consecutive segments: m - n mod m of floor(n / m) rows, then the longer ones.
+inline Matrix segment_means(const Matrix& x, Index m) {
+  Matrix means(m, x.cols());
+  Index first = 0;
+  for (Index j = 0; j < m; ++j) {
+    const Index length = x.rows() / m + (j < m - x.rows() % m ? 0 : 1);
+    means.row(j) = x.middleRows(first, length).colwise().mean();
+    first += length;
+  }
+  return means;
+}
+
+/// Z <- Z (13 I - AZ (15 I - AZ (7 I - AZ))) / 4 from A^T / (|A|_1 |A|_inf).
+inline Matrix iterated_inverse(const Matrix& a, int iterations) {
+  const Matrix eye = Matrix::Identity(a.rows(), a.cols());
+  Matrix z = a.transpose() / (a.cwiseAbs().colwise().sum().maxCoeff() * a.cwiseAbs().rowwise().sum().maxCoeff());
+  for (int i = 0; i < iterations; ++i) {
+    const Matrix az = a * z;
+    z = (z * (13 * eye - az * (15 * eye - az * (7 * eye - az)))).eval() / 4;
+  }
+  return z;
+}
+
+/// F (Z (B v)) with m segment means of the kept queries and of the kept keys, for fewer of them than kept rows.
+inline Matrix nystrom(const Kernel& kernel, const Problem& p, Index m, int iterations) {
+  const Matrix q_land = segment_means(kept_rows(p.q, p.mask.keep_query), m);
+  const Matrix k_land = segment_means(kept_rows(p.k, p.mask.keep_key), m);
+  const Matrix bv = attend(kernel, {q_land, p.k, p.v, {.keep_key = p.mask.keep_key}}).out;
+  const Matrix a = attend(kernel, {q_land, k_land, Matrix::Identity(m, m)}).out;
+  return attend(kernel, {p.q, k_land, iterated_inverse(a, iterations) * bv, {.keep_query = p.mask.keep_query}}).out;
+}
+
 /// m rows spread evenly over n: floor((2 j + 1) n / (2 m)).
 inline std::vector<Index> strided_rows(Index n, Index m) {
   std::vector<Index> rows;
@@ -190,8 +230,9 @@ inline Matrix preconditioned_pinv(const Matrix& a, double gamma, int iterations)
 /// F (Z (B 1)), which is kept above 1e-6 of the sum of its terms' magnitudes.
 template <class Inverse>
 Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks, const Inverse& inverse) {
+  if (landmarks.rows() == 0) return Matrix::Zero(p.q.rows(), p.v.cols());  // nothing is kept
   Problem from_landmarks{landmarks, p.k, p.v, {.keep_key = p.mask.keep_key}, p.key_bias};
-  const Matrix b = log_weights(kernel, from_landmarks).array().exp();
+  const Matrix b = log_weights(kernel, from_landmarks).unaryExpr([](double x) { return std::exp(x); });  // 0 at -infinity, unlike Eigen's
   const Matrix f = log_kernel(kernel, p.q, landmarks).array().exp();
   const Matrix z = inverse(Matrix(log_kernel(kernel, landmarks, landmarks).array().exp()));
   Matrix bv = Matrix::Zero(b.rows(), p.v.cols());
@@ -202,12 +243,19 @@ Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks
   if (kernel.normalized) {
     const Vector total = z * b.rowwise().sum();
     const Vector divisor = (f * total).cwiseMax(1e-6 * (f * total.cwiseAbs()));
-    out = divisor.cwiseInverse().asDiagonal() * out;
+    for (Index i = 0; i < out.rows(); ++i) out.row(i) *= divisor[i] == 0 ? 0 : 1 / divisor[i];  // 0 where no key is kept
   }
   for (Index i = 0; i < out.rows(); ++i) {
     if (!kept(p.mask.keep_query, i)) out.row(i).setZero();
   }
   return out;
+}
+
+/// (A~ v) / (A~ 1) for A = exp(scale q k^T): a normalised Gaussian lift whose keys weigh exp(scale |k|^2 / 2).
+inline Matrix lifted_softmax(double scale, Problem p, const Matrix& landmarks, double gamma) {
+  if (p.key_bias.size() == 0) p.key_bias = Vector::Zero(p.k.rows());
+  p.key_bias += scale / 2 * p.k.rowwise().squaredNorm();
+  return skyformer({scale, scale / 2, true}, p, landmarks, [&](const Matrix& a) { return ridge_inverse(a, gamma); });
 }
 
 }  // namespace reference

@@ -152,8 +152,8 @@ Tokens<double> paired_clusters(const test::Shape& s, std::uint64_t seed) {
     cluster[at] = cluster[other];
     cluster[other] = i % 32;
   }
-  x.q += centres(cluster, Eigen::all);
-  x.k += centres(cluster, Eigen::all);
+  x.q += centres(cluster, Eigen::indexing::all);
+  x.k += centres(cluster, Eigen::indexing::all);
   return x;
 }
 
@@ -229,10 +229,10 @@ TYPED_TEST(ShiftedNystromOf, SeesKeptTokensAlone) {
   for (Index i = 0; i < 180; ++i) {
     if (reference::kept(keep, i)) rows.push_back(i);
   }
-  const Matrix<T> q = x.q(rows, Eigen::all), k = x.k(rows, Eigen::all), v = x.v(rows, Eigen::all);
+  const Matrix<T> q = x.q(rows, Eigen::indexing::all), k = x.k(rows, Eigen::indexing::all), v = x.v(rows, Eigen::indexing::all);
   for (const ShiftMode mode : {ShiftMode::paper, ShiftMode::scalar, ShiftMode::row}) {
     const Matrix<T> out = attn::attention(shifted<T>(13, mode), x.q, x.k, x.v, {.keep_key = keep, .keep_query = keep});
-    const Matrix<T> trimmed = attn::attention(shifted<T>(13, mode), q, k, v), kept = out(rows, Eigen::all);
+    const Matrix<T> trimmed = attn::attention(shifted<T>(13, mode), q, k, v), kept = out(rows, Eigen::indexing::all);
     EXPECT_LE(test::relative_error(kept, trimmed.template cast<double>()), sizeof(T) == 4 ? 1e-5 : 1e-12);
   }
 }

@@ -56,6 +56,7 @@ template <class T>
 void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter, std::type_identity_t<MatrixRef<T>> out,
                     Context& context, const Mask& mask = {}) {
   detail::check_conv<T>("depthwise_conv", v, filter.size(), "out", out, mask);
+  detail::check_apart<T>("depthwise_conv", "out", out, "v", v);
   const auto taps = static_cast<Index>(filter.size());
   detail::for_each_row(v.rows(), context, [&](Index i) {
     if (!detail::keeps_row(mask.keep_query, i)) return;
@@ -76,6 +77,8 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
   constexpr std::string_view kName = "depthwise_conv_backward";
   detail::check_conv<T>(kName, v, filter.size(), "dout", dout, mask);
   detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
+  detail::check_apart<T>(kName, "dv", dv, "v", v);
+  detail::check_apart<T>(kName, "dv", dv, "dout", dout);
   if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has ", dfilter.size(), " entries, filter has ", filter.size());
   const auto taps = static_cast<Index>(filter.size());
   detail::for_each_row(v.rows(), context, [&](Index j) {

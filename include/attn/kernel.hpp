@@ -16,6 +16,10 @@ enum class Rows { raw, normalized };
 struct ScoreParameters {
   double scale, bias;
   Rows rows;
+
+  /// Whether kappa is at most 1, as a Gaussian is:
+  /// kappa(q, k) = exp(-scale |q - k|^2 / 2 - (bias - scale / 2) (|q|^2 + |k|^2)).
+  constexpr bool bounded() const { return scale >= 0 && bias >= scale / 2; }
 };
 
 /// softmax(scale q k^T), scale = 1/sqrt(d) unless given. Vaswani et al. 2017, eq. 1.

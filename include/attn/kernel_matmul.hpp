@@ -67,7 +67,7 @@ Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_r
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_finite(kMatmulName, "scale", parameters.scale);
   check_finite(kMatmulName, "bias", parameters.bias);
-  const bool bounded = parameters.scale >= 0 && parameters.bias >= parameters.scale / 2 && in.key_bias.empty();
+  const bool bounded = parameters.bounded() && in.key_bias.empty();
   const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
   return {.in = in,
           .space = {.center = is_gaussian ? choose_center(in, scratch) : nullptr,
@@ -75,6 +75,7 @@ Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_r
                     .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
                     .bias_origin = choose_bias_origin(in)},
           .rows = parameters.rows,
+          .bounded = bounded,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
           .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols())};
 }
@@ -161,8 +162,9 @@ void run_whole(const Product<T>& product, MatrixRef<T> out, std::span<T> lse, Co
 /// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their sum if the
 /// kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key bias.
 /// lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is 0.
-/// Throws std::invalid_argument when shapes disagree or are empty. 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few
-/// queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022, Alg. 1.
+/// Throws std::invalid_argument when shapes disagree or are empty, or out overlaps an input. 2 n_q n_k (d + d_v) flops;
+/// O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022,
+/// Alg. 1.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    std::type_identity_t<std::span<T>> lse, Context& context) {
@@ -190,6 +192,7 @@ void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std:
                            Context& context) {
   detail::check_inputs(detail::kMatmulName, in);
   detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
+  detail::check_apart(detail::kMatmulName, "weighted", states.weighted, in);
   Scratch scratch = context.scratch();
   detail::run_partial(detail::make_product(kernel, in, detail::Maximum::running, scratch), states, context, scratch);
 }

@@ -110,7 +110,7 @@ struct Inputs {
 };
 
 /// Where a backward pass writes the gradients by q (n_q, d), k (n_k, d) and v (n_k, d_v): overwritten, not added to. Must not overlap
-/// the inputs. Dropped queries and keys get zeros.
+/// the inputs or one another. Dropped queries and keys get zeros.
 template <class T>
 struct Gradients {
   MatrixRef<T> dq, dk, dv;

@@ -6,6 +6,10 @@
 #include <cstdlib>
 #include <iostream>
 
+#ifdef CONSUMER_EIGEN_MAJOR
+static_assert(EIGEN_MAJOR_VERSION == CONSUMER_EIGEN_MAJOR, "another Eigen than the one to be tested");
+#endif
+
 int main() {
   attn::Matrix<float> v(2, 1);
   v << 1.0f, 3.0f;

@@ -5,9 +5,12 @@
 #include <attn/matrix.hpp>
 
 #include <cmath>
+#include <functional>
 #include <sstream>
 #include <stdexcept>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 
 namespace attn::detail {
 
@@ -54,7 +57,41 @@ void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>
   if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
 }
 
-/// Shapes of a backward pass agree with those of its inputs.
+/// Whether two views share an element. Their rows are walked only where their memory may meet, as that of two heads'
+/// columns does.
+template <class T>
+bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
+  const auto row = [](const ConstMatrixRef<T>& m, Index i) { return m.data() + i * m.outerStride(); };
+  const std::less_equal<const T*> at_most;
+  if (at_most(row(a, a.rows() - 1) + a.cols(), b.data())) return false;
+  if (at_most(row(b, b.rows() - 1) + b.cols(), a.data())) return false;
+  for (Index i = 0, j = 0; i < a.rows() && j < b.rows();) {
+    if (at_most(row(a, i) + a.cols(), row(b, j))) {
+      ++i;
+    } else if (at_most(row(b, j) + b.cols(), row(a, i))) {
+      ++j;
+    } else {
+      return true;
+    }
+  }
+  return false;
+}
+
+/// A result does not overlap what is read, or written, beside it.
+template <class T>
+void check_apart(std::string_view who, const char* name, const MatrixRef<T>& result, const char* other_name,
+                 const std::type_identity_t<ConstMatrixRef<T>>& other) {
+  if (overlap<T>(result, other)) refuse(who, name, " overlaps ", other_name);
+}
+
+template <class T>
+void check_apart(std::string_view who, const char* name, const MatrixRef<T>& result, const Inputs<T>& in) {
+  check_apart(who, name, result, "q", in.q);
+  check_apart(who, name, result, "k", in.k);
+  check_apart(who, name, result, "v", in.v);
+}
+
+/// Shapes of a backward pass agree with those of its inputs, and the gradients overlap nothing.
 template <class T>
 void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
                     const Gradients<T>& gradients) {
@@ -64,13 +101,24 @@ void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrix
   check_shape(who, "dq", gradients.dq, in.q.rows(), in.q.cols());
   check_shape(who, "dk", gradients.dk, in.k.rows(), in.k.cols());
   check_shape(who, "dv", gradients.dv, in.v.rows(), in.v.cols());
+  const std::pair<const char*, const MatrixRef<T>&> results[] = {
+      {"dq", gradients.dq}, {"dk", gradients.dk}, {"dv", gradients.dv}};
+  for (const auto& [name, result] : results) {
+    check_apart(who, name, result, in);
+    check_apart(who, name, result, "out", out);
+    check_apart(who, name, result, "dout", dout);
+  }
+  check_apart(who, "dk", gradients.dk, "dq", gradients.dq);
+  check_apart(who, "dv", gradients.dv, "dq", gradients.dq);
+  check_apart(who, "dv", gradients.dv, "dk", gradients.dk);
 }
 
-/// Shapes of inputs agree with one another, and out has the shape of the result.
+/// Shapes of inputs agree with one another, and out has the shape of the result and overlaps none of them.
 template <class T>
 void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
   check_inputs(who, in);
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
+  check_apart(who, "out", out, in);
 }
 
 /// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.

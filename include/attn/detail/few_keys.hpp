@@ -165,10 +165,11 @@ class FewKeysRunner {
     for (Index first = 0; first < kWidth; first += kLanes<T>) {
       if (product_.maximum == Maximum::fixed) {
         set_fixed_maxima(first);
+        for (Index i = first; i < first + kLanes<T>; i += kRows) weigh_rows<Maximum::fixed>(i);
       } else {
         set_maxima(first);
+        for (Index i = first; i < first + kLanes<T>; i += kRows) weigh_rows<Maximum::running>(i);
       }
-      for (Index i = first; i < first + kLanes<T>; i += kRows) weigh_rows(i);
       store(sum_ + first, reduce_rows([](auto a, auto b) { return a + b; }));
     }
   }
@@ -198,7 +199,8 @@ class FewKeysRunner {
     store(maximum_ + first, reduce_rows([](auto a, auto b) { return max(a, b); }));
   }
 
-  /// Of rows i to i + kRows.
+  /// Of rows i to i + kRows. No score is above a fixed maximum but by rounding (see weigh).
+  template <Maximum kMaximum>
   void weigh_rows(Index i) {
     Packet<T> total[extent(kRows)];
     unroll<kRows>([&](auto r) __attribute__((always_inline)) { total[r] = broadcast(T(0)); });
@@ -206,7 +208,9 @@ class FewKeysRunner {
     for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
       unroll<kRows>([&](auto r) __attribute__((always_inline)) {
         T* to = row + r * scores_.cols() + j;
-        const auto weight = exp2(load(to) - broadcast(maximum_[i + r]));
+        auto exponent = load(to) - broadcast(maximum_[i + r]);
+        if constexpr (kMaximum == Maximum::fixed) exponent = min(exponent, broadcast(T(0)));
+        const auto weight = exp2(exponent);
         total[r] = total[r] + weight;
         store(to, weight);
       });

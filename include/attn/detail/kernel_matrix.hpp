@@ -8,6 +8,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <limits>
 #include <numbers>
 #include <span>
 
@@ -55,8 +56,9 @@ void weigh_row(T* row, Index n, Rows rows) {
   for (Index j = 0; j < n; ++j) row[j] /= total;
 }
 
-/// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized. Distances are
-/// measured from the first row of y, which keeps digits.
+/// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized.
+/// Distances are measured from the first row of y, which keeps digits. Where kappa is at most 1, rounding does not lift
+/// it above that.
 template <ScoreKernel Kernel, class T>
 void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out, Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());
@@ -65,10 +67,14 @@ void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const Const
   MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
   const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;
   const auto norms_from = copy_centered(x, origin, from, scratch), norms_to = copy_centered(y, origin, to, scratch);
+  const T largest = parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity();
   gemm<T, Left::row_major, Right::transposed>(scale, from, to, 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
     T* row = out.data() + i * out.outerStride();
-    for (Index j = 0; j < out.cols(); ++j) row[j] -= bias * (norms_from[static_cast<std::size_t>(i)] + norms_to[static_cast<std::size_t>(j)]);
+    for (Index j = 0; j < out.cols(); ++j) {
+      row[j] -= bias * (norms_from[static_cast<std::size_t>(i)] + norms_to[static_cast<std::size_t>(j)]);
+      row[j] = std::min(row[j], largest);
+    }
     weigh_row(row, out.cols(), parameters.rows);
   }
 }

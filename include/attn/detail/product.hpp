@@ -8,16 +8,19 @@
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
+#include <algorithm>
 #include <limits>
 #include <numbers>
 
 namespace attn::detail {
 
+/// bounded: no weight is above 1.
 template <class T>
 struct Product {
   const Inputs<T>& in;
   KeySpace<T> space;
   Rows rows;
+  bool bounded;
   Maximum maximum;
   Partition partition;
 
@@ -39,7 +42,8 @@ struct Product {
   T absolute_maximum(T relative, T sum, T query_bias) const {
     if (maximum == Maximum::fixed) return 0;
     if (sum == 0) return kNoMaximum<T>;
-    return relative + query_bias + std::numbers::log2e_v<T> * space.bias_origin;
+    const T absolute = relative + query_bias + std::numbers::log2e_v<T> * space.bias_origin;
+    return bounded && rows == Rows::raw ? std::min(absolute, T(0)) : absolute;
   }
 
   /// What the weighted sums of so many queries, a multiple of kLanes, are multiplied by at the end.

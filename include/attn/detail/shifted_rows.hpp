@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <span>
 
@@ -168,6 +169,8 @@ struct ShiftedRows {
       const T of_owner = row[owner] + factors.log_others[static_cast<std::size_t>(owner)];
       for (Index c = 0; c < m; ++c) row[c] += factors.log_length[static_cast<std::size_t>(c)];
       row[owner] = of_owner;
+      // The variance's term may overflow.
+      for (Index c = 0; c < m; ++c) row[c] = std::min(row[c], std::numeric_limits<T>::max());
       const T top = std::max(own, row_maximum(row, m));
       for (Index c = 0; c < m; ++c) row[c] -= top;
       weigh_row(row, m, Rows::raw);

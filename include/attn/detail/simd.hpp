@@ -76,14 +76,28 @@ inline Packet<T> operator/(Packet<T> a, Packet<T> b) {
 template <class T>
 inline Packet<T> max(Packet<T> a, Packet<T> b) {
 #if defined(__SSE2__)
-  return {
-      Eigen::internal::pmax(a.raw, b.raw)};  // one instruction, where the compilers make a comparison and a selection of the below
+  return {Eigen::internal::pmax(a.raw, b.raw)};  // one instruction; the compilers make two of what follows
 #else
   if constexpr (kLanes<T> == 1) {
     return a.raw < b.raw ? b : a;
   } else {
     const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
     return std::bit_cast<Packet<T>>(x < y ? y : x);
+  }
+#endif
+}
+
+/// The smaller of a and b, lane by lane; a where either is NaN.
+template <class T>
+inline Packet<T> min(Packet<T> a, Packet<T> b) {
+#if defined(__SSE2__)
+  return {Eigen::internal::pmin(a.raw, b.raw)};
+#else
+  if constexpr (kLanes<T> == 1) {
+    return b.raw < a.raw ? b : a;
+  } else {
+    const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
+    return std::bit_cast<Packet<T>>(y < x ? y : x);
   }
 #endif
 }

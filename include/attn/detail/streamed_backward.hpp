@@ -64,9 +64,10 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
   return sum(zero) == 0;
 }
 
-/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys.
+/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. largest: log2 of what no
+/// weight exceeds, but for rounding.
 template <int kPackets, class T>
-[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot) {
+[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, T largest) {
   Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
@@ -74,7 +75,7 @@ template <int kPackets, class T>
   });
   for (Index j = 0; j < count; ++j, scores += kPackets * kLanes<T>, slopes += kPackets * kLanes<T>) {
     unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
-      const auto weight = exp2(load(scores + p * kLanes<T>) - divisor[p]);
+      const auto weight = exp2(min(load(scores + p * kLanes<T>) - divisor[p], broadcast(largest)));
       store(scores + p * kLanes<T>, weight);
       store(slopes + p * kLanes<T>, weight * (load(slopes + p * kLanes<T>) - dots[p]));
     });
@@ -167,6 +168,9 @@ class BackwardRunner {
 
   bool has_bias() const { return product_.space.bias != 0; }
 
+  /// log2 of it; what overflows is infinite.
+  T largest_weight() const { return product_.bounded || product_.rows == Rows::normalized ? T(0) : Exp2<T>::kBias + 1; }
+
   void load_strip(Lanes& strip, Index s) const {
     const Range packets = product_.partition.packets_of_strip(s);
     strip.packets = static_cast<int>(packets.last - packets.first);
@@ -225,7 +229,7 @@ class BackwardRunner {
                               .rows = nullptr, .first = 0, .count = count};
       score_keys<packets>(tile, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
       score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      weigh_slopes<packets>(scores_, slopes_, count, strip.log_divisor, strip.dot);
+      weigh_slopes<packets>(scores_, slopes_, count, strip.log_divisor, strip.dot, largest_weight());
       if (seen_by_all < count) {
         hide_future(strip, tile, seen_by_all, count, limit);
         if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);

@@ -74,8 +74,12 @@ template <int kPackets, class T>
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
 }
 
-/// Turns a panel of scores into weights relative to maximum, and adds them to sum.
-template <int kPackets, class T>
+/// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
+enum class Maximum { running, fixed };
+
+/// Turns a panel of scores into weights relative to maximum, and adds them to sum. A fixed maximum also limits scores
+/// that rounding lifts above it: where the last digit of |q|^2 is above 1, their weights could be any numbers.
+template <int kPackets, Maximum kMaximum, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T* sum) {
   Packet<T> top[extent(kPackets)], total[extent(kPackets)];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
@@ -84,7 +88,9 @@ template <int kPackets, class T>
   });
   for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
     unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
-      const auto weight = exp2(load(panel + p * kLanes<T>) - top[p]);
+      auto exponent = load(panel + p * kLanes<T>) - top[p];
+      if constexpr (kMaximum == Maximum::fixed) exponent = min(exponent, broadcast(T(0)));
+      const auto weight = exp2(exponent);
       total[p] = total[p] + weight;
       store(panel + p * kLanes<T>, weight);
     });
@@ -119,9 +125,6 @@ inline void with_packets(int packets, const Body& body) {
   body(std::integral_constant<int, 1>{});
 }
 
-/// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
-enum class Maximum { running, fixed };
-
 /// Feeds strips with tiles of keys. One for each worker: it owns the panel of weights and a few rows of statistics.
 template <class T>
 class StripKernel {
@@ -145,7 +148,11 @@ class StripKernel {
       score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
       if (seen_by_all < count) hide_future(strip, tile, seen_by_all, count, limit);
       raise_maximum(strip);
-      weigh<packets>(panel_, count, strip.state.maximum, strip.state.sum);
+      if (maximum_ == Maximum::fixed) {
+        weigh<packets, Maximum::fixed>(panel_, count, strip.state.maximum, strip.state.sum);
+      } else {
+        weigh<packets, Maximum::running>(panel_, count, strip.state.maximum, strip.state.sum);
+      }
       if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values<packets>(strip, tile, count, limit);
       add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, strip.state.weighted, upcoming[1]);
     });
