@@ -1,3 +1,4 @@
+#include "common/frozen_shift.hpp"
 #include "compare/mean_of_values.hpp"
 #include "compare/measure.hpp"
 #include "compare/methods.hpp"
@@ -9,9 +10,11 @@
 
 #include "npy_file.hpp"
 
+#include <Eigen/Eigenvalues>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -220,6 +223,108 @@ TEST(Compare, AveragesHeadsAndKeepsTheWorst) {
   EXPECT_EQ(row_of(comparison, "gaussian", 0).error, 0);
   EXPECT_EQ(row_of(comparison, "softmax", 0).speed_up, 1);
   EXPECT_TRUE(comparison.not_supported.empty());
+}
+
+/// The dense matrix of an operator.
+template <class Operator>
+Matrix<float> dense(const Operator& op) {
+  attn::Context context;
+  const Matrix<float> eye = Matrix<float>::Identity(op.cols(), op.cols());
+  Matrix<float> a(op.rows(), op.cols());
+  op.apply(eye, a, context);
+  return a;
+}
+
+template <class Operator>
+void expect_transpose(const Operator& op) {
+  attn::Context context;
+  const Matrix<float> eye = Matrix<float>::Identity(op.rows(), op.rows());
+  Matrix<float> transposed(op.cols(), op.rows());
+  op.apply_transpose(eye, transposed, context);
+  EXPECT_LE((transposed.transpose() - dense(op)).norm(), 1e-5F * transposed.norm());
+}
+
+TEST(MeanOfValues, AsAnOperator) {
+  const auto x = families::make_tokens<float>(families::Family::unit, {30, 40, 4, 5});
+  std::vector<std::uint8_t> keep_key(40, 1), keep_query(30, 1);
+  for (const std::size_t i : {0U, 1U, 7U}) keep_key[i] = keep_query[i + 3] = 0;
+  keep_query[20] = 0;
+  for (const attn::Mask& mask : {attn::Mask{}, attn::Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    const attn::Inputs<float> in{x.q, x.k, x.v, mask};
+    EXPECT_LE((dense(MeanOperator(in)) * x.v - mean_of_values(in)).norm(), 1e-5F);
+    expect_transpose(MeanOperator(in));
+  }
+}
+
+TEST(FrozenShift, IsTheMethodAtItsOwnValuesAndLinear) {
+  const auto x = families::make_tokens<float>(families::Family::self, {70, 70, 8, 6});
+  std::vector<std::uint8_t> keep(70, 1);
+  for (const std::size_t i : {0U, 9U, 69U}) keep[i] = 0;
+  attn::Context context;
+  for (const attn::ShiftMode mode : {attn::ShiftMode::row, attn::ShiftMode::scalar}) {
+    for (const Index m : {12, 70}) {  // 70: exact
+      const attn::SegmentMeans landmarks{.num_landmarks = m};
+      const attn::SpectralShift shift{.mode = mode};
+      const attn::Mask mask{.keep_key = keep, .keep_query = keep};
+      const FrozenShift<float> frozen(landmarks, shift, attn::Inputs<float>{x.q, x.k, x.v, mask}, context);
+      const Matrix<float> out = attn::attention(attn::ShiftedNystrom<float>(landmarks, shift), x.q, x.k, x.v, mask);
+      EXPECT_LE((dense(frozen) * x.v - out).norm(), 1e-5F * out.norm());
+      expect_transpose(frozen);
+      const Matrix<float> plain = attn::attention(attn::Nystrom<float>(landmarks), x.q, x.k, x.v, mask);
+      EXPECT_EQ((out - plain).norm() > 0.1F * out.norm(), m == 12);  // there is a shift to freeze
+    }
+  }
+}
+
+TEST(Compare, MeasuresTheSpectralErrorOfTheWorstHead) {
+  std::vector<float> queries = numbers(480, 0);
+  for (std::size_t i = 0; i < 240; ++i) queries[i] *= 4;  // the first head is the harder one
+  const NpyFile q = float_file("(2, 60, 4)", queries), k = float_file("(2, 60, 4)", numbers(480, 1));
+  const NpyFile v = float_file("(2, 60, 3)", numbers(360, 2));
+  const Options options = options_for(q, k, v);
+  const Sequences s = load(options);
+  const Comparison comparison = compare(options, s);
+  const Matrix<float> eye = Matrix<float>::Identity(60, 60);
+  const auto expect_spectral = [&](const std::string& name, Index m, const auto& approximation, const auto& exact) {
+    double worst = 0;
+    for (Index head = 0; head < 2; ++head) {
+      const attn::Inputs<float> in = s.inputs(head);
+      const Matrix<double> target = attn::attention(exact, in.q, in.k, eye).template cast<double>();
+      const Matrix<double> difference = approximation(in).template cast<double>() - target;
+      worst = std::max(worst, difference.operatorNorm() / target.operatorNorm());
+    }
+    EXPECT_NEAR(row_of(comparison, name, m).spectral / worst, 1, 0.02) << name;
+  };
+  const attn::SoftmaxAttention<float> softmax;
+  const attn::UniformSample sample{.num_landmarks = 4, .seed = 0};
+  expect_spectral(
+      "mean(v)", 0, [](const auto&) { return Matrix<float>::Constant(60, 60, 1 / 60.0F).eval(); }, softmax);
+  expect_spectral(
+      "nystrom", 4,
+      [&](const auto& in) {
+        return attn::attention(attn::Nystrom<float>(attn::SegmentMeans{.num_landmarks = 4}), in.q, in.k, eye);
+      },
+      softmax);
+  expect_spectral(
+      "shifted-nystrom", 4,
+      [&](const auto& in) {
+        attn::Context context;
+        return dense(FrozenShift<float>({.num_landmarks = 4}, {}, in, context));
+      },
+      softmax);
+  expect_spectral(
+      "skyformer", 4, [&](const auto& in) { return attn::attention(attn::Skyformer<float>(sample), in.q, in.k, eye); },
+      attn::GaussianAttention<float>{});
+  EXPECT_EQ(row_of(comparison, "softmax", 0).spectral, 0);
+}
+
+TEST(Compare, LeavesTheSpectralErrorOutWhereThereIsNoTimeForIt) {
+  Options options;
+  options.n = 50;
+  options.d = 4;
+  options.landmarks = {4};
+  options.spectral_seconds = 0;
+  for (const Row& row : compare(options, load(options)).rows) EXPECT_TRUE(std::isnan(row.spectral));
 }
 
 TEST(Compare, ListsMethodsThatDoNotTakeTheMask) {
