@@ -45,7 +45,7 @@ std::string text_of(const Table& table) {
     std::vector<std::string>& line = lines.emplace_back();
     for (const auto& label : row.labels) line.push_back(cell(label.second));
     for (const Figure& figure : row.figures) line.push_back(number("%.3g", bench::spread(figure.samples).median));
-    line.push_back(number("%.0f %%", 100 * widest(row)));
+    line.push_back(widest(row) > 10 ? "> 1000 %" : number("%.0f %%", 100 * widest(row)));
   }
   return table.title + "\n\n" + ::table(lines);
 }
