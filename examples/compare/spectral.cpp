@@ -63,15 +63,16 @@ double SpectralErrors::largest(double milliseconds, const MatrixOfHead& matrix_o
   return error;
 }
 
-/// How many steps a row's share pays for, of a method that takes so long. A step has two products with the exact
-/// matrix, of fewer columns than v may have, and about six times the method's work, its backward pass included. None
-/// where a mask is causal, which no operator of exact attention takes.
+/// How many steps a row can take, of a method that takes so long: at most twice an equal share of the time that is
+/// left, for few rows need theirs. A step has two products with the exact matrix, of fewer columns than v may have, and
+/// about five times the method's work, its backward pass included. None where a mask is causal, which no operator of
+/// exact attention takes.
 int SpectralErrors::affordable_steps(double milliseconds) const {
   constexpr double kMost = 30;
   if (s_.causal != attn::Causal::none) return 0;
   const auto columns = [&](Index of_values) { return static_cast<double>(s_.d + of_values); };
-  const double step = 2 * exact_ms_ * columns(1 + kOversampling) / columns(s_.d_v) + 6 * milliseconds;
-  const double share = 1e3 * seconds_left_ / static_cast<double>(rows_left_);
+  const double step = 2 * exact_ms_ * columns(1 + kOversampling) / columns(s_.d_v) + 5 * milliseconds;
+  const double share = 1e3 * seconds_left_ * std::min(1.0, 2.0 / static_cast<double>(rows_left_));
   return static_cast<int>(std::min(kMost, share / step));
 }
 
