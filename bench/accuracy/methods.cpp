@@ -30,12 +30,11 @@ Matrix<float> method_matrix(std::string_view name, Index num_landmarks, std::uin
 Matrix<float> shifted_matrix(attn::ShiftMode mode, Index num_landmarks, const Tokens<float>& tokens) {
   attn::Context context;
   const attn::SegmentMeans landmarks{.num_landmarks = num_landmarks};
-  const attn::SpectralShift shift{.mode = mode};
   if (mode == attn::ShiftMode::row) {
     const attn::Inputs<float> in{tokens.q, tokens.k, tokens.v};
-    return matrix_of(FrozenShift<float>(landmarks, shift, in, context), context);
+    return matrix_of(FrozenShift<float>(landmarks, in, context), context);
   }
-  const attn::ShiftedNystrom<float> method(landmarks, shift);
+  const attn::ShiftedNystrom<float> method(landmarks, {.mode = mode});
   return matrix_of(attn::ApproximatorOperator(method, tokens.q, tokens.k), context);
 }
 

@@ -3,7 +3,6 @@
 
 #include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
-#include <attn/core.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>
 #include <attn/nystrom.hpp>
@@ -12,22 +11,19 @@
 #include <utility>
 #include <vector>
 
-/// ShiftedNystrom, whose gate depends on v, with the gate frozen at one v: diag(scale) N + diag(shift), N the matrix of
-/// Nystrom with as many landmarks and iterations. Applied to that v it is ShiftedNystrom's result, up to rounding.
-/// Modes row and scalar; q, k (n, d) are views that must outlive it, as must the mask. Throws what ShiftedNystrom
-/// throws.
+/// ShiftedNystrom in its default mode, whose gate depends on v, with the gate frozen at one v: diag(scale) N +
+/// diag(shift), N the matrix of Nystrom with as many landmarks. Applied to that v it is ShiftedNystrom's result, up to
+/// rounding. q, k (n, d) are views that must outlive it, as must the mask. Throws what ShiftedNystrom throws.
 template <class T>
 class FrozenShift {
  public:
   using Scalar = T;
 
-  FrozenShift(attn::SegmentMeans landmarks, attn::SpectralShift shift, const attn::Inputs<T>& in,
-              attn::Context& context)
-      : nystrom_(attn::Nystrom<T>(landmarks, attn::IterativePinv{.iterations = shift.iterations}), in.q, in.k,
-                 in.mask) {
+  FrozenShift(attn::SegmentMeans landmarks, const attn::Inputs<T>& in, attn::Context& context)
+      : nystrom_(attn::Nystrom<T>(landmarks), in.q, in.k, in.mask) {
     typename attn::ShiftedNystrom<T>::Saved saved;
     attn::Matrix<T> out(in.q.rows(), in.v.cols());
-    attn::ShiftedNystrom<T>(landmarks, shift).forward(in, out, context, saved);
+    attn::ShiftedNystrom<T>(landmarks).forward(in, out, context, saved);
     if (saved.nystrom.exact) return;
     scale_ = std::move(saved.scale);
     shift_ = std::move(saved.shift);

@@ -1,4 +1,3 @@
-#include "common/frozen_shift.hpp"
 #include "compare/mean_of_values.hpp"
 #include "compare/measure.hpp"
 #include "compare/methods.hpp"
@@ -201,13 +200,15 @@ TEST(Compare, AveragesHeadsAndKeepsTheWorst) {
   const Options options = options_for(q, k, v);
   const Sequences s = load(options);
   const Comparison comparison = compare(options, s);
-  const attn::Skyformer<float> skyformer(attn::UniformSample{.num_landmarks = 4, .seed = 0});
+  const auto skyformer = make_method(facts_of("skyformer"), 4, 0);
   double total = 0, worst = 0, total_softmax = 0;
   for (Index head = 0; head < 2; ++head) {
     const attn::Inputs<float> in = s.inputs(head);
     const Matrix<double> out = attn::attention(skyformer, in.q, in.k, in.v).cast<double>();
-    const Matrix<double> gaussian = attn::attention(attn::GaussianAttention<float>{}, in.q, in.k, in.v).cast<double>();
-    const Matrix<double> softmax = attn::attention(attn::SoftmaxAttention<float>{}, in.q, in.k, in.v).cast<double>();
+    const Matrix<double> gaussian =
+        attn::attention(make_method(facts_of("gaussian"), 0, 0), in.q, in.k, in.v).cast<double>();
+    const Matrix<double> softmax =
+        attn::attention(make_method(facts_of("softmax"), 0, 0), in.q, in.k, in.v).cast<double>();
     const double error = (out - gaussian).norm() / gaussian.norm();
     total += error;
     if (head == 0) worst = error;
@@ -260,19 +261,16 @@ TEST(FrozenShift, IsTheMethodAtItsOwnValuesAndLinear) {
   const auto x = families::make_tokens<float>(families::Family::self, {70, 70, 8, 6});
   std::vector<std::uint8_t> keep(70, 1);
   for (const std::size_t i : {0U, 9U, 69U}) keep[i] = 0;
+  const attn::Mask mask{.keep_key = keep, .keep_query = keep};
   attn::Context context;
-  for (const attn::ShiftMode mode : {attn::ShiftMode::row, attn::ShiftMode::scalar}) {
-    for (const Index m : {12, 70}) {  // 70: exact
-      const attn::SegmentMeans landmarks{.num_landmarks = m};
-      const attn::SpectralShift shift{.mode = mode};
-      const attn::Mask mask{.keep_key = keep, .keep_query = keep};
-      const FrozenShift<float> frozen(landmarks, shift, attn::Inputs<float>{x.q, x.k, x.v, mask}, context);
-      const Matrix<float> out = attn::attention(attn::ShiftedNystrom<float>(landmarks, shift), x.q, x.k, x.v, mask);
-      EXPECT_LE((dense(frozen) * x.v - out).norm(), 1e-5F * out.norm());
-      expect_transpose(frozen);
-      const Matrix<float> plain = attn::attention(attn::Nystrom<float>(landmarks), x.q, x.k, x.v, mask);
-      EXPECT_EQ((out - plain).norm() > 0.1F * out.norm(), m == 12);  // there is a shift to freeze
-    }
+  for (const Index m : {12, 70}) {  // 70: exact
+    const MethodFacts &shifted = facts_of("shifted-nystrom"), &nystrom = facts_of("nystrom");
+    const AnyOperator frozen = matrix_of(shifted, m, 0, {x.q, x.k, x.v, mask}, context);
+    const Matrix<float> out = attn::attention(make_method(shifted, m, 0), x.q, x.k, x.v, mask);
+    EXPECT_LE((dense(frozen) * x.v - out).norm(), 1e-5F * out.norm());
+    expect_transpose(frozen);
+    const Matrix<float> plain = attn::attention(make_method(nystrom, m, 0), x.q, x.k, x.v, mask);
+    EXPECT_EQ((out - plain).norm() > 0.1F * out.norm(), m == 12);  // there is a shift to freeze
   }
 }
 
@@ -285,36 +283,33 @@ TEST(Compare, MeasuresTheSpectralErrorOfTheWorstHead) {
   const Sequences s = load(options);
   const Comparison comparison = compare(options, s);
   const Matrix<float> eye = Matrix<float>::Identity(60, 60);
-  const auto expect_spectral = [&](const std::string& name, Index m, const auto& approximation, const auto& exact) {
+  const auto expect_spectral = [&](const std::string& name, Index m, const auto& matrix, const std::string& target) {
     double worst = 0;
     for (Index head = 0; head < 2; ++head) {
       const attn::Inputs<float> in = s.inputs(head);
-      const Matrix<double> target = attn::attention(exact, in.q, in.k, eye).template cast<double>();
-      const Matrix<double> difference = approximation(in).template cast<double>() - target;
-      worst = std::max(worst, difference.operatorNorm() / target.operatorNorm());
+      const Matrix<double> exact =
+          attn::attention(make_method(facts_of(target), 0, 0), in.q, in.k, eye).template cast<double>();
+      const Matrix<double> difference = matrix(in).template cast<double>() - exact;
+      worst = std::max(worst, difference.operatorNorm() / exact.operatorNorm());
     }
     EXPECT_NEAR(row_of(comparison, name, m).spectral / worst, 1, 0.02) << name;
   };
-  const attn::SoftmaxAttention<float> softmax;
-  const attn::UniformSample sample{.num_landmarks = 4, .seed = 0};
-  expect_spectral(
-      "mean(v)", 0, [](const auto&) { return Matrix<float>::Constant(60, 60, 1 / 60.0F).eval(); }, softmax);
-  expect_spectral(
-      "nystrom", 4,
-      [&](const auto& in) {
-        return attn::attention(attn::Nystrom<float>(attn::SegmentMeans{.num_landmarks = 4}), in.q, in.k, eye);
-      },
-      softmax);
-  expect_spectral(
-      "shifted-nystrom", 4,
-      [&](const auto& in) {
-        attn::Context context;
-        return dense(FrozenShift<float>({.num_landmarks = 4}, {}, in, context));
-      },
-      softmax);
-  expect_spectral(
-      "skyformer", 4, [&](const auto& in) { return attn::attention(attn::Skyformer<float>(sample), in.q, in.k, eye); },
-      attn::GaussianAttention<float>{});
+  const auto of_method = [&](const std::string& name) {
+    return [&eye, name](const attn::Inputs<float>& in) {
+      return attn::attention(make_method(facts_of(name), 4, 0), in.q, in.k, eye);
+    };
+  };
+  const auto frozen = [](const attn::Inputs<float>& in) {
+    attn::Context context;
+    return dense(matrix_of(facts_of("shifted-nystrom"), 4, 0, in, context));
+  };
+  const auto mean = [](const attn::Inputs<float>&) -> Matrix<float> {
+    return Matrix<float>::Constant(60, 60, 1 / 60.0F);
+  };
+  expect_spectral("mean(v)", 0, mean, "softmax");
+  expect_spectral("nystrom", 4, of_method("nystrom"), "softmax");
+  expect_spectral("shifted-nystrom", 4, frozen, "softmax");
+  expect_spectral("skyformer", 4, of_method("skyformer"), "gaussian");
   EXPECT_EQ(row_of(comparison, "softmax", 0).spectral, 0);
 }
 

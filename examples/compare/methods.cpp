@@ -70,7 +70,7 @@ AnyOperator matrix_of(const MethodFacts& method, attn::Index num_landmarks, std:
   if (method.exact)
     return AnyOperator(attn::ExactOperator<float, attn::GaussianKernel>({}, in.q, in.k, in.mask, context));
   if (method.name == attn::ShiftedNystrom<float>::kName)
-    return AnyOperator(FrozenShift<float>({.num_landmarks = num_landmarks}, {}, in, context));
+    return AnyOperator(FrozenShift<float>({.num_landmarks = num_landmarks}, in, context));
   return AnyOperator(attn::ApproximatorOperator(make_method(method, num_landmarks, seed), in.q, in.k, in.mask));
 }
 
