@@ -9,9 +9,11 @@
 
 #include "npy_file.hpp"
 
+#include <Eigen/Eigenvalues>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -198,13 +200,15 @@ TEST(Compare, AveragesHeadsAndKeepsTheWorst) {
   const Options options = options_for(q, k, v);
   const Sequences s = load(options);
   const Comparison comparison = compare(options, s);
-  const attn::Skyformer<float> skyformer(attn::UniformSample{.num_landmarks = 4, .seed = 0});
+  const auto skyformer = make_method(facts_of("skyformer"), 4, 0);
   double total = 0, worst = 0, total_softmax = 0;
   for (Index head = 0; head < 2; ++head) {
     const attn::Inputs<float> in = s.inputs(head);
     const Matrix<double> out = attn::attention(skyformer, in.q, in.k, in.v).cast<double>();
-    const Matrix<double> gaussian = attn::attention(attn::GaussianAttention<float>{}, in.q, in.k, in.v).cast<double>();
-    const Matrix<double> softmax = attn::attention(attn::SoftmaxAttention<float>{}, in.q, in.k, in.v).cast<double>();
+    const Matrix<double> gaussian =
+        attn::attention(make_method(facts_of("gaussian"), 0, 0), in.q, in.k, in.v).cast<double>();
+    const Matrix<double> softmax =
+        attn::attention(make_method(facts_of("softmax"), 0, 0), in.q, in.k, in.v).cast<double>();
     const double error = (out - gaussian).norm() / gaussian.norm();
     total += error;
     if (head == 0) worst = error;
@@ -220,6 +224,102 @@ TEST(Compare, AveragesHeadsAndKeepsTheWorst) {
   EXPECT_EQ(row_of(comparison, "gaussian", 0).error, 0);
   EXPECT_EQ(row_of(comparison, "softmax", 0).speed_up, 1);
   EXPECT_TRUE(comparison.not_supported.empty());
+}
+
+/// The dense matrix of an operator.
+template <class Operator>
+Matrix<float> dense(const Operator& op) {
+  attn::Context context;
+  const Matrix<float> eye = Matrix<float>::Identity(op.cols(), op.cols());
+  Matrix<float> a(op.rows(), op.cols());
+  op.apply(eye, a, context);
+  return a;
+}
+
+template <class Operator>
+void expect_transpose(const Operator& op) {
+  attn::Context context;
+  const Matrix<float> eye = Matrix<float>::Identity(op.rows(), op.rows());
+  Matrix<float> transposed(op.cols(), op.rows());
+  op.apply_transpose(eye, transposed, context);
+  EXPECT_LE((transposed.transpose() - dense(op)).norm(), 1e-5F * transposed.norm());
+}
+
+TEST(MeanOfValues, AsAnOperator) {
+  const auto x = families::make_tokens<float>(families::Family::unit, {30, 40, 4, 5});
+  std::vector<std::uint8_t> keep_key(40, 1), keep_query(30, 1);
+  for (const std::size_t i : {0U, 1U, 7U}) keep_key[i] = keep_query[i + 3] = 0;
+  keep_query[20] = 0;
+  for (const attn::Mask& mask : {attn::Mask{}, attn::Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    const attn::Inputs<float> in{x.q, x.k, x.v, mask};
+    EXPECT_LE((dense(MeanOperator(in)) * x.v - mean_of_values(in)).norm(), 1e-5F);
+    expect_transpose(MeanOperator(in));
+  }
+}
+
+TEST(FrozenShift, IsTheMethodAtItsOwnValuesAndLinear) {
+  const auto x = families::make_tokens<float>(families::Family::self, {70, 70, 8, 6});
+  std::vector<std::uint8_t> keep(70, 1);
+  for (const std::size_t i : {0U, 9U, 69U}) keep[i] = 0;
+  const attn::Mask mask{.keep_key = keep, .keep_query = keep};
+  attn::Context context;
+  for (const Index m : {12, 70}) {  // 70: exact
+    const MethodFacts &shifted = facts_of("shifted-nystrom"), &nystrom = facts_of("nystrom");
+    const AnyOperator frozen = matrix_of(shifted, m, 0, {x.q, x.k, x.v, mask}, context);
+    const Matrix<float> out = attn::attention(make_method(shifted, m, 0), x.q, x.k, x.v, mask);
+    EXPECT_LE((dense(frozen) * x.v - out).norm(), 1e-5F * out.norm());
+    expect_transpose(frozen);
+    const Matrix<float> plain = attn::attention(make_method(nystrom, m, 0), x.q, x.k, x.v, mask);
+    EXPECT_EQ((out - plain).norm() > 0.1F * out.norm(), m == 12);  // there is a shift to freeze
+  }
+}
+
+TEST(Compare, MeasuresTheSpectralErrorOfTheWorstHead) {
+  std::vector<float> queries = numbers(480, 0);
+  for (std::size_t i = 0; i < 240; ++i) queries[i] *= 4;  // the first head is the harder one
+  const NpyFile q = float_file("(2, 60, 4)", queries), k = float_file("(2, 60, 4)", numbers(480, 1));
+  const NpyFile v = float_file("(2, 60, 3)", numbers(360, 2));
+  const Options options = options_for(q, k, v);
+  const Sequences s = load(options);
+  const Comparison comparison = compare(options, s);
+  const Matrix<float> eye = Matrix<float>::Identity(60, 60);
+  const auto expect_spectral = [&](const std::string& name, Index m, const auto& matrix, const std::string& target) {
+    double worst = 0;
+    for (Index head = 0; head < 2; ++head) {
+      const attn::Inputs<float> in = s.inputs(head);
+      const Matrix<double> exact =
+          attn::attention(make_method(facts_of(target), 0, 0), in.q, in.k, eye).template cast<double>();
+      const Matrix<double> difference = matrix(in).template cast<double>() - exact;
+      worst = std::max(worst, difference.operatorNorm() / exact.operatorNorm());
+    }
+    EXPECT_NEAR(row_of(comparison, name, m).spectral / worst, 1, 0.02) << name;
+  };
+  const auto of_method = [&](const std::string& name) {
+    return [&eye, name](const attn::Inputs<float>& in) {
+      return attn::attention(make_method(facts_of(name), 4, 0), in.q, in.k, eye);
+    };
+  };
+  const auto frozen = [](const attn::Inputs<float>& in) {
+    attn::Context context;
+    return dense(matrix_of(facts_of("shifted-nystrom"), 4, 0, in, context));
+  };
+  const auto mean = [](const attn::Inputs<float>&) -> Matrix<float> {
+    return Matrix<float>::Constant(60, 60, 1 / 60.0F);
+  };
+  expect_spectral("mean(v)", 0, mean, "softmax");
+  expect_spectral("nystrom", 4, of_method("nystrom"), "softmax");
+  expect_spectral("shifted-nystrom", 4, frozen, "softmax");
+  expect_spectral("skyformer", 4, of_method("skyformer"), "gaussian");
+  EXPECT_EQ(row_of(comparison, "softmax", 0).spectral, 0);
+}
+
+TEST(Compare, LeavesTheSpectralErrorOutWhereThereIsNoTimeForIt) {
+  Options options;
+  options.n = 50;
+  options.d = 4;
+  options.landmarks = {4};
+  options.spectral_seconds = 0;
+  for (const Row& row : compare(options, load(options)).rows) EXPECT_TRUE(std::isnan(row.spectral));
 }
 
 TEST(Compare, ListsMethodsThatDoNotTakeTheMask) {

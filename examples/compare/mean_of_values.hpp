@@ -1,6 +1,8 @@
 /// The baseline that an approximation has to beat.
 #pragma once
 
+#include <attn/attention_operator.hpp>
+#include <attn/context.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -29,3 +31,33 @@ inline attn::Matrix<float> mean_of_values(const attn::Inputs<float>& in) {
   }
   return out;
 }
+
+/// The matrix of mean_of_values where no mask is causal: 1 / (kept keys) for a kept query and a kept key, else 0. The
+/// inputs must outlive it.
+class MeanOperator {
+ public:
+  using Scalar = float;
+
+  explicit MeanOperator(const attn::Inputs<float>& in) : in_(in) {}
+
+  attn::Index rows() const { return in_.q.rows(); }
+  attn::Index cols() const { return in_.k.rows(); }
+
+  void apply(const attn::ConstMatrixRef<float>& x, attn::MatrixRef<float> y, attn::Context&) const {
+    y = mean_of_values({in_.q, in_.k, x, in_.mask});
+  }
+
+  void apply_transpose(const attn::ConstMatrixRef<float>& x, attn::MatrixRef<float> y, attn::Context&) const {
+    const attn::Mask swapped{.keep_key = in_.mask.keep_query, .keep_query = in_.mask.keep_key};
+    y = mean_of_values({in_.k, in_.q, x, swapped});
+    y *= kept(in_.mask.keep_query, rows()) / std::max(1.0F, kept(in_.mask.keep_key, cols()));
+  }
+
+ private:
+  static float kept(std::span<const std::uint8_t> keep, attn::Index n) {
+    const auto dropped = std::count(keep.begin(), keep.end(), std::uint8_t{0});
+    return static_cast<float>(n - dropped);
+  }
+
+  attn::Inputs<float> in_;
+};

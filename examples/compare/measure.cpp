@@ -3,6 +3,7 @@
 #include "common/make_context.hpp"
 #include "common/progress_bar.hpp"
 #include "compare/mean_of_values.hpp"
+#include "compare/spectral.hpp"
 
 #include <attn/metrics.hpp>
 
@@ -87,8 +88,10 @@ class Comparer {
     const auto softmax = chosen(options, Target::softmax), gaussian = chosen(options, Target::gaussian);
     const bool named = std::ranges::find(options.methods, target_name(Target::gaussian)) != options.methods.end();
     uses_gaussian_ = options.methods.empty() || named || !gaussian.empty() || options.target == Target::gaussian;
-    steps_ =
-        static_cast<Index>((softmax.size() + gaussian.size()) * options.landmarks.size()) + (uses_gaussian_ ? 2 : 1);
+    const auto approximations = static_cast<Index>((softmax.size() + gaussian.size()) * options.landmarks.size());
+    const Index targets = uses_gaussian_ ? 2 : 1;
+    steps_ = approximations + targets;
+    spectral_.emplace(options, sequences, steps_ + targets);  // mean(v) too
   }
 
   Comparison run() {
@@ -106,7 +109,6 @@ class Comparer {
     const MethodFacts& exact = exact_method(target);
     exact_.emplace(target, outputs());
     result_.rows.push_back(measure(exact, 0, exact_.at(target)));
-    exact_ms_ = result_.rows.back().milliseconds;
     add_mean(target);
     for (const std::string_view name : chosen(options_, target)) {
       const MethodFacts& method = facts_of(name);
@@ -133,9 +135,14 @@ class Comparer {
             .exact = method.exact,
             .num_landmarks = num_landmarks};
     row.milliseconds = median_milliseconds(made, s_, options_.repetitions, out, context);
-    row.speed_up = method.exact ? 1.0 : exact_ms_ / row.milliseconds;
+    if (method.exact) {
+      exact_ms_ = row.milliseconds;
+      spectral_->set_target(method.target, exact_ms_);
+    }
+    row.speed_up = exact_ms_ / row.milliseconds;
     row.scratch_bytes = context.scratch_bytes();
     add_errors(row, out, exact_.at(method.target), exact_.at(Target::softmax));
+    row.spectral = spectral_->of(method, num_landmarks, row.milliseconds);
     return row;
   }
 
@@ -144,6 +151,7 @@ class Comparer {
     for (Index head = 0; head < s_.num_heads(); ++head) out.push_back(mean_of_values(s_.inputs(head)));
     Row row{.method = std::string(kMeanOfValues), .target = target};
     add_errors(row, out, exact_.at(target), exact_.at(Target::softmax));
+    row.spectral = spectral_->of_mean();
     result_.rows.push_back(std::move(row));
   }
 
@@ -153,6 +161,7 @@ class Comparer {
   Index step_ = 0, steps_ = 0;
   std::map<Target, Outputs> exact_;
   double exact_ms_ = 0;
+  std::optional<SpectralErrors> spectral_;
   Comparison result_;
 };
 

@@ -23,6 +23,7 @@ struct Row {
   double milliseconds = kNone, speed_up = kNone;  // for all heads, one after the other; over the target's exact method
   double error = kNone, worst_head = kNone;       // |out - target|_F / |target|_F: mean and maximum over heads
   double worst_row = kNone;                       // attn::worst_row_error, its maximum over heads
+  double spectral = kNone;                        // |A~ - A|_2 / |A|_2 of the operators: its maximum over heads
   double softmax_error = kNone;                   // error against softmax whatever the target is
   std::size_t scratch_bytes = 0;                  // that the context grew to
 };

@@ -1,8 +1,19 @@
 #include "compare/methods.hpp"
 
+#include "common/frozen_shift.hpp"
+
+#include <attn/attention_operator.hpp>
+
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+
+namespace attn {
+
+template std::span<const MethodEntry<float>> methods<float>();
+template AnyApproximator<float> make_approximator<float>(std::string_view, const MethodOptions&);
+
+}  // namespace attn
 
 namespace {
 
@@ -50,6 +61,17 @@ attn::AnyApproximator<float> make_method(const MethodFacts& method, attn::Index 
   attn::MethodOptions options{.seed = seed};
   if (!method.exact) options.num_landmarks = num_landmarks;
   return attn::make_approximator<float>(method.name, options);
+}
+
+AnyOperator matrix_of(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed,
+                      const attn::Inputs<float>& in, attn::Context& context) {
+  if (method.exact && method.target == Target::softmax)
+    return AnyOperator(attn::ExactOperator<float, attn::SoftmaxKernel>({}, in.q, in.k, in.mask, context));
+  if (method.exact)
+    return AnyOperator(attn::ExactOperator<float, attn::GaussianKernel>({}, in.q, in.k, in.mask, context));
+  if (method.name == attn::ShiftedNystrom<float>::kName)
+    return AnyOperator(FrozenShift<float>({.num_landmarks = num_landmarks}, in, context));
+  return AnyOperator(attn::ApproximatorOperator(make_method(method, num_landmarks, seed), in.q, in.k, in.mask));
 }
 
 std::string line_of_cpp(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed, const MaskUse& mask) {

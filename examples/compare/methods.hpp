@@ -2,14 +2,25 @@
 /// calls it.
 #pragma once
 
+#include "compare/any_operator.hpp"
+
 #include <attn/any_approximator.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
+
+namespace attn {
+
+// Compiled once, in methods.cpp: all methods' kernels are most of what a file would compile.
+extern template std::span<const MethodEntry<float>> methods<float>();
+extern template AnyApproximator<float> make_approximator<float>(std::string_view, const MethodOptions&);
+
+}  // namespace attn
 
 /// The exact attention that a method computes or approximates, and its error is measured against.
 enum class Target { softmax, gaussian };
@@ -31,6 +42,11 @@ const MethodFacts& exact_method(Target target);
 
 /// The method with that many landmarks (0: it takes none), other options at their defaults.
 attn::AnyApproximator<float> make_method(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed);
+
+/// The matrix A of that method, out = A v; for an approximation whose shift depends on v, with the shift that it has at
+/// v. Exact attention takes no causal mask here. The inputs must outlive it.
+AnyOperator matrix_of(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed,
+                      const attn::Inputs<float>& in, attn::Context& context);
 
 /// Which masks a call has.
 struct MaskUse {

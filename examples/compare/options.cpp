@@ -92,6 +92,10 @@ void add_options(CLI::App& app, Options& options) {
       ->check(check_positive);
   app.add_option("--max-error", options.max_error, "recommend the fastest method whose error is no larger in any head")
       ->check(check_positive);
+  app.add_option("--spectral-seconds", options.spectral_seconds,
+                 "time for the errors in the spectral norm, which are left out where it is too short; 0: none")
+      ->check(check_not_negative)
+      ->capture_default_str();
   app.add_option("--threads", options.threads, "OpenMP threads; 0: as many as OpenMP would use")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();

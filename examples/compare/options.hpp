@@ -25,6 +25,7 @@ struct Options {
   std::vector<std::string> methods;  // none: all
   Target target = Target::softmax;
   std::optional<double> budget_ms, max_error;
+  double spectral_seconds = 30;
   int threads = 0, repetitions = 5;
 };
 

@@ -7,6 +7,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 #include <utility>
@@ -20,19 +21,37 @@ std::string landmarks_text(const Row& row) {
   return row.num_landmarks > 0 ? std::to_string(row.num_landmarks) : "";
 }
 
+/// Which columns a table has that another has not.
+struct Columns {
+  bool worst_head, spectral;
+};
+
+Columns columns_of(const Comparison& comparison, const Sequences& s) {
+  const bool spectral = std::ranges::any_of(comparison.rows, [](const Row& row) { return !std::isnan(row.spectral); });
+  return {s.num_heads() > 1, spectral};
+}
+
 /// A line of the table. With several heads there is a column for the worst; the error against softmax is only shown
 /// where it is another.
-Cells cells(const Row& row, bool several_heads) {
+Cells cells(const Row& row, const Columns& columns) {
   const bool timed = !std::isnan(row.milliseconds);
   Cells line{row.method, landmarks_text(row), std::string(target_name(row.target))};
   line.push_back(timed ? milliseconds_text(row.milliseconds) : "");
   line.push_back(timed ? number("%.1f", row.speed_up) : "");
   line.push_back(error_text(row.error));
-  if (several_heads) line.push_back(error_text(row.worst_head));
+  if (columns.worst_head) line.push_back(error_text(row.worst_head));
+  if (columns.spectral) line.push_back(std::isnan(row.spectral) ? "" : error_text(row.spectral));
   line.push_back(error_text(row.worst_row));
   line.push_back(row.target == Target::softmax ? "" : error_text(row.softmax_error));
   line.push_back(timed ? bytes_text(row.scratch_bytes) : "");
   return line;
+}
+
+std::string spectral_note(const Columns& columns, const Sequences& s) {
+  if (s.causal != attn::Causal::none) return "";
+  if (!columns.spectral) return "spectral: left out, --spectral-seconds is too short for it\n";
+  return "spectral: |A - T|_2 / |T|_2 of the method's matrix A and its target's T, by power iteration, from below" +
+         std::string(columns.worst_head ? "; of the worst head\n" : "\n");
 }
 
 nlohmann::ordered_json json_row(const Row& row) {
@@ -42,6 +61,7 @@ nlohmann::ordered_json json_row(const Row& row) {
   json["speed_up"] = row.speed_up;
   json["error"] = row.error;
   json["worst_head"] = row.worst_head;
+  json["spectral"] = row.spectral;
   json["worst_row"] = row.worst_row;
   json["softmax_error"] = row.softmax_error;
   json["scratch_bytes"] = row.scratch_bytes;
@@ -79,16 +99,19 @@ std::string heading(const Sequences& s, int threads) {
 }
 
 std::string text_report(const Comparison& comparison, const Sequences& s) {
-  const bool several_heads = s.num_heads() > 1;
-  Cells titles{"method", "landmarks", "target", "ms", "speed-up", "error", "worst row", "error to softmax", "scratch"};
-  if (several_heads) titles.insert(titles.begin() + 6, "worst head");
+  const Columns columns = columns_of(comparison, s);
+  Cells titles{"method", "landmarks", "target", "ms", "speed-up", "error"};
+  if (columns.worst_head) titles.push_back("worst head");
+  if (columns.spectral) titles.push_back("spectral");
+  titles.insert(titles.end(), {"worst row", "error to softmax", "scratch"});
   std::vector<Cells> lines{std::move(titles)};
-  for (const Row& row : comparison.rows) lines.push_back(cells(row, several_heads));
+  for (const Row& row : comparison.rows) lines.push_back(cells(row, columns));
   std::string text = table(lines);
   text += "\nerror: |out - target|_F / |target|_F against exact attention of the method's own target";
-  text += several_heads ? ", averaged over heads; worst head: its maximum\n" : "\n";
+  text += columns.worst_head ? ", averaged over heads; worst head: its maximum\n" : "\n";
+  text += spectral_note(columns, s);
   text += "worst row: the largest error of an output row, relative to the root mean square row of the target\n";
-  if (several_heads) text += "ms: all heads, one after the other\n";
+  if (columns.worst_head) text += "ms: all heads, one after the other\n";
   for (const NotSupported& method : comparison.not_supported)
     text += "not run: " + method.method + " (" + method.reason + ")\n";
   return text;
@@ -113,11 +136,11 @@ std::string json_report(const Comparison& comparison, const Sequences& s, int th
 
 std::string csv_report(const Comparison& comparison) {
   std::ostringstream text;
-  text << "method,landmarks,target,ms,speed_up,error,worst_head,worst_row,softmax_error,scratch_bytes\n";
+  text << "method,landmarks,target,ms,speed_up,error,worst_head,spectral,worst_row,softmax_error,scratch_bytes\n";
   for (const Row& row : comparison.rows) {
     text << row.method << ',' << landmarks_text(row) << ',' << target_name(row.target);
     for (const double x :
-         {row.milliseconds, row.speed_up, row.error, row.worst_head, row.worst_row, row.softmax_error}) {
+         {row.milliseconds, row.speed_up, row.error, row.worst_head, row.spectral, row.worst_row, row.softmax_error}) {
       text << ',' << csv_number(x);
     }
     text << ',' << row.scratch_bytes << '\n';

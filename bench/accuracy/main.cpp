@@ -1,0 +1,90 @@
+/// What the papers claim of their approximations, measured again: runs the studies, prints a table of each and writes
+/// all of them as JSON, which bench/plot.py draws.
+#include "accuracy/report.hpp"
+#include "accuracy/study.hpp"
+
+#include <CLI/CLI.hpp>
+#include <Eigen/Core>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using Study = std::vector<accuracy::Table> (*)(const accuracy::Settings&);
+
+const std::vector<std::pair<std::string, Study>> kStudies{{"features", accuracy::study_features},
+                                                          {"shift", accuracy::study_shift},
+                                                          {"pareto", accuracy::study_pareto},
+                                                          {"spectrum", accuracy::study_spectrum},
+                                                          {"loewner", accuracy::study_loewner}};
+
+struct Options {
+  std::vector<std::string> studies;  ///< none: all
+  accuracy::Settings settings;
+  std::string json;
+};
+
+Options parse(int argc, char** argv) {
+  Options options;
+  CLI::App app{"The papers' claims about approximate attention, measured again"};
+  std::vector<std::string> names;
+  for (const auto& study : kStudies) names.push_back(study.first);
+  app.add_option("--study", options.studies, "run only these, such as features,shift")
+      ->delimiter(',')
+      ->check(CLI::IsMember(names));
+  app.add_option("--seeds", options.settings.seeds, "samples of each figure, with tokens of their own")
+      ->check(CLI::Range(1, 100))
+      ->capture_default_str();
+  app.add_flag("--quick", options.settings.quick, "small tokens and few of them: seconds, to see that it runs");
+  app.add_option("--json", options.json, "write all figures to this file");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    std::exit(app.exit(error));
+  }
+  return options;
+}
+
+/// Runs what is wanted, printing as it goes.
+nlohmann::ordered_json run(const Options& options) {
+  nlohmann::ordered_json tables = nlohmann::ordered_json::object();
+  for (const auto& [name, study] : kStudies) {
+    if (!options.studies.empty() && std::ranges::find(options.studies, name) == options.studies.end()) continue;
+    const auto start = std::chrono::steady_clock::now();
+    for (const accuracy::Table& table : study(options.settings)) {
+      std::printf("%s\n", accuracy::text_of(table).c_str());
+      tables[table.name] = accuracy::json_of(table);
+    }
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::printf("%s took %.1f s\n\n", name.c_str(), seconds);
+    std::fflush(stdout);
+  }
+  return {{"quick", options.settings.quick}, {"seeds", options.settings.seeds}, {"tables", tables}};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options = parse(argc, argv);
+  Eigen::setNbThreads(1);
+  std::ofstream file;
+  if (!options.json.empty()) file.open(options.json);
+  const bool wanted = file.is_open();
+  if (wanted != !options.json.empty()) {
+    std::fprintf(stderr, "bench_accuracy: cannot write %s\n", options.json.c_str());
+    return EXIT_FAILURE;
+  }
+  const nlohmann::ordered_json report = run(options);
+  if (wanted && !(file << report.dump(1) << std::endl)) {
+    std::fprintf(stderr, "bench_accuracy: cannot write %s\n", options.json.c_str());
+    return EXIT_FAILURE;
+  }
+}

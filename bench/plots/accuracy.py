@@ -1,0 +1,168 @@
+"""The pictures of docs/accuracy.md, from what bench_accuracy --json wrote: one for each study."""
+
+import io
+import json
+
+import matplotlib.pyplot as plt
+import PIL.Image
+
+FAMILIES = ("smooth", "clusters", "words", "self", "init", "unit")
+STYLES = {
+    "nystrom": ("tab:blue", "o-", "Nyströmformer"),
+    "shifted-nystrom": ("tab:green", "s-", "spectral shifting"),
+    "lifted-softmax": ("tab:red", "^-", "lifted softmax"),
+    "skyformer": ("tab:purple", "D-", "Skyformer (Gaussian)"),
+    "softmax mean(v)": ("0.5", ":", "mean(v), softmax"),
+    "gaussian mean(v)": ("plum", ":", "mean(v), Gaussian"),
+    "softmax best rank m": ("0.2", "--", "best rank m, softmax"),
+    "gaussian best rank m": ("tab:purple", "--", "best rank m, Gaussian"),
+}
+LARGEST_ERROR = 10  # errors above it are drawn at the edge
+
+
+def band(axes, rows, x, figure, color, style, label, width=1.4):
+    """The median of a figure against x, and its range over the seeds."""
+    at = [row[x] for row in rows]
+    median, low, high = ([min(row[figure][which], LARGEST_ERROR) for row in rows] for which in ("median", "min", "max"))
+    axes.plot(at, median, style, color=color, label=label, markersize=4, linewidth=width)
+    axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def panels(columns, rows, width=3.1, height=2.7):
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    return figure, axes
+
+
+def save(figure, axes, path, columns):
+    """With one legend for all panels, above them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=columns, frameon=False, fontsize=9)
+    rows = -(-len(labels) // columns)
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, 0, 1, 1 - (0.1 + 0.22 * rows) / height))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    plt.close(figure)
+    PIL.Image.open(drawn).convert("P", palette=PIL.Image.ADAPTIVE, colors=64).save(path, optimize=True)
+
+
+def draw_features(table, path):
+    sizes = sorted({row["n"] for row in table["rows"]})
+    figure, axes = panels(len(FAMILIES), len(sizes), 2.5, 2.4)
+    for line, n in zip(axes, sizes):
+        for panel, family in zip(line, FAMILIES):
+            rows = [row for row in table["rows"] if row["n"] == n and row["family"] == family]
+            if not rows:
+                panel.set_axis_off()
+                continue
+            for name, (color, style, label) in STYLES.items():
+                width = 3.5 if name == "nystrom" else 1.4  # to be seen where spectral shifting does the same
+                band(panel, rows, "m", name, color, style, label, width)
+            panel.set(xscale="log", yscale="log", ylim=(1e-3, LARGEST_ERROR), title=f"{family}, n = {n}")
+            panel.set_xticks([row["m"] for row in rows], [str(row["m"]) for row in rows])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            if family != FAMILIES[0]:
+                panel.set_yticklabels([])
+    figure.supylabel("relative error, spectral norm", fontsize=10)
+    figure.supxlabel("landmarks m", fontsize=10)
+    save(figure, axes[0][0], path, 4)
+
+
+def draw_shift(table, path):
+    figure, axes = panels(1, 1, 6.4, 4.4)
+    panel = axes[0][0]
+    for name, color, style, label in (
+        ("nystrom", "tab:blue", "o-", "Nyströmformer"),
+        ("paper", "tab:orange", "v-", "shift, mode paper"),
+        ("scalar", "tab:olive", "^-", "shift, mode scalar"),
+        ("row", "tab:green", "s-", "shift, mode row"),
+        ("best core", "tab:blue", "--", "best core, no shift"),
+        ("best core and shift", "tab:green", "--", "best core and shift (oracle)"),
+        ("best rank m", "0.2", ":", "best rank m"),
+    ):
+        band(panel, table["rows"], "share", name, color, style, label)
+    first = table["rows"][0]
+    panel.set(yscale="log", xlabel="share of noise: the spectrum decays ever more slowly")
+    panel.set(ylabel="relative error, Frobenius norm", title=f"q = k, n = {first['n']}, m = {first['m']}")
+    panel.grid(alpha=0.3)
+    save(figure, panel, path, 3)
+
+
+def draw_pareto(table, path):
+    figure, axes = panels(3, 2, 3.4, 3.0)
+    for panel, family in zip(axes.flat, FAMILIES):
+        rows = [row for row in table["rows"] if row["family"] == family]
+        for name in ("nystrom", "shifted-nystrom", "lifted-softmax", "skyformer"):
+            color, style, label = STYLES[name]
+            of_method = [row for row in rows if row["method"] == name]
+            points = [(row["ms"]["median"], min(row["error"]["median"], LARGEST_ERROR)) for row in of_method]
+            panel.plot(*zip(*points), style, color=color, label=label, markersize=4, linewidth=1.2)
+        for target, color in (("softmax", "0.5"), ("gaussian", "plum")):
+            mean, exact = ([row for row in rows if row["target"] == target and row["method"] == method][0]
+                           for method in ("mean(v)", target))
+            panel.axhline(mean["error"]["median"], color=color, linestyle=":", label=f"mean(v), {target}")
+            panel.axvline(exact["ms"]["median"], color=color, linestyle="--", label=f"time of exact {target}")
+        panel.set(xscale="log", yscale="log", ylim=(0.01, LARGEST_ERROR), title=family)
+        panel.grid(alpha=0.3)
+    figure.supylabel("relative error, Frobenius norm", fontsize=10)
+    figure.supxlabel(f"ms of a forward pass, n = {table['rows'][0]['n']}, one core", fontsize=10)
+    save(figure, axes[0][0], path, 4)
+
+
+def draw_spectra(table, path):
+    figure, axes = panels(3, 2, 3.4, 2.8)
+    for panel, family in zip(axes.flat, FAMILIES):
+        rows = [row for row in table["rows"] if row["family"] == family]
+        for name, color, style, label in (
+            ("softmax", "tab:blue", "o-", "softmax"),
+            ("exp", "tab:orange", "^-", "exp of the scores, no division"),
+            ("gaussian", "tab:purple", "D-", "Gaussian"),
+        ):
+            band(panel, rows, "i", name, color, style, label)
+        panel.set(xscale="log", yscale="log", ylim=(1e-9, 2), title=family)
+        panel.grid(alpha=0.3)
+    figure.supylabel("singular value / the largest", fontsize=10)
+    figure.supxlabel(f"which one, of {table['rows'][0]['n']}", fontsize=10)
+    save(figure, axes[0][0], path, 3)
+
+
+def draw_loewner(table, path):
+    figure, axes = panels(3, 1, 3.4, 3.4)
+    gamma = min(row["gamma"] for row in table["rows"])
+    colors = dict(zip(FAMILIES, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")))
+    markers = dict(zip(FAMILIES, "osv^DX"))
+    needed, *shares = axes[0]
+    for family in FAMILIES:
+        rows = [row for row in table["rows"] if row["family"] == family and row["gamma"] == gamma]
+        style = markers[family] + "-"
+        band(needed, rows, "m", "highest", colors[family], style, family)
+        for panel, tolerance in zip(shares, ("lambda .1", "lambda .3")):
+            share = [row[tolerance]["median"] for row in rows]
+            panel.plot([row["m"] for row in rows], share, style, color=colors[family], markersize=4)
+            panel.set(title=f"share of draws with λ = {tolerance[7:]} |C|", ylim=(-0.05, 1.05))
+    needed.set(yscale="log", ylim=(0.01, 1.2), title="λ / |C| that is needed")
+    for panel in axes[0]:
+        ticks = [row["m"] for row in rows]
+        panel.set(xscale="log")
+        panel.set_xticks(ticks, [str(m) for m in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    figure.supxlabel(f"landmarks m, of {2 * table['rows'][0]['n']} tokens in [q; k]", fontsize=10)
+    save(figure, needed, path, 6)
+
+
+def draw(inputs, out):
+    """Of several inputs, a later one's tables replace an earlier one's."""
+    tables = {}
+    for path in inputs:
+        tables.update(json.loads(path.read_text())["tables"])
+    for name, draw_table in (
+        ("features", draw_features),
+        ("shift", draw_shift),
+        ("pareto", draw_pareto),
+        ("spectra", draw_spectra),
+        ("loewner", draw_loewner),
+    ):
+        if name in tables:
+            draw_table(tables[name], out / f"accuracy_{name}.png")
