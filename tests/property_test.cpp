@@ -1,5 +1,5 @@
 /// What must hold of the approximations' errors whatever the numbers are.
-#include "every_method.hpp"
+#include <attn/any_approximator.hpp>
 #include "support.hpp"
 
 #include <attn/attn.hpp>
