@@ -88,14 +88,15 @@ std::vector<Token> from_text(std::string_view text) {
 }
 
 Generator::Generator(const Grammar& grammar, std::uint64_t seed) : grammar_(grammar), random_(seed) {
-  const auto check = [](bool good, const char* name, auto value, const char* wanted) {
+  const auto check = [](bool good, const char* name, auto value, const std::string& wanted) {
     if (!good) throw std::invalid_argument(text_of("listops: ", name, " is ", value, ", should be ", wanted));
   };
   check(grammar.p_operator >= 0 && grammar.p_operator <= 1, "p_operator", grammar.p_operator, "from 0 to 1");
   check(grammar.max_depth >= 1, "max_depth", grammar.max_depth, "at least 1");
   check(grammar.max_arguments >= 2, "max_arguments", grammar.max_arguments, "at least 2");
   check(grammar.min_length >= 1, "min_length", grammar.min_length, "at least 1");
-  check(grammar.max_length >= grammar.min_length, "max_length", grammar.max_length, "at least min_length");
+  check(grammar.max_length >= grammar.min_length, "max_length", grammar.max_length,
+        text_of("at least min_length, ", grammar.min_length));
 }
 
 /// Stops adding where the tree is too long anyway.

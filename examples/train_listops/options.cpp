@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int kMost = 100'000'000;
+constexpr int kMost = 10'000'000, kLongest = 100'000;
 
 void add_method(CLI::App& app, Options& options) {
   app.add_option("--method", options.method, "attention to train with:" + list_of_methods())
@@ -16,12 +16,12 @@ void add_method(CLI::App& app, Options& options) {
 }
 
 void add_data(CLI::App& app, Options& options) {
-  const auto count = CLI::Range(std::size_t{1}, static_cast<std::size_t>(kMost));
+  const auto count = CLI::Range(1, kMost), length = CLI::Range(1, kLongest);
   app.add_option("--min-length", options.grammar.min_length, "tokens of the shortest example")
-      ->check(count)
+      ->check(length)
       ->capture_default_str();
   app.add_option("--max-length", options.grammar.max_length, "tokens of the longest")
-      ->check(count)
+      ->check(length)
       ->capture_default_str();
   app.add_option("--max-depth", options.grammar.max_depth, "levels of a tree")
       ->check(CLI::Range(1, 100))
@@ -38,7 +38,7 @@ void add_training(CLI::App& app, Options& options) {
     app.add_option(name, value, what)->check(CLI::Range(least, kMost))->capture_default_str();
   };
   number("--steps", options.steps, 1, "steps of the optimizer");
-  app.add_option("--minutes", options.minutes, "stop after this long, validation included")
+  app.add_option("--minutes", options.minutes, "stop at the step that ends after this long, validation included")
       ->check(check_positive)
       ->capture_default_str();
   number("--batch", options.batch, 1, "examples a step");

@@ -7,12 +7,17 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <ctime>
 #include <fstream>
+#include <optional>
+#include <ratio>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -209,7 +214,7 @@ class Training {
     double loss = 0;
     watch_.run([&] { loss = descend(); });
     if (!std::isfinite(loss))
-      throw std::runtime_error(text_of("the loss is %g at step %d: training diverged", loss, step));
+      throw std::runtime_error(text_of("the loss is not finite at step %d: training diverged", step));
     sum_of_losses_ += loss;
     ++num_losses_;
     if (!measure) return;
