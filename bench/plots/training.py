@@ -31,10 +31,10 @@ def in_order(kind):
     return [(method, f"C{i}", list(kind[method].values())) for i, method in enumerate(ORDER) if method in kind]
 
 
-def common(seeds, column):
-    """(seeds, points): as far as all of them go."""
-    length = min(len(columns[column]) for columns in seeds)
-    return np.array([columns[column][:length] for columns in seeds])
+def common(seeds, column, at):
+    """(seeds, points): where all of them have a value at the same step or index."""
+    shared = sorted(set.intersection(*(set(columns[at]) for columns in seeds)))
+    return np.array([columns[column][np.isin(columns[at], shared)] for columns in seeds])
 
 
 def draw_mean(axes, x, values, colour, label):
@@ -48,10 +48,10 @@ def draw_curves(runs, out):
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
     for method, colour, seeds in in_order(runs):
         for row, column in enumerate(["validation_loss", "validation_accuracy"]):
-            values = common(seeds, column)
+            values = common(seeds, column, "step")
             label = f"{method} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
-            draw_mean(panels[row][0], common(seeds, "step")[0], values, colour, label)
-            draw_mean(panels[row][1], common(seeds, "cpu_seconds").mean(axis=0), values, colour, label)
+            draw_mean(panels[row][0], common(seeds, "step", "step")[0], values, colour, label)
+            draw_mean(panels[row][1], common(seeds, "cpu_seconds", "step").mean(axis=0), values, colour, label)
     for axes in panels[1]:
         for column, style in [("root_operator", "--"), ("majority", ":")]:
             level = next(iter(next(iter(runs.values())).values()))[column][0]
@@ -68,23 +68,22 @@ def draw_curves(runs, out):
 def draw_diagnostics(runs, spectra, out):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for method, colour, seeds in in_order(spectra):
-        values = common(seeds, "singular_value")
-        draw_mean(left, common(seeds, "index")[0], values, colour, method)
+        draw_mean(left, common(seeds, "index", "index")[0], common(seeds, "singular_value", "index"), colour, method)
     left.set(yscale="log", xlabel="index", ylabel="singular value / largest", title="attention of the trained second layer")
     if "softmax" in runs:
-        of_softmax = smooth(common(list(runs["softmax"].values()), "instability").mean(axis=0))
+        reference = list(runs["softmax"].values())
         for method, colour, seeds in in_order(runs):
-            score = smooth(common(seeds, "instability").mean(axis=0))
-            length = min(len(score), len(of_softmax))
-            right.plot(common(seeds, "step")[0][:length], score[:length] / of_softmax[:length], color=colour, label=method)
+            both = common(seeds + reference, "instability", "step")
+            score, of_softmax = smooth(both[: len(seeds)]), smooth(both[len(seeds) :])
+            right.plot(common(seeds + reference, "step", "step")[0], score / of_softmax, color=colour, label=method)
     right.set(yscale="log", xlabel="steps", ylabel="instability / softmax's", title="change of the scores per change of the weights")
     left.legend(fontsize=8)
     save(figure, out / "training_diagnostics.png")
 
 
-def smooth(values):
-    """The geometric mean of up to five neighbours: one step's score is noisy."""
-    logs = np.log(values)
+def smooth(scores):
+    """The geometric mean over seeds and up to five neighbours: the score of a single step is noisy."""
+    logs = np.log(scores).mean(axis=0)
     return np.exp([logs[max(0, i - 2) : i + 3].mean() for i in range(len(logs))])
 
 

@@ -3,6 +3,7 @@
 
 #include <attn/any_approximator.hpp>
 
+#include <ATen/core/ivalue.h>  // ahead of the others: Clang 14 takes them for C++20 only so
 #include <torch/torch.h>
 
 #include <string_view>
