@@ -1,8 +1,7 @@
 /// What must hold of the approximations' errors whatever the numbers are.
-#include <attn/any_approximator.hpp>
-#include "support.hpp"
-
 #include <attn/attn.hpp>
+
+#include "support.hpp"
 
 #include <gtest/gtest.h>
 
