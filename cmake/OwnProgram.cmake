@@ -34,3 +34,8 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     endif()
   endif()
 endif()
+
+# All methods by name, instantiated once for the tests and the benchmarks.
+add_library(every_method OBJECT EXCLUDE_FROM_ALL ${PROJECT_SOURCE_DIR}/tests/every_method.cpp)
+target_include_directories(every_method INTERFACE ${PROJECT_SOURCE_DIR}/tests)
+target_link_libraries(every_method PRIVATE attn_own)
