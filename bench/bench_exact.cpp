@@ -1,7 +1,4 @@
-/// How fast is exact attention on one core, against the FMA peak and against Eigen's products?
-#include <attn/exact.hpp>
-
-#include "common/eigen_blocks.hpp"
+/// How fast is exact attention on one core?
 #include "common/flops.hpp"
 #include "common/report.hpp"
 
@@ -11,36 +8,33 @@
 
 namespace {
 
-using attn::Causal;
+using bench::Causal;
 
-template <class Method>
-void exact(benchmark::State& state, Causal causal) {
+template <class T>
+void exact(benchmark::State& state, const std::string& name, Causal causal) {
   const auto n = state.range(0), d = state.range(1);
-  auto tokens = bench::normal_tokens<typename Method::Scalar>(n, d);
   attn::Context context;
-  bench::time_forward(state, Method{}, tokens, bench::attention_flops(n, n, d, causal), context, causal);
+  bench::time_forward(state, attn::make_approximator<T>(name), bench::kept_tokens<T>(bench::Family::unit, n, d),
+                      bench::attention_flops(n, n, d, causal), context, causal);
 }
 
-template <class Method>
-void add(const std::string& scalar) {
+template <class T>
+void add(const std::string& method, const std::string& type) {
   for (const Causal causal : {Causal::none, Causal::upper_left}) {
-    const std::string name = std::string(Method::kName) + "/" + scalar + (causal == Causal::none ? "" : "/causal");
-    benchmark::RegisterBenchmark(name.c_str(), exact<Method>, causal)
+    const std::string name = method + "/" + type + (causal == Causal::none ? "" : "/causal");
+    benchmark::RegisterBenchmark(name.c_str(), exact<T>, method, causal)
         ->ArgNames({"n", "d"})
         ->ArgsProduct({{512, 1024, 2048, 4096, 8192}, {32, 64, 128}})
-        ->UseRealTime()
-        ->Unit(benchmark::kMillisecond);
+        ->Apply(bench::in_milliseconds);
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  Eigen::setNbThreads(1);
-  add<attn::SoftmaxAttention<float>>("float");
-  add<attn::SoftmaxAttention<double>>("double");
-  add<attn::GaussianAttention<float>>("float");
-  add<attn::GaussianAttention<double>>("double");
-  add<bench::EigenBlocks<float>>("float");
+  for (const std::string method : {"softmax", "gaussian"}) {
+    add<float>(method, "float");
+    add<double>(method, "double");
+  }
   return bench::run_benchmarks(argc, argv);
 }

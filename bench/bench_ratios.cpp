@@ -4,21 +4,20 @@
 ///
 ///   for each round, for each contender:   ratio = (flops / time of a sample) / (FMA peak measured just before)
 ///   table: median over the rounds, with quartiles and extremes
-#include <attn/exact.hpp>
-#include <attn/nystrom.hpp>
-#include <attn/openmp.hpp>
-#include <attn/skyformer.hpp>
-#include <attn/spectral_shift.hpp>
-
-#include "common/eigen_blocks.hpp"
 #include "common/flops.hpp"
 #include "common/fma_peak.hpp"
 #include "common/samples.hpp"
 #include "common/tokens.hpp"
+#include "peers/peer.hpp"
+
+#include <attn/any_approximator.hpp>
+#include <attn/multi_head.hpp>
+#include <attn/openmp.hpp>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdio>
@@ -27,6 +26,7 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -36,13 +36,16 @@ namespace {
 
 using attn::Causal;
 using attn::Index;
+using bench::Family;
 using Clock = std::chrono::steady_clock;
 
+constexpr Index kDim = 64;
+
 struct Settings {
-  Index n = 2048, num_landmarks = 128;
+  Index n = 2048;
   Index long_n = 16384;  ///< of the methods whose cost grows with n alone
   int rounds = 15;
-  double sample_ms = 25, max_seconds = 50;
+  double sample_ms = 25, max_seconds = 75;
   std::string json;
 
   double sample_seconds() const { return sample_ms / 1e3; }
@@ -56,41 +59,85 @@ struct Contender {
   double (*peak)(double seconds, int threads);
 };
 
-template <class Method>
-Contender contender(std::string name, const Method& method, bench::Tokens<typename Method::Scalar> tokens, double flops,
-                    Causal causal = Causal::none) {
-  using T = typename Method::Scalar;
-  auto shared = std::make_shared<bench::Tokens<T>>(std::move(tokens));
-  return {.name = std::move(name),
-          .flops = flops,
-          .run = [=](attn::Context& context) { method.forward(shared->inputs(causal), shared->out, context); },
-          .peak = bench::fma_peak<T>};
+template <class T>
+std::string type_name() {
+  if (std::is_same_v<T, double>) return "double";
+  if (std::is_same_v<T, Eigen::half>) return "half";
+  return std::is_same_v<T, float> ? "float" : "bfloat16";
 }
 
-/// An exact method on (n, d) tokens, named after both.
-template <class Method>
-Contender exact(const Settings& settings, Index d, Causal causal = Causal::none) {
-  using T = typename Method::Scalar;
-  const std::string name = std::string(Method::kName) + (std::is_same_v<T, float> ? "/float" : "/double") +
-                           (causal == Causal::none ? "" : "/causal") + "/d:" + std::to_string(d);
-  return contender(name, Method{}, bench::normal_tokens<T>(settings.n, d),
-                   bench::attention_flops(settings.n, settings.n, d, causal), causal);
+template <class T>
+constexpr auto peak_of = bench::fma_peak<std::conditional_t<std::is_same_v<T, double>, double, float>>;
+
+/// An exact method on (n, d) tokens.
+template <class T>
+Contender exact(const Settings& settings, const std::string& name, Index d = kDim, Causal causal = Causal::none) {
+  auto tokens = std::make_shared<bench::Tokens<T>>(bench::make_tokens<T>(Family::unit, settings.n, d));
+  const auto method = attn::make_approximator<T>(name);
+  return {.name = name + "/" + type_name<T>() + (causal == Causal::none ? "" : "/causal") + "/d:" + std::to_string(d),
+          .flops = bench::attention_flops(settings.n, settings.n, d, causal),
+          .run = [=](attn::Context& context) { method.forward(tokens->inputs(causal), tokens->out, context); },
+          .peak = peak_of<T>};
 }
 
-Contender skyformer(const Settings& settings) {
-  constexpr Index kDim = 64;
-  return contender("skyformer/float/d:64/m:" + std::to_string(settings.num_landmarks),
-                   attn::Skyformer<float>{attn::UniformSample{.num_landmarks = settings.num_landmarks}},
-                   bench::smooth_tokens<float>(settings.n, kDim), bench::landmark_flops(settings.n, settings.num_landmarks, kDim));
+/// Eigen's products on the same tokens.
+Contender peer(const Settings& settings, Causal causal = Causal::none) {
+  auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::unit, settings.n, kDim));
+  const bench::Peer peer = bench::eigen_blocks();
+  return {.name = std::string(peer.name) + "/float" + (causal == Causal::none ? "" : "/causal") + "/d:64",
+          .flops = bench::attention_flops(settings.n, settings.n, kDim, causal),
+          .run = [=](attn::Context& context) { peer.forward(tokens->inputs(causal), tokens->out, context); },
+          .peak = bench::fma_peak<float>};
 }
 
-/// A method with segment means on long sequences, against 8 n m d flops: its two factors count, its m x m algebra does not.
-template <class Method>
-Contender segment_means(const Settings& settings) {
-  constexpr Index kDim = 64, kLandmarks = 64;
-  const std::string name = std::string(Method::kName) + "/float/n:" + std::to_string(settings.long_n) + "/d:64/m:64";
-  return contender(name, Method{attn::SegmentMeans{.num_landmarks = kLandmarks}}, bench::smooth_tokens<float>(settings.long_n, kDim),
-                   bench::landmark_flops(settings.long_n, kLandmarks, kDim));
+/// An approximation on n smooth tokens, against the flops of its two factors, 8 n m d, and those given.
+Contender approximation(const std::string& name, Index n, Index num_landmarks, double more_flops = 0) {
+  auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, n, kDim));
+  const auto method = attn::make_approximator<float>(name, {.num_landmarks = num_landmarks});
+  return {.name = name + "/float/n:" + std::to_string(n) + "/d:64/m:" + std::to_string(num_landmarks),
+          .flops = bench::landmark_flops(n, num_landmarks, kDim) + more_flops,
+          .run = [=](attn::Context& context) { method.forward(tokens->inputs(), tokens->out, context); },
+          .peak = bench::fma_peak<float>};
+}
+
+/// The backward pass of a method with 64 landmarks, if any, on n tokens.
+Contender backward(const std::string& name, Index n, double forward_flops) {
+  using Method = attn::AnyApproximator<float>;
+  struct State {
+    Method method;
+    bench::Tokens<float> tokens;
+    attn::Matrix<float> dout, dq, dk, dv;
+    Method::Saved saved{};
+  };
+  const attn::Matrix<float> zeros = attn::Matrix<float>::Zero(n, kDim), ones = attn::Matrix<float>::Ones(n, kDim);
+  auto tokens = bench::make_tokens<float>(Family::smooth, n, kDim);
+  const auto method = attn::make_approximator<float>(name);
+  auto state = std::make_shared<State>(State{method, std::move(tokens), ones, zeros, zeros, zeros});
+  attn::Context context;
+  state->method.forward(state->tokens.inputs(), state->tokens.out, context, state->saved);
+  const auto run = [s = std::move(state)](attn::Context& on) {
+    const attn::Gradients<float> gradients{.dq = s->dq, .dk = s->dk, .dv = s->dv};
+    s->method.backward(s->tokens.inputs(), s->tokens.out, s->dout, s->saved, gradients, on);
+  };
+  return {.name = name + "/float/backward/n:" + std::to_string(n) + "/d:64",
+          .flops = bench::kBackwardOverForward * forward_flops,
+          .run = run,
+          .peak = bench::fma_peak<float>};
+}
+
+/// multi_head on 8 heads of n tokens.
+Contender heads(const std::string& name, Index n, double flops_of_one) {
+  constexpr Index kHeads = 8;
+  auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, kHeads * n, kDim));
+  const auto method = attn::make_approximator<float>(name, {.num_landmarks = 64});
+  const auto view = [n](attn::Matrix<float>& m) { return attn::head_major(m.data(), 1, kHeads, n, kDim); };
+  const auto run = [=](attn::Context& on) {
+    attn::multi_head(method, view(tokens->q), view(tokens->k), view(tokens->v), view(tokens->out), {}, on);
+  };
+  return {.name = name + "/float/heads:8/n:" + std::to_string(n) + "/d:64",
+          .flops = static_cast<double>(kHeads) * flops_of_one,
+          .run = run,
+          .peak = bench::fma_peak<float>};
 }
 
 /// How many calls of each contender make a sample; leaves the context warm.
@@ -100,30 +147,34 @@ std::vector<int> calls_per_sample(const std::vector<Contender>& contenders, doub
   return calls;
 }
 
-/// All that is measured on one core; softmax, its peer and so on stand beside one another in time too.
-std::vector<Contender> one_core_contenders(const Settings& settings) {
-  using Softmax = attn::SoftmaxAttention<float>;
-  using SoftmaxDouble = attn::SoftmaxAttention<double>;
-  using Peer = bench::EigenBlocks<float>;
-  return {exact<Softmax>(settings, 64),
-          exact<Peer>(settings, 64),
-          exact<Softmax>(settings, 64, Causal::upper_left),
-          exact<Peer>(settings, 64, Causal::upper_left),
-          skyformer(settings),
-          exact<attn::GaussianAttention<float>>(settings, 64),
-          exact<Softmax>(settings, 32),
-          exact<Softmax>(settings, 128),
-          exact<SoftmaxDouble>(settings, 64),
-          exact<SoftmaxDouble>(settings, 64, Causal::upper_left),
-          segment_means<attn::Nystrom<float>>(settings),
-          segment_means<attn::ShiftedNystrom<float>>(settings)};
+/// All that is measured on one core; what is compared stands close together in time too.
+std::vector<Contender> one_core_contenders(const Settings& s) {
+  const Index n = s.n, m = std::min<Index>(256, n / 4);
+  return {exact<float>(s, "softmax"),
+          peer(s),
+          exact<Eigen::half>(s, "softmax"),
+          exact<Eigen::bfloat16>(s, "softmax"),
+          exact<float>(s, "softmax", kDim, Causal::upper_left),
+          peer(s, Causal::upper_left),
+          exact<float>(s, "softmax", 32),
+          exact<float>(s, "softmax", 128),
+          exact<double>(s, "softmax"),
+          exact<double>(s, "softmax", kDim, Causal::upper_left),
+          exact<float>(s, "gaussian"),
+          approximation("skyformer", n, m / 2),
+          backward("softmax", n, bench::attention_flops(n, n, kDim)),
+          approximation("nystrom", s.long_n, 64),
+          approximation("shifted-nystrom", s.long_n, 64),
+          approximation("skyformer", s.long_n, 64),
+          backward("nystrom", s.long_n, bench::landmark_flops(s.long_n, 64, kDim)),
+          approximation("nystrom", 2 * n, m, bench::pinv_flops(m))};
 }
 
-/// The contenders above of which the first is said to be so many times faster than the second.
+/// One contender's time as so many times another's, both by their places in the list.
 struct Pair {
-  std::size_t fast, slow;
+  std::size_t slow, fast;
 };
-constexpr Pair kPairs[] = {{0, 1}, {2, 3}, {4, 5}, {10, 11}};
+constexpr Pair kPairs[] = {{1, 0}, {5, 4}, {2, 0}, {3, 0}, {12, 0}, {10, 11}, {14, 13}, {16, 13}};
 
 /// A quantity sampled once a round.
 struct Series {
@@ -131,16 +182,18 @@ struct Series {
   std::vector<double> samples{};
 };
 
-/// Each contender's fraction of the peak, and how many times faster one is than its neighbour in the same round.
+/// Each contender's fraction of the peak, and one's time over another's in the same round.
 struct OneCore {
-  std::vector<Series> of_peak, speed_ups;
+  std::vector<Series> of_peak, times;
 };
 
 OneCore measure_one_core(const Settings& settings, Clock::time_point deadline) {
   const std::vector<Contender> contenders = one_core_contenders(settings);
   OneCore result;
   for (const Contender& c : contenders) result.of_peak.push_back({c.name});
-  for (const auto [fast, slow] : kPairs) result.speed_ups.push_back({contenders[fast].name + " over " + contenders[slow].name});
+  for (const auto [slow, fast] : kPairs) {
+    result.times.push_back({contenders[slow].name + " / " + contenders[fast].name});
+  }
 
   attn::Context context;
   const std::vector<int> calls = calls_per_sample(contenders, settings.sample_seconds(), context);
@@ -153,7 +206,7 @@ OneCore measure_one_core(const Settings& settings, Clock::time_point deadline) {
       result.of_peak[i].samples.push_back(c.flops / seconds[i] / peak);
     }
     for (std::size_t p = 0; p < std::size(kPairs); ++p) {
-      result.speed_ups[p].samples.push_back(seconds[kPairs[p].slow] / seconds[kPairs[p].fast]);
+      result.times[p].samples.push_back(seconds[kPairs[p].slow] / seconds[kPairs[p].fast]);
     }
   }
   return result;
@@ -161,9 +214,13 @@ OneCore measure_one_core(const Settings& settings, Clock::time_point deadline) {
 
 /// What a second OpenMP worker brings, divided by what the second core brings to the peak: 1 is all there is to be had.
 std::vector<Series> measure_two_workers(const Settings& settings, Clock::time_point deadline) {
-  const std::vector<Contender> contenders{exact<attn::SoftmaxAttention<float>>(settings, 64),
-                                          exact<attn::SoftmaxAttention<float>>(settings, 64, Causal::upper_left),
-                                          skyformer(settings)};
+  const std::vector<Contender> contenders{
+      exact<float>(settings, "softmax"),
+      exact<float>(settings, "softmax", kDim, Causal::upper_left),
+      heads("softmax", settings.n, bench::attention_flops(settings.n, settings.n, kDim)),
+      approximation("nystrom", settings.long_n, 64),
+      heads("nystrom", settings.long_n / 4, bench::landmark_flops(settings.long_n / 4, 64, kDim)),
+      approximation("skyformer", settings.long_n, 64)};
   Series peak_gain{"fma_peak/float (its own gain)"};
   std::vector<Series> shares;
   for (const Contender& c : contenders) shares.push_back({c.name});
@@ -187,10 +244,10 @@ std::vector<Series> measure_two_workers(const Settings& settings, Clock::time_po
 }
 
 void print(const char* title, const std::vector<Series>& table) {
-  std::printf("\n%-66s  median   quartiles      extremes\n", title);
+  std::printf("\n%-90s  median   quartiles      extremes\n", title);
   for (const Series& row : table) {
     const bench::Spread s = bench::spread(row.samples);
-    std::printf("  %-64s %7.3f   %.3f .. %.3f  %.3f .. %.3f   (%zu)\n", row.name.c_str(), s.median, s.first_quartile,
+    std::printf("  %-88s %7.3f   %.3f .. %.3f  %.3f .. %.3f   (%zu)\n", row.name.c_str(), s.median, s.first_quartile,
                 s.third_quartile, s.minimum, s.maximum, row.samples.size());
   }
 }
@@ -216,7 +273,7 @@ bool write_json(const Settings& settings, const OneCore& one_core, const std::ve
       {"compiler", __VERSION__},
       {"vector_bytes", bench::kVectorBytes},
       {"of_fma_peak", to_json(one_core.of_peak)},
-      {"speed_ups", to_json(one_core.speed_ups)},
+      {"times", to_json(one_core.times)},
       {"two_workers_over_fma_peak_gain", to_json(two_workers)},
   };
   std::ofstream file(settings.json);
@@ -231,8 +288,7 @@ Settings parse(int argc, char** argv) {
     app.add_option(name, value, text)->check(CLI::PositiveNumber)->capture_default_str();
   };
   add("--n", settings.n, "tokens");
-  add("--long-n", settings.long_n, "tokens of the methods with segment means");
-  add("--landmarks", settings.num_landmarks, "Skyformer's landmarks");
+  add("--long-n", settings.long_n, "tokens of the approximations");
   add("--rounds", settings.rounds, "samples of each contender");
   add("--sample-ms", settings.sample_ms, "length of a sample");
   add("--max-seconds", settings.max_seconds, "no new round after this");
@@ -249,18 +305,17 @@ Settings parse(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   const Settings settings = parse(argc, argv);
-  Eigen::setNbThreads(1);
   const auto after = [start = Clock::now()](double seconds) {
     return start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   };
-  std::printf("n = %td, %d-byte vectors; ratios only, each to a sample of the FMA peak taken beside it (number of samples)\n",
-              settings.n, bench::kVectorBytes);
+  std::printf("n = %td, %d-byte vectors; ratios to the FMA peak beside each sample (number of samples)\n", settings.n,
+              bench::kVectorBytes);
 #ifndef __OPTIMIZE__
   std::printf("compiled without optimisation: the peak is not one, and no ratio below means anything\n");
 #endif
   const OneCore one_core = measure_one_core(settings, after(0.7 * settings.max_seconds));
   print("one core, as a fraction of the FMA peak", one_core.of_peak);
-  print("one core, times faster", one_core.speed_ups);
+  print("one core, the first's time as so many times the second's", one_core.times);
   const std::vector<Series> two_workers = measure_two_workers(settings, after(settings.max_seconds));
   print("two workers' speed-up over the FMA peak's", two_workers);
   if (!settings.json.empty() && !write_json(settings, one_core, two_workers)) {

@@ -8,15 +8,25 @@ namespace bench {
 
 /// Of exact attention: 2 for each multiply-add of q k^T and of weights v, 4 n_q n_k d where d_v = d; half of it when
 /// causal. The exponentials count nothing.
-inline double attention_flops(attn::Index n_q, attn::Index n_k, attn::Index d, attn::Causal causal = attn::Causal::none) {
+inline double attention_flops(attn::Index n_q, attn::Index n_k, attn::Index d, attn::Causal causal = {}) {
   const double all = 4.0 * static_cast<double>(n_q) * static_cast<double>(n_k) * static_cast<double>(d);
   return causal == attn::Causal::none ? all : all / 2;
 }
 
-/// Of a method with landmarks: its two streamed products, n queries on m landmarks and m landmarks on n keys. The m x m
-/// algebra counts nothing.
+/// A backward pass's flops over its forward pass's: exact attention's has five products in place of two,
+/// q k^T, dout v^T, weights^T dout, slopes k and slopes^T q, 10 n^2 d flops. The others are credited with the same.
+inline constexpr double kBackwardOverForward = 2.5;
+
+/// Of a method with landmarks: its two streamed products, n queries on m landmarks and m landmarks on n keys, 8 n m d.
+/// The m x m algebra counts nothing.
 inline double landmark_flops(attn::Index n, attn::Index num_landmarks, attn::Index d) {
   return 2 * attention_flops(n, num_landmarks, d);
+}
+
+/// Of six steps to the inverse in Nystrom, four products of m x m matrices each: 48 m^3.
+inline double pinv_flops(attn::Index num_landmarks) {
+  const auto m = static_cast<double>(num_landmarks);
+  return 48 * m * m * m;
 }
 
 }  // namespace bench

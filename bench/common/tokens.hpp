@@ -1,13 +1,17 @@
-/// Seeded tokens to measure on.
+/// Tokens to measure on: the families of the examples, with room for the output.
 #pragma once
+
+#include "common/families.hpp"
 
 #include <attn/matrix.hpp>
 
-#include <cmath>
-#include <cstdint>
-#include <random>
+#include <map>
+#include <tuple>
+#include <utility>
 
 namespace bench {
+
+using families::Family;
 
 /// q, k, v and the output of one head, all (n, d).
 template <class T>
@@ -19,37 +23,20 @@ struct Tokens {
   }
 };
 
-/// (rows, cols) independent draws from N(0, 1).
+/// n tokens of a family, seeded: Family::unit for what depends little on the values, Family::smooth for landmarks.
 template <class T>
-attn::Matrix<T> normal_matrix(attn::Index rows, attn::Index cols, std::mt19937_64& generator) {
-  std::normal_distribution<double> normal;
-  return attn::Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(normal(generator)); });
+Tokens<T> make_tokens(Family family, attn::Index n, attn::Index d) {
+  families::Tokens<T> drawn = families::make_tokens<T>(family, {.n_q = n, .n_k = n, .d = d, .d_v = d});
+  return {std::move(drawn.q), std::move(drawn.k), std::move(drawn.v), attn::Matrix<T>::Zero(n, d)};
 }
 
-/// Independent N(0, 1) tokens: what exact attention takes does not depend on the values much.
+/// The same, drawn once for a whole program: Google Benchmark enters each benchmark several times.
 template <class T>
-Tokens<T> normal_tokens(attn::Index n, attn::Index d, std::uint64_t seed = 1) {
-  std::mt19937_64 generator(seed);
-  const auto draw = [&] { return normal_matrix<T>(n, d, generator); };
-  return {.q = draw(), .k = draw(), .v = draw(), .out = attn::Matrix<T>::Zero(n, d)};
-}
-
-/// Tokens that follow 8 slow random walks (autoregressive, 0.99 a step), seen by q and k through projections that share
-/// a part, and a little noise: weights are peaked and of low rank, so that landmarks can work. v is N(0, 1).
-template <class T>
-Tokens<T> smooth_tokens(attn::Index n, attn::Index d, std::uint64_t seed = 1) {
-  constexpr attn::Index kWalks = 8;
-  constexpr double kKept = 0.99;
-  std::mt19937_64 generator(seed);
-  const auto normal = [&](attn::Index rows, attn::Index cols) { return normal_matrix<double>(rows, cols, generator); };
-  attn::Matrix<double> walks = normal(n, kWalks);
-  for (attn::Index i = 1; i < n; ++i) walks.row(i) = kKept * walks.row(i - 1) + std::sqrt(1 - kKept * kKept) * walks.row(i);
-  const attn::Matrix<double> shared = normal(kWalks, d);
-  const auto observe = [&]() -> attn::Matrix<T> {
-    const attn::Matrix<double> projection = (shared + 0.5 * normal(kWalks, d)) / std::sqrt(static_cast<double>(kWalks));
-    return (walks * projection + 0.1 * normal(n, d)).template cast<T>();
-  };
-  return {.q = observe(), .k = observe(), .v = normal_matrix<T>(n, d, generator), .out = attn::Matrix<T>::Zero(n, d)};
+Tokens<T>& kept_tokens(Family family, attn::Index n, attn::Index d) {
+  static std::map<std::tuple<Family, attn::Index, attn::Index>, Tokens<T>> kept;
+  const auto [place, is_new] = kept.try_emplace({family, n, d});
+  if (is_new) place->second = make_tokens<T>(family, n, d);
+  return place->second;
 }
 
 }  // namespace bench

@@ -1,0 +1,78 @@
+/// How fast is attn beside what else does softmax attention on a CPU? The same inputs on one thread of one process; the
+/// repetitions of all benchmarks in a random order, so that their medians and deviations compare.
+#include "common/flops.hpp"
+#include "common/report.hpp"
+#include "peers/peer.hpp"
+
+#include <benchmark/benchmark.h>
+
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace {
+
+using bench::Causal;
+using bench::Index;
+
+constexpr Index kDim = 64;
+
+void attn_softmax(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context& context) {
+  static const auto method = attn::make_approximator<float>("softmax");
+  method.forward(in, out, context);
+}
+
+/// attn, then those that were installed when this was configured.
+std::vector<bench::Peer> peers() {
+  return {
+      {.name = "attn", .has_causal = true, .forward = attn_softmax},
+      bench::eigen_blocks(),
+#ifdef ATTN_BENCH_OPENBLAS
+      bench::openblas_blocks(),
+#endif
+#ifdef ATTN_BENCH_ONEDNN
+      bench::onednn_blocks(),
+#endif
+#ifdef ATTN_BENCH_LIBTORCH
+      bench::libtorch(),
+#endif
+  };
+}
+
+void forward(benchmark::State& state, const bench::Peer& peer, Causal causal) {
+  const Index n = state.range(0);
+  auto& tokens = bench::kept_tokens<float>(bench::Family::unit, n, kDim);
+  attn::Context context;
+  const auto inputs = tokens.inputs(causal);
+  const bench::Work work{.flops = bench::attention_flops(n, n, kDim, causal), .tokens = n};
+  bench::time_calls<float>(state, work, [&] { peer.forward(inputs, tokens.out, context); });
+  state.counters["error"] = bench::errors("softmax", tokens, causal).out;
+}
+
+void add(const bench::Peer& peer, Causal causal) {
+  const std::string name = std::string(peer.name) + (causal == Causal::none ? "" : "/causal");
+  benchmark::RegisterBenchmark(name.c_str(), forward, peer, causal)
+      ->ArgName("n")
+      ->RangeMultiplier(2)
+      ->Range(512, 8192)
+      ->Apply(bench::in_milliseconds);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+#ifdef ATTN_BENCH_OPENBLAS
+  bench::restart_with_wide_openblas(argv);
+#endif
+  if (!std::string_view(ATTN_BENCH_MISSING).empty()) {
+    std::fprintf(stderr, "bench_peers: skipped, because not found by CMake: %s\n", ATTN_BENCH_MISSING);
+  }
+  for (const bench::Peer& peer : peers()) {
+    add(peer, Causal::none);
+    if (peer.has_causal) add(peer, Causal::upper_left);
+  }
+  constexpr const char* kInterleaved = "--benchmark_enable_random_interleaving=true";
+  constexpr const char* kMedians = "--benchmark_report_aggregates_only=true";
+  return bench::run_benchmarks(argc, argv, {"--benchmark_repetitions=7", kInterleaved, kMedians});
+}
