@@ -75,7 +75,7 @@ template <class T, class Body>
 void for_each_scene(const Body& body) {
   for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
     for (const bool masked : {false, true}) {
-      for (const auto& [n_q, n_k] : {std::pair<Index, Index>{70, 300}, {100, 61}, {3, 3000}}) {
+      for (const auto& [n_q, n_k] : {std::pair<Index, Index>{70, 300}, {260, 61}, {3, 3000}}) {
         for (const Kind kind : {Kind::softmax, Kind::raw_gaussian, Kind::normalized_gaussian}) {
           SCOPED_TRACE("causal " + std::to_string(static_cast<int>(causal)) + (masked ? ", masked" : "") + ", n_q " +
                        std::to_string(n_q) + ", kind " + std::to_string(static_cast<int>(kind)));

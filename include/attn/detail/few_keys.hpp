@@ -70,8 +70,10 @@ struct FewKeys {
   Panels<T> keys, values;
   const T* bias;  ///< of each lane of keys.packets, in units of log2, -infinity beyond the last key; null if all are 0
 
+  /// Below four queries a key, packing costs more than it saves.
   static bool suits(const Product<T>& product) {
-    return product.in.mask.causal == Causal::none && product.in.k.rows() <= kTileKeys<T> && product.partition.splits == 1;
+    const Index n_q = product.in.q.rows(), n_k = product.in.k.rows();
+    return product.in.mask.causal == Causal::none && n_k <= kTileKeys<T> && n_k <= n_q / 4 && product.partition.splits == 1;
   }
 
   static FewKeys pack(const Product<T>& product, Scratch& scratch) {
