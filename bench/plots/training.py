@@ -1,4 +1,4 @@
-"""Runs of train_listops: curves against steps and seconds, the spectra of what was learnt, and how unstable learning was.
+"""Runs of train_listops: curves against steps and seconds, spectra of what was learnt, how unstable learning was.
 
 Takes its --csv and --spectrum files in any order and draws training.png and training_diagnostics.png.
 """
@@ -21,7 +21,8 @@ def read(inputs):
         if not rows:
             raise SystemExit(f"{path}: holds no rows")
         kind = spectra if "singular_value" in rows[0] else runs
-        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0] if name not in ("method", "seed")}
+        numbers = [name for name in rows[0] if name not in ("method", "seed")]
+        columns = {name: np.array([float(row[name]) for row in rows]) for name in numbers}
         kind[rows[0]["method"]][rows[0]["seed"]] = columns
     return runs, spectra
 
@@ -51,32 +52,39 @@ def draw_curves(runs, out):
             values = common(seeds, column, "step")
             label = f"{method} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
             draw_mean(panels[row][0], common(seeds, "step", "step")[0], values, colour, label)
-            draw_mean(panels[row][1], common(seeds, "cpu_seconds", "step").mean(axis=0), values, colour, label)
+            seconds = common(seeds, "cpu_seconds", "step").mean(axis=0)
+            draw_mean(panels[row][1], seconds, values, colour, label)
     for axes in panels[1]:
         for column, style in [("root_operator", "--"), ("majority", ":")]:
             level = next(iter(next(iter(runs.values())).values()))[column][0]
-            axes.axhline(level, color="grey", linestyle=style, linewidth=1, label=column.replace("_", " "))
+            label = column.replace("_", " ")
+            axes.axhline(level, color="grey", linestyle=style, linewidth=1, label=label)
     panels[0][0].set_ylabel("validation loss")
     panels[1][0].set_ylabel("validation accuracy")
     panels[1][0].set_xlabel("steps")
     panels[1][1].set_xlabel("processor seconds of training")
     panels[0][1].legend(fontsize=8)
-    panels[1][1].legend(*(part[-2:] for part in panels[1][1].get_legend_handles_labels()), fontsize=8, loc="lower right")
+    handles, labels = panels[1][1].get_legend_handles_labels()
+    panels[1][1].legend(handles[-2:], labels[-2:], fontsize=8, loc="lower right")
     save(figure, out / "training.png")
 
 
 def draw_diagnostics(runs, spectra, out):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for method, colour, seeds in in_order(spectra):
-        draw_mean(left, common(seeds, "index", "index")[0], common(seeds, "singular_value", "index"), colour, method)
-    left.set(yscale="log", xlabel="index", ylabel="singular value / largest", title="attention of the trained second layer")
+        values = common(seeds, "singular_value", "index")
+        draw_mean(left, common(seeds, "index", "index")[0], values, colour, method)
+    left.set(yscale="log", ylim=(1e-8, 2), xlabel="index", ylabel="singular value / largest")
+    left.set_title("attention of the trained second layer")
     if "softmax" in runs:
         reference = list(runs["softmax"].values())
         for method, colour, seeds in in_order(runs):
             both = common(seeds + reference, "instability", "step")
             score, of_softmax = smooth(both[: len(seeds)]), smooth(both[len(seeds) :])
-            right.plot(common(seeds + reference, "step", "step")[0], score / of_softmax, color=colour, label=method)
-    right.set(yscale="log", xlabel="steps", ylabel="instability / softmax's", title="change of the scores per change of the weights")
+            steps = common(seeds + reference, "step", "step")[0]
+            right.plot(steps, score / of_softmax, color=colour, label=method)
+    right.set(ylim=(0, None), xlabel="steps", ylabel="instability / softmax's")
+    right.set_title("change of the scores per change of the weights")
     left.legend(fontsize=8)
     save(figure, out / "training_diagnostics.png")
 
@@ -91,7 +99,7 @@ def save(figure, path):
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
     plt.close(figure)
 
 
