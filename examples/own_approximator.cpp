@@ -3,6 +3,7 @@
 
 #include "mean_pooling.hpp"
 
+#include <cstdint>
 #include <cstdlib>
 #include <iostream>
 #include <vector>
@@ -16,11 +17,15 @@ int main() {
   constexpr attn::Index kTokens = 100;
   const attn::Matrix<float> q = attn::Matrix<float>::Random(kTokens, 16), k = attn::Matrix<float>::Random(kTokens, 16);
   const attn::Matrix<float> v = attn::Matrix<float>::Random(kTokens, 8), alike = k.row(0).replicate(kTokens, 1);
+  std::vector<std::uint8_t> keep(kTokens, 1);
+  keep[0] = keep[7] = keep[99] = 0;
+  const attn::Mask mask{.keep_key = keep, .keep_query = keep};
 
-  // In one line
+  // In one line, with and without a mask
   const attn::SoftmaxAttention<float> softmax;
   const MeanPooling<float> pooling;
   const bool plain = attn::attention(pooling, q, alike, v).isApprox(attn::attention(softmax, q, alike, v), 1e-5f);
+  const bool masked = attn::attention(pooling, q, alike, v, mask).isApprox(attn::attention(softmax, q, alike, v, mask), 1e-5f);
 
   // As one of several methods of one type, chosen at run time
   const std::vector<attn::AnyApproximator<float>> methods{attn::AnyApproximator<float>(softmax), attn::AnyApproximator<float>(pooling),
@@ -41,6 +46,7 @@ int main() {
   const bool trained = dq.isZero() && dk.isZero() && dv.isApprox(dout);
 
   bool good = check(plain, "equal to softmax attention where all keys are alike");
+  good &= check(masked, "and with a mask");
   good &= check(same, "the same as AnyApproximator");
   good &= check(trained, "every value counts as much for the mean as any other");
   return good ? EXIT_SUCCESS : EXIT_FAILURE;
