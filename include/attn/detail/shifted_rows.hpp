@@ -136,7 +136,8 @@ struct ShiftedRows {
     for (Index i = 0; i < c; ++i) {
       const auto at = static_cast<std::size_t>(i);
       T* const weights = &b(i, 0);
-      for (Index j = 0; j < m; ++j) weights[j] -= factors.lse[static_cast<std::size_t>(j)] * log2e;
+      // No weight is above 1 but for the rounding of large scores.
+      for (Index j = 0; j < m; ++j) weights[j] = std::min(weights[j] - factors.lse[static_cast<std::size_t>(j)] * log2e, T(0));
       weigh_row(weights, m, Rows::raw);
       own_score[at] = factors.scale * dot_product(&q(i, 0), &k(i, 0), d);
       diagonal[at] = dot_product(&fz(i, 0), weights, m);
