@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
 # Installs the Debian packages of cmake/apt-packages.txt that are missing. With all of them installed it changes nothing and needs no network.
+# Usage: cmake/setup.sh [--with-torch]      --with-torch: those of the examples with libtorch, too
 set -euo pipefail
 
-list="$(dirname "${BASH_SOURCE[0]}")/apt-packages.txt"
-mapfile -t packages < <(grep -Ev '^[[:space:]]*(#|$)' "$list")
+folder="$(dirname "${BASH_SOURCE[0]}")"
+lists=("$folder/apt-packages.txt")
+case "${*}" in
+  "") ;;
+  --with-torch) lists+=("$folder/apt-packages-torch.txt") ;;
+  *)
+    echo "setup.sh: takes nothing or --with-torch, not: $*" >&2
+    exit 1
+    ;;
+esac
+mapfile -t packages < <(cat "${lists[@]}" | grep -Ev '^[[:space:]]*(#|$)')
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   echo "setup.sh: this is no Debian system; please install what these Debian packages hold: ${packages[*]}" >&2
