@@ -87,7 +87,7 @@ template <Left kLeft, int kPackets, class T>
 /// read where keep is 0. Sums run over at most 256 terms at a time.
 template <class T, Left kLeft = Left::row_major, Right kRight = Right::plain>
 void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep, MatrixRef<T> c, Context& context) {
-  constexpr Index kRowBlock = 96, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
+  constexpr Index kRowBlock = 256, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
   const Index column_packets = (c.cols() + kLanes<T> - 1) / kLanes<T>;
   constexpr Index kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
   const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (column_packets + kTilePackets - 1) / kTilePackets;
