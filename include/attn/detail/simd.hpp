@@ -108,6 +108,30 @@ inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
   return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
 }
 
+#if defined(__AVX512F__)
+// Of all lanes, by a mask: without one GCC 12 warns of its own header.
+inline Packet<float> max(Packet<float> a, Packet<float> b) {
+  return {_mm512_mask_max_ps(a.raw, 0xFFFF, b.raw, a.raw)};
+}
+inline Packet<double> max(Packet<double> a, Packet<double> b) {
+  return {_mm512_mask_max_pd(a.raw, 0xFF, b.raw, a.raw)};
+}
+inline Packet<float> min(Packet<float> a, Packet<float> b) {
+  return {_mm512_mask_min_ps(a.raw, 0xFFFF, b.raw, a.raw)};
+}
+inline Packet<double> min(Packet<double> a, Packet<double> b) {
+  return {_mm512_mask_min_pd(a.raw, 0xFF, b.raw, a.raw)};
+}
+
+/// a 2^n for whole n.
+inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n) {
+  return {_mm512_mask_scalef_ps(a.raw, 0xFFFF, a.raw, n.raw)};
+}
+inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n) {
+  return {_mm512_mask_scalef_pd(a.raw, 0xFF, a.raw, n.raw)};
+}
+#endif
+
 /// Whether fraction and scale_exponent are instructions.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 inline constexpr bool kScalesExponents = true;
@@ -118,14 +142,6 @@ inline Packet<float> fraction(Packet<float> x) {
 }
 inline Packet<double> fraction(Packet<double> x) {
   return {_mm512_reduce_pd(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-
-/// a 2^n for whole n. All lanes, by a mask: GCC 12 warns of its own header without one.
-inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n) {
-  return {_mm512_mask_scalef_ps(a.raw, 0xFFFF, a.raw, n.raw)};
-}
-inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n) {
-  return {_mm512_mask_scalef_pd(a.raw, 0xFF, a.raw, n.raw)};
 }
 #else
 inline constexpr bool kScalesExponents = false;
