@@ -1,5 +1,6 @@
 #include "peer.hpp"
 
+#include <ATen/core/ivalue.h>  // ahead of the others: Clang 14 takes them for C++20 only so
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
