@@ -83,23 +83,17 @@ TYPED_TEST(Exp2Of, IntegersAreExact) {
   }
 }
 
-TYPED_TEST(Exp2Of, FallsToZeroBelowItsRange) {
+TYPED_TEST(Exp2Of, IsExactlyZeroBelowItsRange) {
   using Limits = std::numeric_limits<TypeParam>;
   const TypeParam lowest_exponent = Limits::min_exponent - 1;
-  for (TypeParam x = lowest_exponent; x > lowest_exponent - Limits::digits - 1; x -= TypeParam(0.25)) {
-    EXPECT_LE(exp2_scalar(x), Limits::min()) << x;
-    EXPECT_GE(exp2_scalar(x), TypeParam(0)) << x;
+  for (TypeParam x = lowest_exponent; x > lowest_exponent - Limits::digits - 2; x -= TypeParam(0.03125)) {
+    const TypeParam y = exp2_scalar(x);
+    EXPECT_TRUE(y == 0 || (y <= Limits::min() && x >= lowest_exponent - TypeParam(0.5))) << x << " gives " << y;
   }
-  for (const TypeParam x : {lowest_exponent - Limits::digits - TypeParam(0.25), 2 * lowest_exponent, TypeParam(-1e6), TypeParam(-1e30),
-                            Limits::lowest(), -Limits::infinity()}) {
+  for (const TypeParam x : {lowest_exponent - Limits::digits, 2 * lowest_exponent, TypeParam(-1e6), TypeParam(-1e30), Limits::lowest(),
+                            -Limits::infinity()}) {
     EXPECT_EQ(exp2_scalar(x), TypeParam(0)) << x;
   }
-}
-
-TYPED_TEST(Exp2Of, IsInfiniteAtItsEnd) {
-  constexpr TypeParam kEnd = attn::detail::Exp2<TypeParam>::kBias + 1;
-  EXPECT_EQ(exp2_scalar(kEnd), std::numeric_limits<TypeParam>::infinity());
-  EXPECT_EQ(exp2_scalar(kEnd - 1), std::ldexp(TypeParam(1), static_cast<int>(kEnd) - 1));
 }
 
 TYPED_TEST(Exp2Of, SubnormalArgumentsGiveOne) {

@@ -46,8 +46,9 @@ inline Packet<T> polynomial(const T (&coefficients)[kCount], Packet<T> r) {
   return p;
 }
 
-/// 2^x for x <= 128 (float), x <= 1024 (double), where it is infinite, within 3 units in the last place (float) or 1 (double). Where
-/// the result would be subnormal, below -126 (-1022), it is at most the smallest normal number; exactly 0 below -150 (-1075). NaN stays NaN.
+/// 2^x for x <= 128 (float), x <= 1024 (double), where it is infinite, within 3 units in the last place (float) or 1 (double);
+/// exactly 0 below -126.5 (-1022.5), at most the smallest normal number from there to -126 (-1022). NaN stays NaN. Subnormal
+/// weights would make products take many times as long.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
 /// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the
 /// exponent's place are 2^n; n = -kBias makes that 0.
@@ -56,7 +57,7 @@ inline Packet<T> exp2(Packet<T> x) {
   using C = Exp2<T>;
   if constexpr (kScalesExponents) {
     const auto r = fraction(x);
-    return scale_exponent(polynomial(C::kCoefficients, r), x - r);
+    return scale_exponent(polynomial(C::kCoefficients, r), x - r, x, 1 - C::kBias);
   } else {
     const auto magic = broadcast<T>(C::kRound + C::kBias);
     x = max(x, broadcast<T>(-C::kBias));

@@ -122,17 +122,9 @@ inline Packet<float> min(Packet<float> a, Packet<float> b) {
 inline Packet<double> min(Packet<double> a, Packet<double> b) {
   return {_mm512_mask_min_pd(a.raw, 0xFF, b.raw, a.raw)};
 }
-
-/// a 2^n for whole n.
-inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n) {
-  return {_mm512_mask_scalef_ps(a.raw, 0xFFFF, a.raw, n.raw)};
-}
-inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n) {
-  return {_mm512_mask_scalef_pd(a.raw, 0xFF, a.raw, n.raw)};
-}
 #endif
 
-/// Whether fraction and scale_exponent are instructions.
+/// Whether fraction and scale_exponent are a few instructions.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 inline constexpr bool kScalesExponents = true;
 
@@ -142,6 +134,14 @@ inline Packet<float> fraction(Packet<float> x) {
 }
 inline Packet<double> fraction(Packet<double> x) {
   return {_mm512_reduce_pd(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+/// a 2^n for whole n; 0 where x is below lowest.
+inline Packet<float> scale_exponent(Packet<float> a, Packet<float> n, Packet<float> x, float lowest) {
+  return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(lowest), _CMP_NLT_UQ), a.raw, n.raw)};
+}
+inline Packet<double> scale_exponent(Packet<double> a, Packet<double> n, Packet<double> x, double lowest) {
+  return {_mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x.raw, _mm512_set1_pd(lowest), _CMP_NLT_UQ), a.raw, n.raw)};
 }
 #else
 inline constexpr bool kScalesExponents = false;
