@@ -96,6 +96,12 @@ TYPED_TEST(Exp2Of, IsExactlyZeroBelowItsRange) {
   }
 }
 
+TYPED_TEST(Exp2Of, IsInfiniteAtItsEnd) {
+  constexpr TypeParam kEnd = attn::detail::Exp2<TypeParam>::kBias + 1;
+  EXPECT_EQ(exp2_scalar(kEnd), std::numeric_limits<TypeParam>::infinity());
+  EXPECT_EQ(exp2_scalar(kEnd - 1), std::ldexp(TypeParam(1), static_cast<int>(kEnd) - 1));
+}
+
 TYPED_TEST(Exp2Of, SubnormalArgumentsGiveOne) {
   using Limits = std::numeric_limits<TypeParam>;
   for (const TypeParam x :
