@@ -19,20 +19,11 @@ using attn::GaussianKernel;
 using attn::Rows;
 using attn::SoftmaxKernel;
 using test::Context;
+using test::error_of;
 using test::Index;
 using test::Inputs;
 using test::Mask;
 using test::Matrix;
-
-template <class Call>
-std::string error_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 /// Shapes of a call, each of which a test may get wrong.
 struct Call {

@@ -24,6 +24,7 @@ using attn::SoftmaxKernel;
 using attn::SubspaceIteration;
 using test::ConstMatrixRef;
 using test::Context;
+using test::error_of;
 using test::Family;
 using test::Index;
 using test::Mask;
@@ -75,16 +76,6 @@ Matrix<double> with_singular_values(Index rows, Index cols, const Eigen::VectorX
 
 Eigen::VectorXd dense_singular_values(const Matrix<double>& a) {
   return Eigen::JacobiSVD<Eigen::MatrixXd>(Eigen::MatrixXd(a)).singularValues();
-}
-
-template <class Call>
-std::string error_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "no error";
 }
 
 /// The matrix of exact attention, entry by entry.

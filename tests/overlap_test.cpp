@@ -18,22 +18,13 @@
 namespace {
 
 using test::Context;
+using test::error_of;
 using test::Index;
 using test::Inputs;
 using test::Matrix;
 using test::MatrixRef;
 
 constexpr Index kLength = 90, kWidth = 8;
-
-template <class Call>
-std::string error_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 /// q, k, v and a result as columns of one buffer, as a projection may write them.
 struct Packed {

@@ -23,6 +23,7 @@ using attn::ShiftMode;
 using attn::SoftmaxAttention;
 using attn::SpectralShift;
 using test::Context;
+using test::error_of;
 using test::Family;
 using test::Index;
 using test::Inputs;
@@ -252,16 +253,6 @@ TYPED_TEST(ShiftedNystromOf, ScalesWithTheValues) {
 TYPED_TEST(ShiftedNystromOf, TakesLongSequencesInParts) {
   const Errors errors(test::make_tokens<TypeParam>(Family::self, {2500, 2500, 64, 16}, 237), 40);
   EXPECT_LT(errors.row, 0.1);
-}
-
-template <class Call>
-std::string error_of(const Call& call) {
-  try {
-    call();
-  } catch (const std::invalid_argument& e) {
-    return e.what();
-  }
-  return "no error";
 }
 
 template <class Method>

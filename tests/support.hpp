@@ -19,6 +19,7 @@
 #include <limits>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -26,6 +27,17 @@
 #include <vector>
 
 namespace test {
+
+/// What the std::invalid_argument that call throws says.
+template <class Call>
+std::string error_of(const Call& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "no error";
+}
 
 using attn::ConstMatrixRef;
 using attn::Context;

@@ -1,6 +1,7 @@
 /// What takes longest to compile, once in a program rather than in each of its source files. Where several files call attn, include
-/// this header in all of them, and in one more file that has nothing else, with ATTN_INSTANTIATE_TEMPLATES defined: there the streamed
-/// kernels are instantiated for float and double, and the registry of methods for all types. All files must be compiled for the same processor.
+/// this header in all of them, and in one more file that has nothing else, with ATTN_INSTANTIATE_TEMPLATES defined: there the
+/// streamed kernels are instantiated for float and double, and the registry of methods for all types. All files must be compiled for
+/// the same processor.
 #pragma once
 
 #include <attn/any_approximator.hpp>
