@@ -1,5 +1,4 @@
-/// Spectral shifting: Nystromformer plus a shifted identity, for spectra that
-/// decay slowly.
+/// Spectral shifting: Nystromformer plus a shifted identity, for spectra that decay slowly.
 #pragma once
 
 #include <attn/approximator.hpp>
@@ -17,13 +16,11 @@
 
 namespace attn {
 
-/// How the shift is chosen: paper, one delta from the landmarks' matrix alone;
-/// scalar, one delta from probed rows; row, one for each row, gated by probed
-/// rows.
+/// How the shift is chosen: paper, one delta from the landmarks' matrix alone; scalar, one delta from probed rows; row, one for each
+/// row, gated by probed rows.
 enum class ShiftMode { paper, scalar, row };
 
-/// iterations as in IterativePinv; num_probes rows whose attention is computed
-/// exactly.
+/// iterations as in IterativePinv; num_probes rows whose attention is computed exactly.
 struct SpectralShift {
   ShiftMode mode = ShiftMode::row;
   int iterations = 6;
@@ -35,22 +32,15 @@ struct SpectralShift {
   }
 };
 
-/// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i =
-/// N_ii, rho_i = (N 1)_i, s_i = S_ii:
-///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I
-///   - Z A): a reconstruction, no bound holds for it scalar   (1 - delta) N v +
-///   delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows
-///   with exact s row      (1 - t) N v + t R,  R_i = alpha_i ((N v)_i - g_i
-///   v_i) + s_i v_i,  alpha_i = (1 - s_i) / max(rho_i - g_i, .1) within [0, 2],
-///            s_i estimated in O(m d), t the step that fits the probed rows
-///            best, less one standard error, within [0, 1]
-/// In row mode t depends on v: the method is not linear in v. Where m reaches
-/// the number of kept tokens it is exact attention. q, k (n, d), v (n, d_v),
-/// out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and
-/// some rows at a time. Not causal, no key bias, keep_query must equal
-/// keep_key. Throws std::invalid_argument otherwise, and when shapes disagree
-/// or are empty. Verma 2021 (paper mode, recalled from its abstract); the other
-/// modes are this library's own.
+/// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
+///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): a reconstruction, no bound holds for it
+///   scalar   (1 - delta) N v + delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows with exact s
+///   row      (1 - t) N v + t R,  R_i = alpha_i ((N v)_i - g_i v_i) + s_i v_i,  alpha_i = (1 - s_i) / max(rho_i - g_i, .1) within [0, 2],
+///            s_i estimated in O(m d), t the step that fits the probed rows best, less one standard error, within [0, 1]
+/// In row mode t depends on v: the method is not linear in v. Where m reaches the number of kept tokens it is exact attention.
+/// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a time. Not causal, no
+/// key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when shapes disagree or are empty.
+/// Verma 2021 (paper mode, recalled from its abstract); the other modes are this library's own.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
 requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom {
@@ -80,8 +70,7 @@ class ShiftedNystrom {
     run(in, out, context, &saved);
   }
 
-  /// delta, s, alpha, g and t count as constants: the gradients are those of
-  /// scale_i (N v)_i + shift_i v_i.
+  /// delta, s, alpha, g and t count as constants: the gradients are those of scale_i (N v)_i + shift_i v_i.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
@@ -97,18 +86,19 @@ class ShiftedNystrom {
   void run(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
     detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
-    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums.leftCols(out.cols()), factors.lse});
+    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse});
     if (shift_.mode == ShiftMode::paper) {
       const T delta = factors.paper_shift(context);
       factors.subtract_twice_inverted(delta, context);
       if (saved != nullptr) saved->delta = delta;
       return detail::add_one_shift(kernel_, in, factors, T(1), delta, out, saved, context);
     }
+    const detail::ShiftPanels<T> panels(factors, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
     if (shift_.mode == ShiftMode::row) {
-      return detail::add_row_shift(detail::fit_gate(probes, in, factors, context), in, factors, out, saved, context);
+      return detail::add_row_shift(detail::fit_gate(probes, in, factors, panels, context), in, factors, panels, out, saved, context);
     }
-    const T delta = detail::probed_shift(probes, in, factors, context);
+    const T delta = detail::probed_shift(probes, in, factors, panels, context);
     factors.values *= 1 - delta;
     detail::add_one_shift(kernel_, in, factors, 1 - delta, delta, out, saved, context);
   }

@@ -10,9 +10,9 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
-#include <attn/detail/gemm.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
+#include <attn/detail/panels.hpp>
 #include <attn/detail/product.hpp>
 #include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
@@ -23,46 +23,6 @@
 #include <span>
 
 namespace attn::detail {
-
-/// A right operand (depth, columns), packed for register tiles; its last packet is filled up with zeros.
-template <class T>
-struct Panels {
-  T* data;
-  Index depth, packets;
-
-  template <Right kRight>
-  static Panels pack(const ConstMatrixRef<T>& b, Scratch& scratch) {
-    const Index depth = kRight == Right::plain ? b.rows() : b.cols(), columns = kRight == Right::plain ? b.cols() : b.rows();
-    const Index packets = (columns + kLanes<T> - 1) / kLanes<T>;
-    const Panels panels{scratch.array<T>(depth * packets * kLanes<T>).data(), depth, packets};
-    panels.for_each([&](Range strip, int count, T* panel) {
-      pack_right<kRight, T>(b, {0, depth}, {strip.first * kLanes<T>, std::min(columns, strip.last * kLanes<T>)}, count, panel);
-    });
-    return panels;
-  }
-
-  /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile.
-  void multiply(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, T keep, MatrixRef<T> c, Upcoming upcoming) const {
-    for_each([&](Range strip, int count, const T* panel) {
-      const Range columns{strip.first * kLanes<T>, std::min(c.cols(), strip.last * kLanes<T>)};
-      with_packets(count, [&](auto width) {
-        multiply_panel<Left::row_major, width, T>(factor, a, {0, depth}, panel, keep, c, {0, a.rows()}, columns, upcoming);
-      });
-      upcoming = {};
-    });
-  }
-
- private:
-  /// body(packets, how many, panel)
-  template <class Body>
-  void for_each(const Body& body) const {
-    const Index strips = (packets + kTilePackets - 1) / kTilePackets;
-    for (Index s = 0; s < strips; ++s) {
-      const Range strip = nth_part(packets, strips, s);
-      body(strip, static_cast<int>(strip.last - strip.first), data + strip.first * kLanes<T> * depth);
-    }
-  }
-};
 
 /// All keys and values of a product, which several workers read.
 template <class T>

@@ -30,12 +30,9 @@ std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, MatrixRe
 /// The largest of n elements.
 template <class T>
 T row_maximum(const T* row, Index n) {
-  alignas(64) T lanes[kLanes<T>];
-  auto top = broadcast(row[0]);
-  Index j = 0;
-  for (; j + kLanes<T> <= n; j += kLanes<T>) top = max(top, load_unaligned(row + j));
-  store(lanes, top);
-  return std::max(*std::max_element(lanes, lanes + kLanes<T>), *std::max_element(row + std::min(j, n - 1), row + n));
+  auto top = broadcast(std::numeric_limits<T>::lowest());
+  for (Index j = 0; j < n; j += kLanes<T>) top = max(top, load_row(row, j, n, std::numeric_limits<T>::lowest()));
+  return largest(top);
 }
 
 /// The sum of n elements.
@@ -46,23 +43,35 @@ T row_sum(const T* row, Index n) {
   return sum(total);
 }
 
+/// row (length n) <- exp2(row - origin); returns its sum.
+template <class T>
+T exponentiate(T* row, Index n, T origin) {
+  auto total = broadcast(T(0));
+  for (Index j = 0; j < n; j += kLanes<T>) {
+    const auto weight = exp2(load_row(row, j, n, -std::numeric_limits<T>::infinity()) - broadcast(origin));
+    total = total + weight;
+    store_row(row, j, n, weight);
+  }
+  return sum(total);
+}
+
 /// row (length n) <- exp2(row), or with normalized rows what that is divided by its sum, taken relative to its maximum.
 template <class T>
 void weigh_row(T* row, Index n, Rows rows) {
-  const T maximum = rows == Rows::normalized ? row_maximum(row, n) : T(0);
-  for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, exp2(load_row(row, j, n) - broadcast(maximum)));
+  const T total = exponentiate(row, n, rows == Rows::normalized ? row_maximum(row, n) : T(0));
   if (rows == Rows::raw) return;
-  const T total = row_sum(row, n);
-  for (Index j = 0; j < n; ++j) row[j] /= total;
+  for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, load_row(row, j, n) / broadcast(total));
 }
 
 /// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized.
 /// Distances are measured from the first row of y, which keeps digits. Where kappa is at most 1, rounding does not lift
 /// it above that.
 template <ScoreKernel Kernel, class T>
-void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out, Context& context) {
+void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
+                   Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());
-  const T scale = static_cast<T>(parameters.scale * std::numbers::log2e), bias = static_cast<T>(parameters.bias * std::numbers::log2e);
+  const T scale = static_cast<T>(parameters.scale * std::numbers::log2e),
+          bias = static_cast<T>(parameters.bias * std::numbers::log2e);
   Scratch scratch = context.scratch();
   MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
   const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;

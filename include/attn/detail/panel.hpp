@@ -8,12 +8,13 @@
 
 namespace attn::detail {
 
-/// Lanes [first, first + kLanes) of a row of length d, zeros beyond it; a null row is all zeros.
+/// Lanes [first, first + kLanes) of a row of length d, beyond it what fills them; a null row is all zeros.
 template <class T>
-inline Packet<T> load_row(const T* row, Index first, Index d) {
+inline Packet<T> load_row(const T* row, Index first, Index d, T fill = 0) {
   if (row == nullptr) return broadcast(T(0));
   if (first + kLanes<T> <= d) return load_unaligned(row + first);
-  alignas(64) T lanes[kLanes<T>] = {};
+  alignas(64) T lanes[kLanes<T>];
+  std::fill_n(lanes, kLanes<T>, fill);
   std::copy(row + first, row + d, lanes);
   return load(lanes);
 }
@@ -31,7 +32,8 @@ inline void store_row(T* row, Index first, Index d, Packet<T> x) {
 template <class T>
 inline T dot_product(const T* a, const T* b, Index d) {
   auto products = broadcast(T(0));
-  for (Index first = 0; first < d; first += kLanes<T>) products = multiply_add(load_row(a, first, d), load_row(b, first, d), products);
+  for (Index first = 0; first < d; first += kLanes<T>)
+    products = multiply_add(load_row(a, first, d), load_row(b, first, d), products);
   return sum(products);
 }
 

@@ -39,9 +39,10 @@ ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const I
 
 /// delta of the scalar mode: mean(s - g) / max(mean(rho - g), .05) over the probed rows.
 template <class T>
-T probed_shift(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors<T>& factors, Context& context) {
+T probed_shift(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+               Context& context) {
   Scratch scratch = context.scratch();
-  const ShiftedRows<T> found(in, factors, probes.ranks, context, scratch);
+  const ShiftedRows<T> found(in, factors, panels, probes.ranks, scratch);
   T wanted = 0, available = 0;
   for (Index j = 0; j < probes.exact.rows(); ++j) {
     const auto at = static_cast<std::size_t>(j);
@@ -54,18 +55,23 @@ T probed_shift(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFac
 
 /// t of the row mode: with a = R - N v and b = S v - N v on the probed rows, sum a.b / sum a.a less one standard error.
 template <class T>
-T fit_gate(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors<T>& factors, Context& context) {
+T fit_gate(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+           Context& context) {
   Scratch scratch = context.scratch();
-  const ShiftedRows<T> found(in, factors, probes.ranks, context, scratch);
+  const ShiftedRows<T> found(in, factors, panels, probes.ranks, scratch);
   const Index r = probes.exact.rows();
+  MatrixRef<T> plain = scratch.matrix<T>(r, in.v.cols());
+  const T one = 1;
+  found.multiply_values({&one, 0}, plain);
   const std::span<T> along = scratch.array<T>(r), size = scratch.array<T>(r);
   T total_along = 0, total_size = 0, squares = 0;
   for (Index j = 0; j < r; ++j) {
     const auto at = static_cast<std::size_t>(j);
+    const auto v = in.v.row(factors.rows[static_cast<std::size_t>(probes.ranks[at])]);
     along[at] = size[at] = 0;
     for (Index c = 0; c < in.v.cols(); ++c) {
-      const T step = found.shifted(j, c) - found.plain(j, c);
-      along[at] += step * (probes.exact(j, c) - found.plain(j, c));
+      const T step = (found.stretch[at] - 1) * plain(j, c) + found.added(at) * v(c);
+      along[at] += step * (probes.exact(j, c) - plain(j, c));
       size[at] += step * step;
     }
     total_along += along[at];

@@ -1,5 +1,4 @@
-/// How spectral shifting ends, whatever chose the shifts: out_i = scale_i (N
-/// v)_i + shift_i v_i over the kept rows; and its gradients.
+/// How spectral shifting ends, whatever chose the shifts: out_i = scale_i (N v)_i + shift_i v_i over the kept rows; and its gradients.
 #pragma once
 
 #include <attn/context.hpp>
@@ -12,6 +11,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -26,8 +26,7 @@ bool same_masks(const Inputs<T>& in) {
   return true;
 }
 
-/// Beside what Nystrom saves (but lse): scale and shift of each row, 0 where it
-/// is dropped, and delta, N's core being Z - delta Z Z.
+/// Beside what Nystrom saves (but lse): scale and shift of each row, 0 where it is dropped, and delta, N's core being Z - delta Z Z.
 template <class T>
 struct ShiftSaved {
   NystromSaved<T> nystrom{};
@@ -47,12 +46,11 @@ struct ShiftSaved {
   }
 };
 
-/// out <- F values + delta v, where values are scale times those of N. saved
-/// may be null.
+/// out <- F values + delta v, where values are scale times those of N. saved may be null.
 template <class T>
 void add_one_shift(const SoftmaxKernel& kernel, const Inputs<T>& in, const ShiftFactors<T>& factors, T scale, T delta,
                    MatrixRef<T> out, ShiftSaved<T>* saved, Context& context) {
-  kernel_matmul(kernel, Inputs<T>{in.q, factors.k_land, factors.values.leftCols(out.cols()), queries_only(in.mask)}, out, context);
+  kernel_matmul(kernel, Inputs<T>{in.q, factors.k_land, factors.values, queries_only(in.mask)}, out, context);
   for (const Index row : factors.rows) {
     out.row(row) += delta * in.v.row(row);
     if (saved != nullptr) saved->set(row, scale, delta);
@@ -61,28 +59,31 @@ void add_one_shift(const SoftmaxKernel& kernel, const Inputs<T>& in, const Shift
 
 /// out <- (1 - gate) N v + gate R, R of the row mode. saved may be null.
 template <class T>
-void add_row_shift(T gate, const Inputs<T>& in, const ShiftFactors<T>& factors, MatrixRef<T> out, ShiftSaved<T>* saved,
-                   Context& context) {
-  constexpr Index kRows = 256;
-  out.setZero();
+void add_row_shift(T gate, const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels, MatrixRef<T> out,
+                   ShiftSaved<T>* saved, Context& context) {
+  constexpr Index kRows = 128;
   const auto n = static_cast<Index>(factors.rows.size());
+  if (n < out.rows()) out.setZero();
   context.for_each_call((n + kRows - 1) / kRows, [&](Index chunk, Context& of_worker) {
     Scratch scratch = of_worker.scratch();
     const Index first = chunk * kRows;
-    const std::span<Index> some = scratch.array<Index>(std::min(kRows, n - first));
-    for (std::size_t i = 0; i < some.size(); ++i) some[i] = first + static_cast<Index>(i);
-    const ShiftedRows<T> rows(in, factors, some, of_worker, scratch);
-    for (std::size_t i = 0; i < some.size(); ++i) {
-      const auto r = static_cast<Index>(i), row = factors.rows[static_cast<std::size_t>(some[i])];
-      out.row(row) = (1 - gate) * rows.plain.row(r).head(out.cols()) + gate * rows.shifted.row(r);
-      const T alpha = rows.stretch[i];
-      if (saved != nullptr) saved->set(row, 1 - gate + gate * alpha, gate * (rows.exact_diagonal[i] - alpha * rows.diagonal[i]));
+    const std::span<Index> ranks = scratch.array<Index>(std::min(kRows, n - first));
+    std::iota(ranks.begin(), ranks.end(), first);
+    const ShiftedRows<T> rows(in, factors, panels, ranks, scratch);
+    const std::span<T> scale = scratch.array<T>(rows.f.rows());
+    for (std::size_t i = 0; i < scale.size(); ++i) scale[i] = 1 - gate + gate * rows.stretch[i];
+    MatrixRef<T> product = scratch.matrix<T>(rows.f.rows(), out.cols());
+    rows.multiply_values({scale.data(), 1}, product);
+    for (std::size_t i = 0; i < ranks.size(); ++i) {
+      const Index row = factors.rows[static_cast<std::size_t>(ranks[i])];
+      const T shift = gate * rows.added(i);
+      out.row(row) = product.row(static_cast<Index>(i)) + shift * in.v.row(row);
+      if (saved != nullptr) saved->set(row, scale[i], shift);
     }
   });
 }
 
-/// gradients <- those of scale_i (N v)_i + shift_i v_i, scales and shifts being
-/// constants.
+/// gradients <- those of scale_i (N v)_i + shift_i v_i, scales and shifts being constants.
 template <class T, class Landmarks>
 void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, int iterations, const Inputs<T>& in,
                       const ShiftSaved<T>& saved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,

@@ -6,6 +6,7 @@
 #include <attn/core.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/kernel_matrix.hpp>
+#include <attn/detail/panels.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
@@ -26,21 +27,24 @@ struct ShiftFactors {
                Scratch& scratch)
       : scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
         rows(list_kept(in, scratch)),
-        q_land(landmarks.select<T>(in.q, [&](Index i) { return keeps_query(in, i); }, scratch)),
-        k_land(landmarks.select<T>(in.k, [&](Index j) { return keeps_key(in, j); }, scratch)),
+        q_land(landmarks.select<T>(
+            in.q, [&](Index i) { return keeps_query(in, i); }, scratch)),
+        k_land(landmarks.select<T>(
+            in.k, [&](Index j) { return keeps_key(in, j); }, scratch)),
         variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
         a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
-        values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols() + 1)),
-        sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols() + 1)),
+        values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
+        sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
+        ones(scratch.array<T>(landmarks.num_landmarks)),
         lse(scratch.array<T>(landmarks.num_landmarks)),
         log_length(scratch.array<T>(landmarks.num_landmarks)),
         log_others(scratch.array<T>(landmarks.num_landmarks)) {
-    kernel_matmul(kernel, Inputs<T>{q_land, in.k, in.v, keys_only(in.mask)}, sums.leftCols(in.v.cols()), lse, context);
-    sums.col(in.v.cols()).setOnes();  // B 1
+    kernel_matmul(kernel, Inputs<T>{q_land, in.k, in.v, keys_only(in.mask)}, sums, lse, context);
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, sums, 0, values, context);
+    for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
     set_variance(in);
     for (Index c = 0; c < variance.rows(); ++c) {
       const Range range = segment(static_cast<Index>(rows.size()), variance.rows(), c);
@@ -77,8 +81,9 @@ struct ShiftFactors {
   MatrixRef<T> q_land, k_land;  ///< segment means (m, d)
   MatrixRef<T> variance;        ///< of each segment's keys, per coordinate (m, d)
   MatrixRef<T> a, z;            ///< A and what stands for its inverse (m, m)
-  MatrixRef<T> values;          ///< Z B [v 1] (m, d_v + 1)
-  MatrixRef<T> sums;            ///< B [v 1] (m, d_v + 1)
+  MatrixRef<T> values;          ///< Z B v (m, d_v)
+  MatrixRef<T> sums;            ///< B v (m, d_v)
+  std::span<T> ones;            ///< Z B 1, which is Z 1
   std::span<T> lse;             ///< log-sums of B's rows
   std::span<T> log_length;      ///< log2 of each segment's length
   std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
@@ -106,89 +111,139 @@ struct ShiftFactors {
   }
 };
 
-/// Some rows of N and of its row-shifted form, given by their ranks among the kept ones. c rows:
+/// What rows of N are multiplied by, packed once for all of them.
 template <class T>
-struct ShiftedRows {
-  ShiftedRows(const Inputs<T>& in, const ShiftFactors<T>& factors, std::span<const Index> ranks, Context& context, Scratch& scratch)
-      : plain(scratch.matrix<T>(static_cast<Index>(ranks.size()), in.v.cols() + 1)),
-        shifted(scratch.matrix<T>(static_cast<Index>(ranks.size()), in.v.cols())),
-        own_score(scratch.array<T>(static_cast<Index>(ranks.size()))),
-        diagonal(scratch.array<T>(static_cast<Index>(ranks.size()))),
-        exact_diagonal(scratch.array<T>(static_cast<Index>(ranks.size()))),
-        stretch(scratch.array<T>(static_cast<Index>(ranks.size()))),
-        row_sum(scratch.array<T>(static_cast<Index>(ranks.size()))) {
-    Scratch temporary = scratch.nested();
-    const Index c = plain.rows(), m = factors.z.rows(), d = in.q.cols();
-    MatrixRef<T> q = temporary.matrix<T>(c, d), k = temporary.matrix<T>(c, d), scores = temporary.matrix<T>(c, m);
-    MatrixRef<T> f = temporary.matrix<T>(c, m), fz = temporary.matrix<T>(c, m), b = temporary.matrix<T>(c, m);
-    for (Index i = 0; i < c; ++i) {
-      const Index row = factors.rows[static_cast<std::size_t>(ranks[static_cast<std::size_t>(i)])];
-      q.row(i) = in.q.row(row);
-      k.row(i) = in.k.row(row);
-    }
-    const T log2e = std::numbers::log2e_v<T>, half_square = T(0.5) * factors.scale * factors.scale * log2e;
-    gemm<T, Left::row_major, Right::transposed>(factors.scale * log2e, q, factors.k_land, 0, scores, context);
-    gemm<T, Left::row_major, Right::transposed>(factors.scale * log2e, k, factors.q_land, 0, b, context);
-    f = scores;
-    for (Index i = 0; i < c; ++i) weigh_row(&f(i, 0), m, Rows::normalized);
-    gemm<T>(1, f, factors.z, 0, fz, context);
-    gemm<T>(1, f, factors.values, 0, plain, context);
-    for (Index i = 0; i < c; ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      T* const weights = &b(i, 0);
-      // No weight is above 1 but for the rounding of large scores.
-      for (Index j = 0; j < m; ++j) weights[j] = std::min(weights[j] - factors.lse[static_cast<std::size_t>(j)] * log2e, T(0));
-      weigh_row(weights, m, Rows::raw);
-      own_score[at] = factors.scale * dot_product(&q(i, 0), &k(i, 0), d);
-      diagonal[at] = dot_product(&fz(i, 0), weights, m);
-      row_sum[at] = plain(i, in.v.cols());
-    }
-    q = q.array().square();
-    gemm<T, Left::row_major, Right::transposed>(half_square, q, factors.variance, 1, scores, context);
-    estimate_diagonal(factors, ranks, scores);
-    shift_rows(in, factors, ranks);
+struct ShiftPanels {
+  ShiftPanels(const ShiftFactors<T>& factors, Scratch& scratch)
+      : scale(factors.scale * std::numbers::log2e_v<T>),
+        half_square(scale * factors.scale / 2),
+        k_land(Panels<T>::template pack<Right::transposed>(factors.k_land, scratch)),
+        q_land(Panels<T>::template pack<Right::transposed>(factors.q_land, scratch)),
+        variance(Panels<T>::template pack<Right::transposed>(factors.variance, scratch)),
+        z(Panels<T>::template pack<Right::plain>(factors.z, scratch)),
+        values(Panels<T>::template pack<Right::plain>(factors.values, scratch)),
+        lse(scratch.array<T>(factors.z.rows())) {
+    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](T x) { return x * std::numbers::log2e_v<T>; });
   }
 
-  MatrixRef<T> plain;           ///< (N v)_i and (N 1)_i (c, d_v + 1)
-  MatrixRef<T> shifted;         ///< R_i (c, d_v)
+  T scale, half_square;  ///< s and s^2 / 2, in units of log2, as all scores here
+  Panels<T> k_land, q_land, variance, z, values;
+  std::span<T> lse;  ///< of B's rows
+};
+
+/// The listed rows of m, in ascending order: in place where they follow one another, else a copy.
+template <class T>
+ConstMatrixRef<T> listed_rows(const ConstMatrixRef<T>& m, std::span<const Index> list, Scratch& scratch) {
+  const auto count = static_cast<Index>(list.size());
+  if (list.back() - list.front() + 1 == count) return m.middleRows(list.front(), count);
+  const MatrixRef<T> copy = scratch.matrix<T>(count, m.cols());
+  for (Index i = 0; i < count; ++i) {
+    std::copy_n(m.data() + list[static_cast<std::size_t>(i)] * m.outerStride(), m.cols(), copy.data() + i * copy.outerStride());
+  }
+  return copy;
+}
+
+/// Some rows of F, given by their ranks among the kept ones, and what the shift needs of the same rows of N.
+template <class T>
+class ShiftedRows {
+ public:
+  ShiftedRows(const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels, std::span<const Index> ranks,
+              Scratch& scratch)
+      : f(scratch.matrix<T>(static_cast<Index>(ranks.size()), factors.z.rows())),
+        factors_(factors),
+        panels_(panels),
+        ranks_(ranks) {
+    for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch}) {
+      *row = scratch.array<T>(static_cast<Index>(ranks.size()));
+    }
+    Scratch temporary = scratch.nested();
+    const std::span<Index> rows = temporary.array<Index>(f.rows());
+    std::transform(ranks.begin(), ranks.end(), rows.begin(),
+                   [&](Index rank) { return factors.rows[static_cast<std::size_t>(rank)]; });
+    const ConstMatrixRef<T> q = listed_rows<T>(in.q, rows, temporary), k = listed_rows<T>(in.k, rows, temporary);
+    MatrixRef<T> scores = temporary.matrix<T>(f.rows(), f.cols());
+    panels.k_land.multiply({&panels.scale, 0}, q, 0, scores, {});
+    set_rows_of_f(scores);
+    set_diagonal(q, k, temporary);
+    estimate_diagonal(q, scores, temporary);
+    for (std::size_t i = 0; i < stretch.size(); ++i) {
+      stretch[i] = std::clamp<T>((1 - exact_diagonal[i]) / std::max<T>(row_sum[i] - diagonal[i], T(0.1)), 0, 2);
+    }
+  }
+
+  /// to (c, d_v) <- factor times the rows of N v.
+  void multiply_values(const RowFactors<T>& factor, MatrixRef<T> to) const { panels_.values.multiply(factor, f, 0, to, {}); }
+
+  /// R_i = stretch_i (N v)_i + added_i v_i.
+  T added(std::size_t i) const { return exact_diagonal[i] - stretch[i] * diagonal[i]; }
+
+  MatrixRef<T> f;               ///< (c, m)
   std::span<T> own_score;       ///< s q_i.k_i
   std::span<T> diagonal;        ///< g_i = N_ii
+  std::span<T> row_sum;         ///< rho_i = (N 1)_i
   std::span<T> exact_diagonal;  ///< estimate of S_ii
   std::span<T> stretch;         ///< alpha_i
-  std::span<T> row_sum;         ///< rho_i = (N 1)_i
 
  private:
-  /// S_ii ~ e_i / (e_i + sum_c w_ic l_c exp(score_ic)): every segment of l_c keys stands for its mean and its variance, which scores hold
-  /// (in units of log2), but for the token itself, which is exact: w_ic = (l_c - 1) / l_c for its own segment.
-  void estimate_diagonal(const ShiftFactors<T>& factors, std::span<const Index> ranks, MatrixRef<T> scores) {
-    const auto n = static_cast<Index>(factors.rows.size()), m = scores.cols();
-    for (Index i = 0; i < scores.rows(); ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      const T own = own_score[at] * std::numbers::log2e_v<T>;
-      const Index owner = segment_of(n, m, ranks[at]);
-      T* row = &scores(i, 0);
-      const T of_owner = row[owner] + factors.log_others[static_cast<std::size_t>(owner)];
-      for (Index c = 0; c < m; ++c) row[c] += factors.log_length[static_cast<std::size_t>(c)];
-      row[owner] = of_owner;
-      // The variance's term may overflow.
-      for (Index c = 0; c < m; ++c) row[c] = std::min(row[c], std::numeric_limits<T>::max());
-      const T top = std::max(own, row_maximum(row, m));
-      for (Index c = 0; c < m; ++c) row[c] -= top;
-      weigh_row(row, m, Rows::raw);
-      const T mass = std::exp2(own - top);
-      exact_diagonal[at] = mass / (mass + detail::row_sum(row, m));
+  /// scores: F's, in units of log2.
+  void set_rows_of_f(const ConstMatrixRef<T>& scores) {
+    f = scores;
+    for (Index i = 0; i < f.rows(); ++i) {
+      weigh_row(&f(i, 0), f.cols(), Rows::normalized);
+      row_sum[static_cast<std::size_t>(i)] = dot_product(&f(i, 0), factors_.ones.data(), f.cols());
     }
   }
 
-  void shift_rows(const Inputs<T>& in, const ShiftFactors<T>& factors, std::span<const Index> ranks) {
-    for (Index i = 0; i < shifted.rows(); ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      const T s = exact_diagonal[at], g = diagonal[at];
-      const T alpha = stretch[at] = std::clamp<T>((1 - s) / std::max<T>(row_sum[at] - g, T(0.1)), 0, 2);
-      const auto v = in.v.row(factors.rows[static_cast<std::size_t>(ranks[at])]);
-      shifted.row(i) = alpha * (plain.row(i).head(in.v.cols()) - g * v) + s * v;
+  void set_diagonal(const ConstMatrixRef<T>& q, const ConstMatrixRef<T>& k, Scratch& temporary) {
+    const Index m = f.cols();
+    MatrixRef<T> fz = temporary.matrix<T>(f.rows(), m), b = temporary.matrix<T>(f.rows(), m);
+    const T one = 1;
+    panels_.z.multiply({&one, 0}, f, 0, fz, {});
+    panels_.q_land.multiply({&panels_.scale, 0}, k, 0, b, {});
+    for (Index i = 0; i < f.rows(); ++i) {
+      auto total = broadcast(T(0));
+      for (Index j = 0; j < m; j += kLanes<T>) {
+        // No weight is above 1 but for the rounding of large scores.
+        const auto weight = exp2(min(load_row(&b(i, 0), j, m) - load_row(panels_.lse.data(), j, m), broadcast(T(0))));
+        total = multiply_add(load_row(&fz(i, 0), j, m), weight, total);
+      }
+      diagonal[static_cast<std::size_t>(i)] = sum(total);
+      own_score[static_cast<std::size_t>(i)] = factors_.scale * dot_product(q.row(i).data(), k.row(i).data(), q.cols());
     }
   }
+
+  /// S_ii ~ e_i / (e_i + sum_c w_ic l_c exp(score_ic)): every segment of l_c keys stands for its mean and its variance, which scores hold
+  /// (in units of log2), but for the token itself, which is exact: w_ic = (l_c - 1) / l_c for its own segment.
+  void estimate_diagonal(const ConstMatrixRef<T>& q, MatrixRef<T> scores, Scratch& temporary) {
+    MatrixRef<T> squares = temporary.matrix<T>(q.rows(), q.cols());
+    squares = q.array().square();
+    panels_.variance.multiply({&panels_.half_square, 0}, squares, 1, scores, {});
+    const auto n = static_cast<Index>(factors_.rows.size()), m = scores.cols();
+    for (std::size_t i = 0; i < ranks_.size(); ++i) {
+      T* row = &scores(static_cast<Index>(i), 0);
+      const auto owner = static_cast<std::size_t>(segment_of(n, m, ranks_[i]));
+      row[owner] += factors_.log_others[owner] - factors_.log_length[owner];
+      const T own = own_score[i] * std::numbers::log2e_v<T>, top = std::max(own, add_lengths(row, m)),
+              mass = exp2_scalar(own - top);
+      exact_diagonal[i] = mass / (mass + exponentiate(row, m, top));
+    }
+  }
+
+  /// row <- row + log_length, as far as it is finite: the variance's term may overflow. Returns the maximum.
+  T add_lengths(T* row, Index m) const {
+    auto top = broadcast(std::numeric_limits<T>::lowest());
+    for (Index c = 0; c < m; c += kLanes<T>) {
+      const auto sum = load_row(row, c, m, std::numeric_limits<T>::lowest()) + load_row(factors_.log_length.data(), c, m);
+      const auto x = min(sum, broadcast(std::numeric_limits<T>::max()));
+      top = max(top, x);
+      store_row(row, c, m, x);
+    }
+    return largest(top);
+  }
+
+  const ShiftFactors<T>& factors_;
+  const ShiftPanels<T>& panels_;
+  std::span<const Index> ranks_;
 };
 
 }  // namespace attn::detail

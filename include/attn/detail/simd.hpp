@@ -173,16 +173,28 @@ inline Packet<T> rotate(Packet<T> a, std::integer_sequence<int, kLane...>) {
   return std::bit_cast<Packet<T>>(__builtin_shufflevector(x, x, ((kLane + kStep) % kLanes<T>)...));
 }
 
-/// The sum of all lanes.
-template <int kStep = 1, class T>
-inline T sum(Packet<T> x) {
+/// All lanes, combined by op.
+template <int kStep = 1, class T, class Op>
+inline T combine(Packet<T> x, const Op& op) {
   if constexpr (kStep < kLanes<T>) {
-    return sum<2 * kStep>(x + rotate<kStep>(x, std::make_integer_sequence<int, kLanes<T>>{}));
+    return combine<2 * kStep>(op(x, rotate<kStep>(x, std::make_integer_sequence<int, kLanes<T>>{})), op);
   } else {
     alignas(64) T lanes[kLanes<T>];
     store(lanes, x);
     return lanes[0];
   }
+}
+
+/// The sum of all lanes.
+template <class T>
+inline T sum(Packet<T> x) {
+  return combine(x, [](Packet<T> a, Packet<T> b) { return a + b; });
+}
+
+/// The largest lane.
+template <class T>
+inline T largest(Packet<T> x) {
+  return combine(x, [](Packet<T> a, Packet<T> b) { return max(a, b); });
 }
 
 /// Transposes a square block of kLanes packets in registers.
