@@ -5,6 +5,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -75,6 +78,36 @@ TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
     }
     const Mask causal{.causal = attn::Causal::upper_left};
     EXPECT_EQ(method.supports(x.inputs(causal)), wide.supports(x.wide_inputs(causal))) << entry.name;
+  }
+}
+
+/// Neither number, or the same.
+bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+TYPED_TEST(Narrow, EveryNumberConvertsAsEigenConvertsIt) {
+  std::vector<TypeParam> narrow(65536 + 3), back(narrow.size());
+  for (std::size_t i = 0; i < narrow.size(); ++i) {
+    narrow[i] = Eigen::numext::bit_cast<TypeParam>(static_cast<std::uint16_t>(i));
+  }
+  std::vector<float> wide(narrow.size());
+  attn::detail::convert_row(narrow.data(), wide.data(), static_cast<Index>(wide.size()));
+  attn::detail::convert_row(wide.data(), back.data(), static_cast<Index>(wide.size()));
+  for (std::size_t i = 0; i < narrow.size(); ++i) {
+    ASSERT_TRUE(same(wide[i], static_cast<float>(narrow[i]))) << i;
+    ASSERT_TRUE(same(static_cast<float>(back[i]), wide[i])) << i;
+  }
+}
+
+TYPED_TEST(Narrow, RoundsToNearest) {
+  std::vector<float> wide;
+  for (std::uint64_t bits = 0; bits < (1ull << 32); bits += 65521) {
+    wide.push_back(Eigen::numext::bit_cast<float>(static_cast<std::uint32_t>(bits)));
+  }
+  std::vector<TypeParam> narrow(wide.size());
+  attn::detail::convert_row(wide.data(), narrow.data(), static_cast<Index>(wide.size()));
+  for (std::size_t i = 0; i < wide.size(); ++i) {
+    if (std::abs(wide[i]) < std::numeric_limits<float>::min()) continue;  // Eigen makes some of them 0
+    ASSERT_TRUE(same(static_cast<float>(narrow[i]), static_cast<float>(static_cast<TypeParam>(wide[i])))) << wide[i];
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/simd.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
@@ -26,12 +28,30 @@ namespace detail {
 
 inline constexpr Index kConvertedRows = 256;  ///< by one task
 
-/// to <- from, of the same shape and another type; rounds to nearest where that is narrower.
+/// to <- from, n elements.
+template <NarrowScalar T>
+void convert_row(const T* from, float* to, Index n) {
+  const Index whole = n - n % kLanes<float>;
+  for (Index i = 0; i < whole; i += kLanes<float>) store_unaligned(to + i, widen(from + i));
+  std::transform(from + whole, from + n, to + whole, [](T x) { return static_cast<float>(x); });
+}
+
+/// to <- from, n elements, rounded to nearest.
+template <NarrowScalar T>
+void convert_row(const float* from, T* to, Index n) {
+  const Index whole = n - n % kLanes<float>;
+  for (Index i = 0; i < whole; i += kLanes<float>) store_narrow(to + i, load_unaligned(from + i));
+  T lanes[kLanes<float>];
+  store_narrow(lanes, load_row(from, whole, n));
+  std::copy_n(lanes, n - whole, to + whole);
+}
+
+/// to <- from, of the same shape and another type.
 template <class To, class From>
 void convert(const ConstMatrixRef<From>& from, MatrixRef<To> to, Context& context) {
   context.for_each((from.rows() + kConvertedRows - 1) / kConvertedRows, [&](Index item, int) {
     const Index first = item * kConvertedRows, rows = std::min(kConvertedRows, from.rows() - first);
-    for (Index i = first; i < first + rows; ++i) to.row(i) = from.row(i).template cast<To>();
+    for (Index i = first; i < first + rows; ++i) convert_row(from.row(i).data(), to.row(i).data(), from.cols());
   });
 }
 
@@ -62,7 +82,9 @@ class Widened {
 
   /// Depends on shapes and masks, and on whether there is a key bias; values are not read.
   bool supports(const Inputs<T>& in) const {
-    const auto shape = [](const ConstMatrixRef<T>& m) { return ConstMatrixRef<float>(nullptr, m.rows(), m.cols(), m.outerStride()); };
+    const auto shape = [](const ConstMatrixRef<T>& m) {
+      return ConstMatrixRef<float>(nullptr, m.rows(), m.cols(), m.outerStride());
+    };
     const float* none = nullptr;
     return method_.supports({shape(in.q), shape(in.k), shape(in.v), in.mask, {none, in.key_bias.size()}});
   }
@@ -72,11 +94,12 @@ class Widened {
   }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    with_wide_out(in, out, context, [&](const Inputs<float>& wide, MatrixRef<float> to) { method_.forward(wide, to, context, saved); });
+    with_wide_out(in, out, context,
+                  [&](const Inputs<float>& wide, MatrixRef<float> to) { method_.forward(wide, to, context, saved); });
   }
 
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
     check_backward(kName, in, out, dout, gradients);
     Scratch scratch = context.scratch();
     const Inputs<float> wide = widen(in, scratch, context);
@@ -109,7 +132,8 @@ class Widened {
 
 /// kernel_matmul for narrow types in memory; the log-sums stay float.
 template <ScoreKernel Kernel, NarrowScalar T>
-void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, std::span<float> lse, Context& context) {
+void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, std::span<float> lse,
+                   Context& context) {
   detail::check(detail::kMatmulName, in, out);
   Scratch scratch = context.scratch();
   const Inputs<float> wide = detail::widen(in, scratch, context);

@@ -3,8 +3,10 @@
 
 #include <Eigen/Core>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -157,6 +159,50 @@ inline Packet<T> shift_left(Packet<T> x) {
     return std::bit_cast<Packet<T>>(std::bit_cast<typename VectorOf<T, Integer>::Type>(x) << kBits);
   }
 }
+
+/// As many bfloat16 as a packet of floats has lanes: the upper halves of these.
+using BfloatBits [[gnu::vector_size(2 * kLanes<float>)]] = std::uint16_t;
+using FloatBits = VectorOf<float, std::uint32_t>::Type;
+
+/// As many floats as a packet has lanes, from a narrow type in memory and, rounded to nearest, to it.
+inline Packet<float> widen(const Eigen::bfloat16* p) {
+  BfloatBits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return std::bit_cast<Packet<float>>(__builtin_convertvector(bits, FloatBits) << 16);
+}
+inline void store_narrow(Eigen::bfloat16* p, Packet<float> x) {
+  const auto wide = std::bit_cast<FloatBits>(x), upper = wide >> 16;
+  const FloatBits nearest = (wide + 0x7fff + (upper & 1)) >> 16, nan = (upper & 0x8000) | 0x7fc0;
+  const auto bits = __builtin_convertvector((wide & 0x7fffffff) > 0x7f800000 ? nan : nearest, BfloatBits);
+  std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+}
+#if defined(__AVX512F__)
+inline Packet<float> widen(const Eigen::half* p) {
+  return {_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_narrow(Eigen::half* p, Packet<float> x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xFFFF, x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX__) && defined(__F16C__)
+inline Packet<float> widen(const Eigen::half* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_narrow(Eigen::half* p, Packet<float> x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline Packet<float> widen(const Eigen::half* p) {
+  alignas(64) float lanes[kLanes<float>];
+  std::transform(p, p + kLanes<float>, lanes, [](Eigen::half x) { return static_cast<float>(x); });
+  return load(lanes);
+}
+inline void store_narrow(Eigen::half* p, Packet<float> x) {
+  alignas(64) float lanes[kLanes<float>];
+  store(lanes, x);
+  std::transform(lanes, lanes + kLanes<float>, p, [](float y) { return static_cast<Eigen::half>(y); });
+}
+#endif
 
 /// Exchanges the off-diagonal quarters of every 2 kStep x 2 kStep block that lies in rows a and b = a + kStep.
 template <int kStep, class T, int... kLane>
