@@ -16,12 +16,14 @@ using test::Inputs;
 using test::Matrix;
 
 /// Bytes that a context holds after a method with 64 landmarks has run on n tokens of 64 features.
+template <class T = float>
 std::size_t scratch_after(const std::string& name, Index n, attn::Rows rows = attn::Rows::raw) {
-  const Matrix<float> q = Matrix<float>::Random(n, 64), k = Matrix<float>::Random(n, 64), v = Matrix<float>::Random(n, 64);
-  Matrix<float> out(n, 64);
+  const Matrix<T> q = Matrix<float>::Random(n, 64).cast<T>(), k = Matrix<float>::Random(n, 64).cast<T>(),
+                  v = Matrix<float>::Random(n, 64).cast<T>();
+  Matrix<T> out(n, 64);
   Context context;
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = 64, .rows = rows});
-  method.forward(Inputs<float>{.q = q, .k = k, .v = v}, out, context);
+  const auto method = attn::make_approximator<T>(name, {.num_landmarks = 64, .rows = rows});
+  method.forward(Inputs<T>{.q = q, .k = k, .v = v}, out, context);
   return context.scratch_bytes();
 }
 
@@ -32,6 +34,12 @@ TEST(Memory, OfApproximationsStaysBelow4MiBFor65536Tokens) {
     EXPECT_LT(bytes, std::size_t{4} << 20) << name;
   }
   EXPECT_LT(scratch_after("skyformer", 65536, attn::Rows::normalized), std::size_t{4} << 20);
+}
+
+TEST(Memory, HoldsNoCopiesOfNarrowTokens) {
+  for (const std::string name : {"softmax", "gaussian", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
+    EXPECT_LT(scratch_after<Eigen::half>(name, 8192), std::size_t{4} << 20) << name;  // copies would take 8 MiB
+  }
 }
 
 TEST(Memory, OfExactMethodsDoesNotGrowWithTheTokens) {

@@ -10,6 +10,7 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -108,6 +109,63 @@ TYPED_TEST(Narrow, RoundsToNearest) {
   for (std::size_t i = 0; i < wide.size(); ++i) {
     if (std::abs(wide[i]) < std::numeric_limits<float>::min()) continue;  // Eigen makes some of them 0
     ASSERT_TRUE(same(static_cast<float>(narrow[i]), static_cast<float>(static_cast<TypeParam>(wide[i])))) << wide[i];
+  }
+}
+
+/// Choices of landmarks that read matrices alone, as one's own may.
+struct FirstRows {
+  Index num_landmarks = 20;
+
+  template <class T, class Keeps>
+  attn::MatrixRef<T> select(const attn::ConstMatrixRef<T>& x, const Keeps&, attn::Scratch& scratch) const {
+    attn::MatrixRef<T> land = scratch.matrix<T>(num_landmarks, x.cols());
+    land = x.topRows(num_landmarks);
+    return land;
+  }
+
+  template <class T>
+  attn::MatrixRef<T> select(const Inputs<T>& in, attn::Scratch& scratch) const {
+    return select<T>(in.k, 0, scratch);
+  }
+};
+
+TYPED_TEST(Narrow, LandmarksOfOnesOwnReadFloats) {
+  const typename TestFixture::Pair x({120, 120, 24, 10}, 3);
+  Context context;
+  Matrix<TypeParam> out(120, 10);
+  Matrix<float> expected(120, 10);
+  attn::Nystrom<TypeParam, FirstRows>{}.forward(x.inputs({}), out, context);
+  attn::Nystrom<float, FirstRows>{}.forward(x.wide_inputs({}), expected, context);
+  EXPECT_TRUE(out == expected.template cast<TypeParam>());
+  attn::Skyformer<TypeParam, FirstRows>{}.forward(x.inputs({}), out, context);
+  attn::Skyformer<float, FirstRows>{}.forward(x.wide_inputs({}), expected, context);
+  EXPECT_TRUE(out == expected.template cast<TypeParam>());
+}
+
+/// Many queries and many keys, few of the one or of the other: each has a path of its own; and every mode of the shift.
+TYPED_TEST(Narrow, EveryPathIsThatOfFloatRoundedOnce) {
+  Context context;
+  for (const auto& [n_q, n_k] : {std::pair<Index, Index>{900, 40}, {5, 3000}, {700, 700}}) {
+    const typename TestFixture::Pair x({n_q, n_k, 24, 10}, 10);
+    const auto keep = test::random_keep(n_k, 0.8, 11);
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep}, Mask{.causal = attn::Causal::lower_right}}) {
+      for (const auto rows : {attn::Rows::raw, attn::Rows::normalized}) {
+        Matrix<TypeParam> out(n_q, 10);
+        Matrix<float> expected(n_q, 10);
+        const attn::GaussianKernel kernel{.rows = rows};
+        attn::GaussianAttention<TypeParam>{kernel}.forward(x.inputs(mask), out, context);
+        attn::GaussianAttention<float>{kernel}.forward(x.wide_inputs(mask), expected, context);
+        EXPECT_TRUE(out == expected.template cast<TypeParam>()) << n_q << " " << n_k;
+      }
+    }
+  }
+  const typename TestFixture::Pair x({300, 300, 24, 10}, 12);
+  for (const auto mode : {attn::ShiftMode::paper, attn::ShiftMode::scalar, attn::ShiftMode::row}) {
+    Matrix<TypeParam> out(300, 10);
+    Matrix<float> expected(300, 10);
+    attn::ShiftedNystrom<TypeParam>{{.num_landmarks = 20}, {.mode = mode}}.forward(x.inputs({}), out, context);
+    attn::ShiftedNystrom<float>{{.num_landmarks = 20}, {.mode = mode}}.forward(x.wide_inputs({}), expected, context);
+    EXPECT_TRUE(out == expected.template cast<TypeParam>()) << static_cast<int>(mode);
   }
 }
 

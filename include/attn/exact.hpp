@@ -7,6 +7,7 @@
 #include <attn/kernel_matmul.hpp>
 #include <attn/narrow.hpp>
 
+#include <span>
 #include <string_view>
 #include <type_traits>
 #include <vector>
@@ -33,8 +34,7 @@ class ExactAttention {
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
-    detail::check_kernel(kName, kernel_);
-    kernel_matmul(kernel_, in, out, context);
+    run(detail::sources(in), out, context, nullptr);
   }
 
   /// The log-sums of the rows (n_q); raw rows need none.
@@ -44,15 +44,12 @@ class ExactAttention {
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
-    detail::check_kernel(kName, kernel_);
-    const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
-    saved.lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
-    kernel_matmul(kernel_, in, out, saved.lse, context);
+    run(detail::sources(in), out, context, &saved);
   }
 
   /// Streamed once more: 2 n_q n_k (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
     detail::check_saved(kName, "rows of q", static_cast<Index>(saved.lse.size()), normalized ? in.q.rows() : 0);
@@ -60,6 +57,21 @@ class ExactAttention {
   }
 
  private:
+  template <NarrowScalar, class>
+  friend class detail::Widened;
+
+  /// saved may be null.
+  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    detail::check_kernel(kName, kernel_);
+    std::span<T> lse{};
+    if (saved != nullptr) {
+      const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
+      saved->lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
+      lse = saved->lse;
+    }
+    detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+  }
+
   Kernel kernel_;
 };
 

@@ -19,16 +19,16 @@
 
 namespace attn {
 
-#define ATTN_KERNELS(T)                                                                                               \
-  ATTN_TEMPLATE void detail::run_whole(const detail::Product<T>&, MatrixRef<T>, std::span<T>, Context&, Scratch&);     \
-  ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);          \
-  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&,     \
-                                          std::span<T>, Context&, Scratch&);
-#define ATTN_REGISTRY(T)                                           \
-  ATTN_TEMPLATE std::span<const MethodEntry<T>> methods();         \
+#define ATTN_KERNELS(T)                                                                                                            \
+  ATTN_TEMPLATE void detail::run_whole(const detail::Product<T>&, const detail::ResultRows<T>&, std::span<T>, Context&, Scratch&); \
+  ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);                      \
+  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&, std::span<T>,   \
+                                          Context&, Scratch&);
+#define ATTN_REGISTRY(T)                                   \
+  ATTN_TEMPLATE std::span<const MethodEntry<T>> methods(); \
   ATTN_TEMPLATE AnyApproximator<T> make_approximator(std::string_view, const MethodOptions&);
-#define ATTN_GEMM(T, left, right)                                                                         \
-  ATTN_TEMPLATE void detail::gemm<T, detail::Left::left, detail::Right::right>(                            \
+#define ATTN_GEMM(T, left, right)                                               \
+  ATTN_TEMPLATE void detail::gemm<T, detail::Left::left, detail::Right::right>( \
       T, const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, T, MatrixRef<T>, Context&);
 
 ATTN_KERNELS(float)

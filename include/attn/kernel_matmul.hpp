@@ -7,6 +7,7 @@
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/streamed.hpp>
 #include <attn/detail/streamed_backward.hpp>
+#include <attn/detail/token_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -27,7 +28,7 @@ inline constexpr std::string_view kMatmulName = "kernel_matmul";
 /// A key bias to count from, which keeps digits where biases are large: the largest finite one of the kept keys, or under a causal
 /// mask the first one's, since results must not depend on later keys.
 template <class T>
-T choose_bias_origin(const Inputs<T>& in) {
+T choose_bias_origin(const Sources<T>& in) {
   T origin = std::numeric_limits<T>::lowest();
   for (Index j = 0; j < static_cast<Index>(in.key_bias.size()); ++j) {
     const T bias = in.key_bias[static_cast<std::size_t>(j)];
@@ -41,17 +42,19 @@ T choose_bias_origin(const Inputs<T>& in) {
 /// An origin amid the keys: the mean of about kSampledKeys kept ones, or under a causal mask the first kept one, since results must
 /// not depend on later ones. A column whose origin is not finite gets 0.
 template <class T>
-const T* choose_center(const Inputs<T>& in, Scratch& scratch) {
+const T* choose_center(const Sources<T>& in, Scratch& scratch) {
   constexpr Index kSampledKeys = 1024;
   const bool causal = in.mask.causal != Causal::none;
   const Index step =
       causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }) / kSampledKeys);
   const std::span<T> center = scratch.array<T>(in.k.cols());
   std::fill(center.begin(), center.end(), T(0));
+  Scratch temporary = scratch.nested();
+  T* buffer = temporary.array<T>(in.k.cols()).data();
   Index sampled = 0, until_next = 0;
   for (Index j = 0; j < in.k.rows() && sampled * step < in.k.rows(); ++j) {
     if (!keeps_key(in, j) || until_next-- > 0) continue;
-    const T* row = in.k.data() + j * in.k.outerStride();
+    const T* row = in.k.row(j, buffer);
     for (std::size_t c = 0; c < center.size(); ++c) center[c] += std::isfinite(row[c]) ? row[c] : T(0);
     until_next = step - 1;
     ++sampled;
@@ -63,7 +66,7 @@ const T* choose_center(const Inputs<T>& in, Scratch& scratch) {
 /// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias,
 /// or sums are wanted: those may underflow.
 template <ScoreKernel Kernel, class T>
-Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_rows, Scratch& scratch) {
+Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_finite(kMatmulName, "scale", parameters.scale);
   check_finite(kMatmulName, "bias", parameters.bias);
@@ -77,7 +80,7 @@ Product<T> make_product(const Kernel& kernel, const Inputs<T>& in, Maximum raw_r
           .rows = parameters.rows,
           .bounded = bounded,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
-          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols())};
+          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), !in.k.in_place())};
 }
 
 template <class T>
@@ -141,7 +144,8 @@ void run_partial(const Product<T>& product, const RowStates<T>& states, Context&
 
 /// out <- all blocks, each finished by one task. Under a causal mask the last blocks cost most, so they come first.
 template <class Runner, class T>
-void run_blocks(const Product<T>& product, std::span<Runner> runners, MatrixRef<T> out, std::span<T> lse, Context& context) {
+void run_blocks(const Product<T>& product, std::span<Runner> runners, const ResultRows<T>& out, std::span<T> lse,
+                Context& context) {
   const Index blocks = product.partition.blocks;
   context.for_each(
       blocks, [&](Index item, int worker) { runners[static_cast<std::size_t>(worker)].finish_block(blocks - 1 - item, out, lse); });
@@ -149,12 +153,32 @@ void run_blocks(const Product<T>& product, std::span<Runner> runners, MatrixRef<
 
 /// out <- the rows of a product whose keys are not cut into splits.
 template <class T>
-void run_whole(const Product<T>& product, MatrixRef<T> out, std::span<T> lse, Context& context, Scratch& scratch) {
+void run_whole(const Product<T>& product, const ResultRows<T>& out, std::span<T> lse, Context& context, Scratch& scratch) {
   if (FewKeys<T>::suits(product)) {
     const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
     return run_blocks(product, scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch), out, lse, context);
   }
   run_blocks(product, scratch.make<BlockRunner<T>>(context.workers(), product, scratch), out, lse, context);
+}
+
+/// kernel_matmul, once its arguments are checked.
+template <ScoreKernel Kernel, class T>
+void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, std::span<T> lse, Context& context) {
+  Scratch scratch = context.scratch();
+  const Product<T> product = make_product(kernel, in, lse.empty() ? Maximum::fixed : Maximum::running, scratch);
+  if (product.partition.splits == 1) return run_whole(product, out, lse, context, scratch);
+  const MatrixRef<T> weighted = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
+  const RowStates<T> states{scratch.array<T>(out.rows()), scratch.array<T>(out.rows()), weighted};
+  run_partial(product, states, context, scratch);
+  finish(kernel, states, in.q.cols(), weighted, lse);
+  for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, weighted.data() + i * weighted.outerStride());
+}
+
+/// kernel_matmul_partial, once its arguments are checked.
+template <ScoreKernel Kernel, class T>
+void multiply_partial(const Kernel& kernel, const Sources<T>& in, const RowStates<T>& states, Context& context) {
+  Scratch scratch = context.scratch();
+  run_partial(make_product(kernel, in, Maximum::running, scratch), states, context, scratch);
 }
 
 }  // namespace detail
@@ -170,13 +194,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
                    std::type_identity_t<std::span<T>> lse, Context& context) {
   detail::check(detail::kMatmulName, in, out);
   detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
-  Scratch scratch = context.scratch();
-  const auto raw_rows = lse.empty() ? detail::Maximum::fixed : detail::Maximum::running;
-  const detail::Product<T> product = detail::make_product(kernel, in, raw_rows, scratch);
-  if (product.partition.splits == 1) return detail::run_whole(product, out, lse, context, scratch);
-  const RowStates<T> states{scratch.array<T>(in.q.rows()), scratch.array<T>(in.q.rows()), out};
-  detail::run_partial(product, states, context, scratch);
-  finish(kernel, states, in.q.cols(), out, lse);
+  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, lse, context);
 }
 
 /// The same without log-sums.
@@ -193,8 +211,7 @@ void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std:
   detail::check_inputs(detail::kMatmulName, in);
   detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
   detail::check_apart(detail::kMatmulName, "weighted", states.weighted, in);
-  Scratch scratch = context.scratch();
-  detail::run_partial(detail::make_product(kernel, in, detail::Maximum::running, scratch), states, context, scratch);
+  detail::multiply_partial<Kernel, T>(kernel, detail::sources(in), states, context);
 }
 
 namespace detail {
@@ -224,7 +241,7 @@ void add_parts(MatrixRef<T> to, std::span<const MatrixRef<T>> parts, Context& co
 template <class T>
 void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradients<T>& gradients, std::span<T> dbias,
                   Context& context, Scratch& scratch) {
-  const Inputs<T>& in = product.in;
+  const Sources<T>& in = product.in;
   const BackwardPartition partition = BackwardPartition::of(in.q.rows(), in.k.rows());
   const Index query_parts = partition.query_parts, key_parts = partition.key_parts;
   const std::span<MatrixRef<T>> dq = scratch.make<MatrixRef<T>>(key_parts, gradients.dq);
@@ -282,7 +299,7 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
   detail::check_length(kName, "lse", lse.size(), "q", in.q.rows());
   detail::check_length(kName, "dbias", dbias.size(), "k", in.k.rows());
   Scratch scratch = context.scratch();
-  const detail::Product<T> product = detail::make_product(kernel, in, detail::Maximum::running, scratch);
+  const detail::Product<T> product = detail::make_product(kernel, detail::sources(in), detail::Maximum::running, scratch);
   const bool normalized = product.rows == Rows::normalized;
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have ", in.q.rows(), " entries, for rows are normalized");

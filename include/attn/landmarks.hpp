@@ -26,6 +26,17 @@ concept JointLandmarks = std::copyable<L> && requires(const L& landmarks, const 
 
 namespace detail {
 
+/// The landmarks of inputs by a policy; one that reads matrices alone gets copies of what is not in place.
+template <class T, class Landmarks>
+MatrixRef<T> select_jointly(const Landmarks& landmarks, const Sources<T>& in, Scratch& scratch) {
+  if constexpr (requires { landmarks.select(in, scratch); }) {
+    return landmarks.select(in, scratch);
+  } else {
+    const ConstMatrixRef<T> q = whole_matrix(in.q, scratch), k = whole_matrix(in.k, scratch), v = whole_matrix(in.v, scratch);
+    return landmarks.select(Inputs<T>{q, k, v, in.mask, in.key_bias}, scratch);
+  }
+}
+
 /// Which matrix rows are drawn from; a random sampler draws differently for each.
 enum class Side : std::uint64_t { queries, keys };
 
@@ -45,8 +56,8 @@ struct SampledRows {
 };
 
 /// choose(n, side, chosen) fills chosen with ascending numbers below n.
-template <class T, class Choose>
-SampledRows sample_rows(const Inputs<T>& in, Index m, Scratch& scratch, const Choose& choose) {
+template <class In, class Choose>
+SampledRows sample_rows(const In& in, Index m, Scratch& scratch, const Choose& choose) {
   const auto keeps_q = [&](Index i) { return keeps_query(in, i); };
   const auto keeps_k = [&](Index j) { return keeps_key(in, j); };
   const Index n_q = count_kept(in.q.rows(), keeps_q), n_k = count_kept(in.k.rows(), keeps_k);
@@ -68,20 +79,18 @@ void for_each_sampled(const SampledRows& rows, const Body& body) {
 }
 
 template <class T>
-MatrixRef<T> gather_rows(const Inputs<T>& in, const SampledRows& rows, Scratch& scratch) {
+MatrixRef<T> gather_rows(const Sources<T>& in, const SampledRows& rows, Scratch& scratch) {
   const MatrixRef<T> landmarks = scratch.matrix<T>(static_cast<Index>(rows.from_q.size() + rows.from_k.size()), in.q.cols());
   for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
-    const ConstMatrixRef<T>& from = of_queries ? in.q : in.k;
-    std::copy_n(from.data() + row * from.outerStride(), from.cols(), landmarks.data() + landmark * landmarks.cols());
+    (of_queries ? in.q : in.k).copy_row(row, landmarks.data() + landmark * landmarks.cols());
   });
   return landmarks;
 }
 
 template <class T>
 void scatter_rows(const SampledRows& rows, const ConstMatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk) {
-  for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
-    (of_queries ? dq : dk).row(row) += dland.row(landmark);
-  });
+  for_each_sampled(rows,
+                   [&](Index landmark, Index row, bool of_queries) { (of_queries ? dq : dk).row(row) += dland.row(landmark); });
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014): the same numbers on every platform.
@@ -118,6 +127,11 @@ struct StridedSample {
 
   template <class T>
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return select(detail::sources(in), scratch);
+  }
+
+  template <class T>
+  MatrixRef<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
     return detail::gather_rows(in, sample(in, scratch), scratch);
   }
 
@@ -127,8 +141,8 @@ struct StridedSample {
   }
 
  private:
-  template <class T>
-  detail::SampledRows sample(const Inputs<T>& in, Scratch& scratch) const {
+  template <class In>
+  detail::SampledRows sample(const In& in, Scratch& scratch) const {
     return detail::sample_rows(in, num_landmarks, scratch, [](Index n, detail::Side, std::span<Index> chosen) {
       const auto m = static_cast<Index>(chosen.size());
       for (Index j = 0; j < m; ++j) chosen[static_cast<std::size_t>(j)] = (2 * j + 1) * n / (2 * m);
@@ -144,6 +158,11 @@ struct UniformSample {
 
   template <class T>
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return select(detail::sources(in), scratch);
+  }
+
+  template <class T>
+  MatrixRef<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
     return detail::gather_rows(in, sample(in, scratch), scratch);
   }
 
@@ -153,8 +172,8 @@ struct UniformSample {
   }
 
  private:
-  template <class T>
-  detail::SampledRows sample(const Inputs<T>& in, Scratch& scratch) const {
+  template <class In>
+  detail::SampledRows sample(const In& in, Scratch& scratch) const {
     return detail::sample_rows(in, num_landmarks, scratch, [&](Index n, detail::Side side, std::span<Index> chosen) {
       detail::SplitMix64 random(seed + static_cast<std::uint64_t>(side) * 0x632be59bd9b4e019U);
       Scratch temporary = scratch.nested();
@@ -176,7 +195,8 @@ static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSamp
 /// says which rows of x count, at least num_landmarks of them. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
 /// to that by the rows that they come from; without it they are constants in the backward pass.
 template <class L, class T>
-concept SplitLandmarks = std::copyable<L> && requires(const L& landmarks, const ConstMatrixRef<T>& x, bool (*keeps)(Index), Scratch& scratch) {
+concept SplitLandmarks = std::copyable<L> &&
+    requires(const L& landmarks, const ConstMatrixRef<T>& x, bool (*keeps)(Index), Scratch& scratch) {
   { landmarks.num_landmarks } -> std::convertible_to<Index>;
   { landmarks.template select<T>(x, keeps, scratch) } -> std::same_as<MatrixRef<T>>;
 };
@@ -184,10 +204,20 @@ concept SplitLandmarks = std::copyable<L> && requires(const L& landmarks, const 
 namespace detail {
 
 /// Whether m landmarks are as many as the kept queries, or the kept keys.
-template <class T>
-bool covers(Index m, const Inputs<T>& in) {
+template <class In>
+bool covers(Index m, const In& in) {
   return m >= count_kept(in.q.rows(), [&](Index i) { return keeps_query(in, i); }) ||
          m >= count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); });
+}
+
+/// The landmarks of rows by a policy; one that reads matrices alone gets a copy of rows that are not in place.
+template <class T, class Landmarks, class Keeps>
+MatrixRef<T> select_rows(const Landmarks& landmarks, const TokenRows<T>& x, const Keeps& keeps, Scratch& scratch) {
+  if constexpr (requires { landmarks.template select<T>(x, keeps, scratch); }) {
+    return landmarks.template select<T>(x, keeps, scratch);
+  } else {
+    return landmarks.template select<T>(whole_matrix(x, scratch), keeps, scratch);
+  }
 }
 
 /// Segment j of n rows cut into m: the first m - n mod m segments have floor(n / m) rows, the others one more.
@@ -209,16 +239,18 @@ struct SegmentMeans {
   Index num_landmarks = 64;
 
   template <class T, class Keeps>
-  MatrixRef<T> select(const ConstMatrixRef<T>& x, const Keeps& keeps, Scratch& scratch) const {
+  MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch) const {
     const Index n = detail::count_kept(x.rows(), keeps);
     MatrixRef<T> means = scratch.matrix<T>(num_landmarks, x.cols());
     means.setZero();
+    Scratch temporary = scratch.nested();
+    T* buffer = temporary.array<T>(x.cols()).data();
     for (Index j = 0, row = 0; j < num_landmarks; ++j) {
       const detail::Range segment = detail::segment(n, num_landmarks, j);
       for (Index left = segment.last - segment.first; left > 0; ++row) {
         if (!keeps(row)) continue;
-        detail::Upcoming::of(x, {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
-        means.row(j) += x.row(row);
+        detail::Upcoming::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
+        detail::add_row(T(1), x.row(row, buffer), means.row(j).data(), x.cols());
         --left;
       }
       means.row(j) /= static_cast<T>(segment.last - segment.first);

@@ -35,26 +35,25 @@ class LiftedSoftmax {
   bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    check(in, out);
-    Scratch scratch = context.scratch();
-    skyformer(in).forward(weighted(in, scratch), out, context);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, nullptr);
   }
 
   using Saved = typename Skyformer<T, Landmarks, Inverse>::Saved;
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    check(in, out);
-    Scratch scratch = context.scratch();
-    skyformer(in).forward(weighted(in, scratch), out, context, saved);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, &saved);
   }
 
   /// Skyformer's, and the log-weights' own: dk_j gets s dbias_j k_j.
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     Scratch scratch = context.scratch();
     const std::span<T> dbias = scratch.array<T>(in.k.rows());
-    skyformer(in).backward(weighted(in, scratch), out, dout, saved, gradients, dbias, context);
+    const Inputs<T> weighted{in.q, in.k, in.v, in.mask, log_weights(detail::sources(in), scratch)};
+    skyformer(in).backward(weighted, out, dout, saved, gradients, dbias, context);
     MatrixRef<T> dk = gradients.dk;
     for (Index j = 0; j < dk.rows(); ++j) {
       if (detail::keeps_key(in, j)) dk.row(j) += static_cast<T>(scale(in)) * dbias[static_cast<std::size_t>(j)] * in.k.row(j);
@@ -62,32 +61,46 @@ class LiftedSoftmax {
   }
 
  private:
-  void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
-    detail::check(kName, in, out);
+  template <NarrowScalar, class>
+  friend class detail::Widened;
+
+  /// saved may be null.
+  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    check(in);
+    Scratch scratch = context.scratch();
+    skyformer(in).run({in.q, in.k, in.v, in.mask, log_weights(in, scratch)}, out, context, saved);
+  }
+
+  void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
-    if (!(std::isfinite(scale(in)) && scale(in) > 0)) detail::refuse(kName, "scale is ", scale(in), ", should be positive and finite");
+    if (!(std::isfinite(scale(in)) && scale(in) > 0))
+      detail::refuse(kName, "scale is ", scale(in), ", should be positive and finite");
   }
 
-  double scale(const Inputs<T>& in) const { return score_parameters(kernel_, in.q.cols()).scale; }
-
-  Skyformer<T, Landmarks, Inverse> skyformer(const Inputs<T>& in) const {
-    return Skyformer<T, Landmarks, Inverse>{landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(in)), .rows = Rows::normalized}};
+  template <class In>
+  double scale(const In& in) const {
+    return score_parameters(kernel_, in.q.cols()).scale;
   }
 
-  Inputs<T> weighted(const Inputs<T>& in, Scratch& scratch) const {
-    return {in.q, in.k, in.v, in.mask, log_weights(in, static_cast<T>(scale(in)), scratch)};
+  template <class In>
+  Skyformer<T, Landmarks, Inverse> skyformer(const In& in) const {
+    return Skyformer<T, Landmarks, Inverse>{
+        landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(in)), .rows = Rows::normalized}};
   }
 
   /// s |k_j|^2 / 2 and the caller's bias. Dropped keys may hold anything, so they get no weight.
-  static std::span<const T> log_weights(const Inputs<T>& in, T scale, Scratch& scratch) {
+  std::span<const T> log_weights(const detail::Sources<T>& in, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
+    Scratch temporary = scratch.nested();
+    T* buffer = temporary.array<T>(in.k.cols()).data();
+    const T half_scale = static_cast<T>(scale(in)) / 2;
     for (Index j = 0; j < in.k.rows(); ++j) {
       const auto at = static_cast<std::size_t>(j);
       weights[at] = -std::numeric_limits<T>::infinity();
       if (!detail::keeps_key(in, j)) continue;
-      weights[at] = scale / 2 * detail::squared_norm(in.k.data() + j * in.k.outerStride(), in.k.cols());
+      weights[at] = half_scale * detail::squared_norm(in.k.row(j, buffer), in.k.cols());
       if (!in.key_bias.empty()) weights[at] += in.key_bias[at];
     }
     return weights;

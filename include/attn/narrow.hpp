@@ -3,13 +3,10 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/simd.hpp>
+#include <attn/detail/token_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
-
-#include <Eigen/Core>
 
 #include <algorithm>
 #include <concepts>
@@ -20,31 +17,9 @@
 
 namespace attn {
 
-/// A type that matrices may hold and that arithmetic does not use.
-template <class T>
-concept NarrowScalar = std::same_as<T, Eigen::half> || std::same_as<T, Eigen::bfloat16>;
-
 namespace detail {
 
 inline constexpr Index kConvertedRows = 256;  ///< by one task
-
-/// to <- from, n elements.
-template <NarrowScalar T>
-void convert_row(const T* from, float* to, Index n) {
-  const Index whole = n - n % kLanes<float>;
-  for (Index i = 0; i < whole; i += kLanes<float>) store_unaligned(to + i, widen(from + i));
-  std::transform(from + whole, from + n, to + whole, [](T x) { return static_cast<float>(x); });
-}
-
-/// to <- from, n elements, rounded to nearest.
-template <NarrowScalar T>
-void convert_row(const float* from, T* to, Index n) {
-  const Index whole = n - n % kLanes<float>;
-  for (Index i = 0; i < whole; i += kLanes<float>) store_narrow(to + i, load_unaligned(from + i));
-  T lanes[kLanes<float>];
-  store_narrow(lanes, load_row(from, whole, n));
-  std::copy_n(lanes, n - whole, to + whole);
-}
 
 /// to <- from, of the same shape and another type.
 template <class To, class From>
@@ -55,22 +30,34 @@ void convert(const ConstMatrixRef<From>& from, MatrixRef<To> to, Context& contex
   });
 }
 
+/// Key biases as float, in scratch memory.
+template <NarrowScalar T>
+std::span<const float> widen_bias(std::span<const T> bias, Scratch& scratch) {
+  const std::span<float> wide = scratch.array<float>(static_cast<Index>(bias.size()));
+  std::transform(bias.begin(), bias.end(), wide.begin(), [](T x) { return static_cast<float>(x); });
+  return wide;
+}
+
+/// Inputs of T to be read as float, a tile at a time.
+template <NarrowScalar T>
+Sources<float> widened_sources(const Inputs<T>& in, Scratch& scratch) {
+  return {TokenRows<float>(in.q), TokenRows<float>(in.k), TokenRows<float>(in.v), in.mask, widen_bias(in.key_bias, scratch)};
+}
+
 /// Inputs of T as float: copies in scratch memory.
 template <NarrowScalar T>
-Inputs<float> widen(const Inputs<T>& in, Scratch& scratch, Context& context) {
+Inputs<float> widen_inputs(const Inputs<T>& in, Scratch& scratch, Context& context) {
   const auto widened = [&](const ConstMatrixRef<T>& m) {
     const MatrixRef<float> copy = scratch.matrix<float>(m.rows(), m.cols());
     convert<float, T>(m, copy, context);
     return copy;
   };
-  const std::span<float> bias = scratch.array<float>(static_cast<Index>(in.key_bias.size()));
-  std::transform(in.key_bias.begin(), in.key_bias.end(), bias.begin(), [](T x) { return static_cast<float>(x); });
   const MatrixRef<float> q = widened(in.q), k = widened(in.k), v = widened(in.v);
-  return {q, k, v, in.mask, bias};
+  return {q, k, v, in.mask, widen_bias(in.key_bias, scratch)};
 }
 
-/// Method A of float for matrices of T: its arithmetic and all that it keeps are float, results are rounded once. Copies of the inputs
-/// and of the results in float, 4 (n_q + n_k) (d + d_v) bytes, are held in scratch memory.
+/// Method A of float for matrices of T: its arithmetic and all that it keeps are float, results are rounded once. The forward pass
+/// converts rows as it reads and writes them; the backward pass holds copies of all its matrices in float in scratch memory.
 template <NarrowScalar T, class A>
 class Widened {
  public:
@@ -89,20 +76,15 @@ class Widened {
     return method_.supports({shape(in.q), shape(in.k), shape(in.v), in.mask, {none, in.key_bias.size()}});
   }
 
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    with_wide_out(in, out, context, [&](const Inputs<float>& wide, MatrixRef<float> to) { method_.forward(wide, to, context); });
-  }
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { run(in, out, context, nullptr); }
 
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    with_wide_out(in, out, context,
-                  [&](const Inputs<float>& wide, MatrixRef<float> to) { method_.forward(wide, to, context, saved); });
-  }
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const { run(in, out, context, &saved); }
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     check_backward(kName, in, out, dout, gradients);
     Scratch scratch = context.scratch();
-    const Inputs<float> wide = widen(in, scratch, context);
+    const Inputs<float> wide = widen_inputs(in, scratch, context);
     const auto like = [&](const auto& m) { return scratch.matrix<float>(m.rows(), m.cols()); };
     const MatrixRef<float> wide_out = like(out), wide_dout = like(dout);
     convert<float, T>(out, wide_out, context);
@@ -115,14 +97,11 @@ class Widened {
   }
 
  private:
-  template <class Body>
-  static void with_wide_out(const Inputs<T>& in, MatrixRef<T> out, Context& context, const Body& body) {
+  /// saved may be null.
+  void run(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const {
     check(kName, in, out);
     Scratch scratch = context.scratch();
-    const Inputs<float> wide = widen(in, scratch, context);
-    const MatrixRef<float> to = scratch.matrix<float>(out.rows(), out.cols());
-    body(wide, to);
-    convert<T, float>(to, out, context);
+    method_.run(widened_sources(in, scratch), ResultRows<float>(out), context, saved);
   }
 
   A method_;
@@ -135,11 +114,9 @@ template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, std::span<float> lse,
                    Context& context) {
   detail::check(detail::kMatmulName, in, out);
+  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
   Scratch scratch = context.scratch();
-  const Inputs<float> wide = detail::widen(in, scratch, context);
-  const MatrixRef<float> to = scratch.matrix<float>(out.rows(), out.cols());
-  kernel_matmul(kernel, wide, to, lse, context);
-  detail::convert<T, float>(to, out, context);
+  detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out), lse, context);
 }
 
 /// The same without log-sums.

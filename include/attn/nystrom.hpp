@@ -11,7 +11,6 @@
 #include <attn/landmarks.hpp>
 #include <attn/narrow.hpp>
 
-#include <algorithm>
 #include <span>
 #include <string_view>
 
@@ -36,28 +35,20 @@ class Nystrom {
   bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    check(in, out);
-    if (is_exact(in)) return kernel_matmul(kernel_, in, out, context);
-    Scratch scratch = context.scratch();
-    run(in, select(in, scratch), out, {}, context);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, nullptr);
   }
 
   using Saved = detail::NystromSaved<T>;
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    check(in, out);
-    saved.lse.resize(static_cast<std::size_t>(in.q.rows()));
-    saved.exact = is_exact(in);
-    if (saved.exact) return kernel_matmul(kernel_, in, out, saved.lse, context);
-    Scratch scratch = context.scratch();
-    const detail::NystromFactors<T> factors = select(in, scratch);
-    run(in, factors, out, saved.lse, context);
-    saved.keep(factors);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, &saved);
   }
 
   /// Through the landmarks and through the inverse's own steps. About 3 times the forward pass.
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.check(kName, in);
     if (saved.exact) return kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
@@ -65,8 +56,10 @@ class Nystrom {
   }
 
  private:
-  void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
-    detail::check(kName, in, out);
+  template <NarrowScalar, class>
+  friend class detail::Widened;
+
+  void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
     detail::check_kernel(kName, kernel_);
@@ -74,24 +67,43 @@ class Nystrom {
     inverse_.check(kName);
   }
 
-  bool is_exact(const Inputs<T>& in) const { return detail::covers(landmarks_.num_landmarks, in); }
+  /// saved may be null.
+  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    check(in);
+    const bool exact = detail::covers(landmarks_.num_landmarks, in);
+    std::span<T> lse{};
+    if (saved != nullptr) {
+      saved->exact = exact;
+      saved->lse.resize(static_cast<std::size_t>(in.q.rows()));
+      lse = saved->lse;
+    }
+    if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    Scratch scratch = context.scratch();
+    const detail::NystromFactors<T> factors = select(in, scratch);
+    multiply(in, factors, out, lse, context);
+    if (saved != nullptr) saved->keep(factors);
+  }
 
   /// The landmarks, and room for what is known of them.
-  detail::NystromFactors<T> select(const Inputs<T>& in, Scratch& scratch) const {
-    MatrixRef<T> q_land = landmarks_.template select<T>(in.q, [&](Index i) { return detail::keeps_query(in, i); }, scratch);
-    MatrixRef<T> k_land = landmarks_.template select<T>(in.k, [&](Index j) { return detail::keeps_key(in, j); }, scratch);
+  detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
+    MatrixRef<T> q_land = detail::select_rows(
+        landmarks_, in.q, [&](Index i) { return detail::keeps_query(in, i); }, scratch);
+    MatrixRef<T> k_land = detail::select_rows(
+        landmarks_, in.k, [&](Index j) { return detail::keeps_key(in, j); }, scratch);
     return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.array<T>(q_land.rows())};
   }
 
   /// out <- F Z (B v); lse, unless empty, <- the log-sums of F's rows.
-  void run(const Inputs<T>& in, const detail::NystromFactors<T>& f, MatrixRef<T> out, std::span<T> lse, Context& context) const {
+  void multiply(const detail::Sources<T>& in, const detail::NystromFactors<T>& f, const detail::ResultRows<T>& out,
+                std::span<T> lse, Context& context) const {
+    using Sources = detail::Sources<T>;
     Scratch scratch = context.scratch();
     MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()), a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());
-    kernel_matmul(kernel_, Inputs<T>{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, f.lse_land, context);  // B v
-    detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);                                 // A
+    detail::multiply<Kernel, T>(kernel_, Sources{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, f.lse_land, context);  // B v
+    detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);                                             // A
     values = f.sums;
-    inverse_.apply(a, values, context);                                                                        // Z (B v)
-    kernel_matmul(kernel_, Inputs<T>{in.q, f.k_land, values, queries_only(in.mask)}, out, lse, context);       // F Z (B v)
+    inverse_.apply(a, values, context);                                                                               // Z (B v)
+    detail::multiply<Kernel, T>(kernel_, Sources{in.q, f.k_land, values, queries_only(in.mask)}, out, lse, context);  // F Z (B v)
   }
 
   Landmarks landmarks_;

@@ -35,61 +35,68 @@ class Skyformer {
   bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    check(in, out);
-    Scratch scratch = context.scratch();
-    MatrixRef<T> land = landmarks_.select(in, scratch);
-    if (land.rows() == 0) return void(out.setZero());  // no query or no key is kept
-    MatrixRef<T> sums = scratch.matrix<T>(land.rows(), in.v.cols() + 1);
-    detail::sum_over_keys<T>(kernel_, in, land, sums, context);
-    run(in, land, sums, out, context);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, nullptr);
   }
 
   using Saved = detail::SkyformerSaved<T>;
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    check(in, out);
-    Scratch scratch = context.scratch();
-    saved.n_q = in.q.rows();
-    saved.n_k = in.k.rows();
-    saved.land = landmarks_.select(in, scratch);
-    saved.sums.resize(saved.land.rows(), in.v.cols() + 1);
-    if (saved.land.rows() == 0) return void(out.setZero());
-    saved.top = detail::sum_over_keys<T>(kernel_, in, saved.land, saved.sums, context);
-    run(in, saved.land, saved.sums, out, context);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, &saved);
   }
 
   /// Through the landmarks, wherever they were sampled, and through the inverse. About 3 times the forward pass; where rows are
   /// normalized one product more, and memory for two copies of v.
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
     backward(in, out, dout, saved, gradients, {}, context);
   }
 
   /// The same, and dbias (n_k), unless empty, <- the gradient by the key bias.
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                std::span<T> dbias, Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, std::span<T> dbias, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.check(kName, in);
     detail::skyformer_backward<T>(kernel_, landmarks_, inverse_, in, saved, out, dout, gradients, dbias, context);
   }
 
  private:
-  void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
-    detail::check(kName, in, out);
+  template <NarrowScalar, class>
+  friend class detail::Widened;
+  template <class U, class L, class I>
+    requires JointLandmarks<L, U> && Core<I, U>
+  friend class LiftedSoftmax;
+
+  void check(const detail::Sources<T>& in) const {
     detail::check_kernel(kName, kernel_);
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
   }
 
+  /// saved may be null.
+  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    check(in);
+    Scratch scratch = context.scratch();
+    const MatrixRef<T> land = detail::select_jointly(landmarks_, in, scratch);
+    MatrixRef<T> sums = scratch.matrix<T>(land.rows(), in.v.cols() + 1);
+    const T top = land.rows() == 0 ? T(0) : detail::sum_over_keys<T>(kernel_, in, land, sums, context);
+    if (saved != nullptr) saved->keep(in, land, sums, top);
+    if (land.rows() == 0) return out.set_zero();  // no query or no key is kept
+    multiply(in, land, sums, out, context);
+  }
+
   /// out <- kappa(q, L) (kappa(L, L) + gamma I)^-1 sums.
-  void run(const Inputs<T>& in, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums, MatrixRef<T> out, Context& context) const {
+  void multiply(const detail::Sources<T>& in, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums,
+                const detail::ResultRows<T>& out, Context& context) const {
     Scratch scratch = context.scratch();
     const Index m = land.rows(), d_v = in.v.cols();
     MatrixRef<T> values = scratch.matrix<T>(m, d_v + 2), a = scratch.matrix<T>(m, m);
     detail::solve_landmarks<T>(kernel_, inverse_, land, sums, a, values.leftCols(d_v + 1), context);
     if (kernel_.rows == Rows::raw) {
-      return kernel_matmul(kernel_, Inputs<T>{in.q, land, values.leftCols(d_v), queries_only(in.mask)}, out, context);
+      const detail::Sources<T> queries{in.q, land, values.leftCols(d_v), queries_only(in.mask)};
+      return detail::multiply<GaussianKernel, T>(kernel_, queries, out, {}, context);
     }
     values.col(d_v + 1) = values.col(d_v).cwiseAbs();
     detail::divide_rows(kernel_, in, land, values, out, context);
@@ -111,6 +118,7 @@ class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<flo
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
 
-static_assert(Approximator<Skyformer<float>> && Approximator<Skyformer<Eigen::half>> && Approximator<Skyformer<double, StridedSample, PreconditionedPinv>>);
+static_assert(Approximator<Skyformer<float>> && Approximator<Skyformer<Eigen::half>> &&
+              Approximator<Skyformer<double, StridedSample, PreconditionedPinv>>);
 
 }  // namespace attn

@@ -12,6 +12,7 @@
 #include <attn/narrow.hpp>
 
 #include <concepts>
+#include <span>
 #include <string_view>
 
 namespace attn {
@@ -42,7 +43,7 @@ struct SpectralShift {
 /// key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when shapes disagree or are empty.
 /// Verma 2021 (paper mode, recalled from its abstract); the other modes are this library's own.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
-requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
+  requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom {
  public:
   using Scalar = T;
@@ -56,18 +57,15 @@ class ShiftedNystrom {
   }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    check(in, out);
-    if (is_exact(in)) return kernel_matmul(kernel_, in, out, context);
-    run(in, out, context, nullptr);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, nullptr);
   }
 
   using Saved = detail::ShiftSaved<T>;
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    check(in, out);
-    saved.reset(in.q.rows(), is_exact(in));
-    if (saved.nystrom.exact) return kernel_matmul(kernel_, in, out, saved.nystrom.lse, context);
-    run(in, out, context, &saved);
+    detail::check(kName, in, out);
+    run(detail::sources(in), out, context, &saved);
   }
 
   /// delta, s, alpha, g and t count as constants: the gradients are those of scale_i (N v)_i + shift_i v_i.
@@ -80,10 +78,20 @@ class ShiftedNystrom {
   }
 
  private:
-  bool is_exact(const Inputs<T>& in) const { return detail::covers(landmarks_.num_landmarks, in); }
+  template <NarrowScalar, class>
+  friend class detail::Widened;
 
-  /// saved: null, or where to keep what the backward pass needs.
-  void run(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const {
+  /// saved may be null.
+  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    check(in);
+    const bool exact = detail::covers(landmarks_.num_landmarks, in);
+    if (saved != nullptr) saved->reset(in.q.rows(), exact);
+    if (!exact) return shift(in, out, context, saved);
+    const std::span<T> lse = saved != nullptr ? std::span<T>(saved->nystrom.lse) : std::span<T>{};
+    detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+  }
+
+  void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
     detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
     if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse});
@@ -96,15 +104,15 @@ class ShiftedNystrom {
     const detail::ShiftPanels<T> panels(factors, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
     if (shift_.mode == ShiftMode::row) {
-      return detail::add_row_shift(detail::fit_gate(probes, in, factors, panels, context), in, factors, panels, out, saved, context);
+      return detail::add_row_shift(detail::fit_gate(probes, in, factors, panels, context), in, factors, panels, out, saved,
+                                   context);
     }
     const T delta = detail::probed_shift(probes, in, factors, panels, context);
     factors.values *= 1 - delta;
     detail::add_one_shift(kernel_, in, factors, 1 - delta, delta, out, saved, context);
   }
 
-  void check(const Inputs<T>& in, const MatrixRef<T>& out) const {
-    detail::check(kName, in, out);
+  void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
     if (in.q.rows() != in.k.rows())
@@ -122,7 +130,7 @@ class ShiftedNystrom {
 
 /// With narrow types in memory.
 template <NarrowScalar T, class Landmarks, ScoreKernel Kernel>
-requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
+  requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom<T, Landmarks, Kernel> : public detail::Widened<T, ShiftedNystrom<float, Landmarks, Kernel>> {
   using Wide = ShiftedNystrom<float, Landmarks, Kernel>;
 

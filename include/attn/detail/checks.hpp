@@ -101,8 +101,7 @@ void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrix
   check_shape(who, "dq", gradients.dq, in.q.rows(), in.q.cols());
   check_shape(who, "dk", gradients.dk, in.k.rows(), in.k.cols());
   check_shape(who, "dv", gradients.dv, in.v.rows(), in.v.cols());
-  const std::pair<const char*, const MatrixRef<T>&> results[] = {
-      {"dq", gradients.dq}, {"dk", gradients.dk}, {"dv", gradients.dv}};
+  const std::pair<const char*, const MatrixRef<T>&> results[] = {{"dq", gradients.dq}, {"dk", gradients.dk}, {"dv", gradients.dv}};
   for (const auto& [name, result] : results) {
     check_apart(who, name, result, in);
     check_apart(who, name, result, "out", out);
@@ -124,8 +123,7 @@ void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
 /// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.
 inline void check_saved(std::string_view who, const char* what, Index saved, Index expected) {
   if (saved != expected) {
-    refuse(who, "saved holds ", saved, " ", what, ", should hold ", expected,
-           ": it is not of a forward pass of these inputs");
+    refuse(who, "saved holds ", saved, " ", what, ", should hold ", expected, ": it is not of a forward pass of these inputs");
   }
 }
 
@@ -137,13 +135,13 @@ inline void check_at_least(std::string_view who, const char* name, double value,
   if (!(value >= least)) refuse(who, name, " is ", value, ", should be at least ", least);
 }
 
-template <class T>
-void check_not_causal(std::string_view who, const Inputs<T>& in) {
+template <class In>
+void check_not_causal(std::string_view who, const In& in) {
   if (in.mask.causal != Causal::none) refuse(who, "causal masks are not supported");
 }
 
-template <class T>
-void check_no_bias(std::string_view who, const Inputs<T>& in) {
+template <class In>
+void check_no_bias(std::string_view who, const In& in) {
   if (!in.key_bias.empty()) refuse(who, "key biases are not supported");
 }
 

@@ -22,13 +22,13 @@ T guarded_divisor(T sum, T magnitude) {
 
 /// Queries [rows] of a call, with their masks, on landmarks.
 template <class T>
-Inputs<T> some_queries(const Inputs<T>& in, Range rows, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values) {
+Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values) {
   const Index count = rows.last - rows.first;
   Mask mask = queries_only(in.mask);
   if (!mask.keep_query.empty()) {
     mask.keep_query = mask.keep_query.subspan(static_cast<std::size_t>(rows.first), static_cast<std::size_t>(count));
   }
-  return {in.q.middleRows(rows.first, count), land, values, mask};
+  return {in.q.middle_rows(rows.first, count), land, values, mask};
 }
 
 inline constexpr Index kDividedRows = 4096;  ///< at a time, to keep the extra columns small
@@ -36,21 +36,24 @@ inline constexpr Index kDividedRows = 4096;  ///< at a time, to keep the extra c
 /// out <- (F z) / max(F z1, 1e-6 F |z1|) for values = [z z1 |z1|], F = kappa(q, L) up to a factor of each row, which cancels: its rows are
 /// normalised, so that queries far from every landmark stay finite.
 template <class T>
-void divide_rows(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& values,
-                 MatrixRef<T> out, Context& context) {
+void divide_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& values,
+                 const ResultRows<T>& out, Context& context) {
   Scratch scratch = context.scratch();
   const Index d_v = out.cols();
   MatrixRef<T> parts = scratch.matrix<T>(std::min(kDividedRows, out.rows()), d_v + 2);
   for (Index first = 0; first < out.rows(); first += kDividedRows) {
     const Range rows{first, std::min(first + kDividedRows, out.rows())};
-    kernel_matmul(kernel, some_queries<T>(in, rows, land, values), parts.topRows(rows.last - first), context);
+    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values), MatrixRef<T>(parts.topRows(rows.last - first)), {},
+                                context);
     for (Index i = first; i < rows.last; ++i) {
-      const T divisor = guarded_divisor(parts(i - first, d_v), parts(i - first, d_v + 1));
+      auto part = parts.row(i - first);
+      const T divisor = guarded_divisor(part(d_v), part(d_v + 1));
       if (divisor == 0) {
-        out.row(i).setZero();
+        part.setZero();
       } else {
-        out.row(i) = parts.row(i - first).head(d_v) / divisor;
+        part.head(d_v) /= divisor;
       }
+      out.set_row(i, part.data());
     }
   }
 }
@@ -67,9 +70,9 @@ void divide_row_backward(const T* out, const T* dout, Index d_v, T* parts) {
 
 /// The gradients of divide_rows: dq (n_q, d), dland (m, d), and dvalues (m, d_v + 1) by [z z1], where values hold no |z1| yet.
 template <class T>
-void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& solved,
-                          const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq, MatrixRef<T> dland,
-                          MatrixRef<T> dvalues, Context& context) {
+void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land,
+                          const MatrixRef<T>& solved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq,
+                          MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = land.rows(), d_v = out.cols(), n = out.rows();
   MatrixRef<T> values = scratch.matrix<T>(m, d_v + 2), dall = scratch.matrix<T>(m, d_v + 2);
@@ -77,7 +80,7 @@ void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, con
   const std::span<T> lse = scratch.array<T>(n);
   values.leftCols(d_v + 1) = solved;
   values.col(d_v + 1) = solved.col(d_v).cwiseAbs();
-  const Inputs<T> queries = some_queries<T>(in, {0, n}, land, values);
+  const Inputs<T> queries{in.q, land, values, queries_only(in.mask)};
   kernel_matmul(kernel, queries, parts, lse, context);
   for (Index i = 0; i < n; ++i) {
     dparts.row(i).setZero();

@@ -60,14 +60,15 @@ class FewKeysRunner {
       : product_(product),
         few_(few),
         scores_(scratch.matrix<T>(kWidth, few.keys.packets * kLanes<T>)),
-        centered_(scratch.matrix<T>(product.space.center != nullptr ? kWidth : 0, product.in.q.cols())),
+        queries_(scratch.matrix<T>(kWidth, product.in.q.cols())),
+        results_(scratch.matrix<T>(kWidth, product.in.v.cols())),
         lanes_(scratch.array<T>(kLanes<T> * kLanes<T>).data()) {
     for (T** row : {&maximum_, &sum_, &query_bias_, &factor_}) *row = scratch.array<T>(kWidth).data();
     scores_.setZero();
   }
 
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
-  void finish_block(Index block, MatrixRef<T> out, std::span<T> lse) {
+  void finish_block(Index block, const ResultRows<T>& out, std::span<T> lse) {
     const Range strips = product_.partition.strips_of_block(block);
     for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, lse);
   }
@@ -81,18 +82,21 @@ class FewKeysRunner {
     return {packets.first * kLanes<T>, std::min(packets.last * kLanes<T>, product_.in.q.rows())};
   }
 
-  void finish_rows(Range rows, MatrixRef<T> out, std::span<T> lse) {
+  void finish_rows(Range rows, const ResultRows<T>& out, std::span<T> lse) {
     const Index count = rows.last - rows.first;
-    const Upcoming next_queries = Upcoming::of<T>(product_.in.q, {rows.last, rows.last + count}),
-                   results = Upcoming::of<T>(out, rows);
+    const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
+                   results = Upcoming::of(out.memory(), rows);
     const MatrixRef<T> weights = scores_.topRows(count);
     few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, weights, next_queries);
     weigh();
     product_.set_factors(maximum_, sum_, query_bias_, kWidth, factor_);
-    few_.values.multiply({factor_, 1}, weights, 0, out.middleRows(rows.first, count), results);
+    MatrixRef<T> to =
+        out.in_place() ? MatrixRef<T>(out.matrix().middleRows(rows.first, count)) : MatrixRef<T>(results_.topRows(count));
+    few_.values.multiply({factor_, 1}, weights, 0, to, results);
     for (Index i = 0; i < count; ++i) {
       const bool keeps = keeps_query(product_.in, rows.first + i);
-      if (!keeps) out.row(rows.first + i).setZero();
+      if (!keeps) to.row(i).setZero();
+      out.finish_row(rows.first + i, to.row(i).data());
       if (!lse.empty())
         lse[static_cast<std::size_t>(rows.first + i)] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
     }
@@ -100,8 +104,9 @@ class FewKeysRunner {
 
   /// The queries, relative to the center; sets their bias.
   ConstMatrixRef<T> read_queries(Range rows) {
-    const ConstMatrixRef<T> given = product_.in.q.middleRows(rows.first, rows.last - rows.first);
-    const ConstMatrixRef<T> queries = product_.space.center == nullptr ? given : center(given);
+    const bool as_they_are = product_.in.q.in_place() && product_.space.center == nullptr;
+    const ConstMatrixRef<T> queries =
+        as_they_are ? ConstMatrixRef<T>(product_.in.q.matrix().middleRows(rows.first, rows.last - rows.first)) : copy_queries(rows);
     std::fill_n(query_bias_, kWidth, T(0));
     if (product_.space.bias == 0) return queries;
     for (Index i = 0; i < queries.rows(); ++i) {
@@ -110,15 +115,15 @@ class FewKeysRunner {
     return queries;
   }
 
-  ConstMatrixRef<T> center(const ConstMatrixRef<T>& queries) {
-    const Index d = queries.cols();
-    for (Index i = 0; i < queries.rows(); ++i) {
-      for (Index c = 0; c < d; c += kLanes<T>) {
-        const auto x = load_row(queries.data() + i * queries.outerStride(), c, d) - load_row(product_.space.center, c, d);
-        store_row(centered_.data() + i * d, c, d, x);
-      }
+  ConstMatrixRef<T> copy_queries(Range rows) {
+    const Index d = queries_.cols(), count = rows.last - rows.first;
+    for (Index i = 0; i < count; ++i) {
+      T* to = queries_.data() + i * d;
+      product_.in.q.copy_row(rows.first + i, to);
+      if (product_.space.center == nullptr) continue;
+      for (Index c = 0; c < d; c += kLanes<T>) store_row(to, c, d, load_row(to, c, d) - load_row(product_.space.center, c, d));
     }
-    return centered_.topRows(queries.rows());
+    return queries_.topRows(count);
   }
 
   /// Turns scores into weights relative to a maximum of each row, and sums them.
@@ -194,7 +199,7 @@ class FewKeysRunner {
 
   const Product<T>& product_;
   const FewKeys<T>& few_;
-  MatrixRef<T> scores_, centered_;
+  MatrixRef<T> scores_, queries_, results_;
   T *lanes_, *maximum_, *sum_, *query_bias_, *factor_;
 };
 

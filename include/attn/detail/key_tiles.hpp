@@ -5,6 +5,7 @@
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
 #include <attn/detail/simd.hpp>
+#include <attn/detail/token_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -21,15 +22,16 @@ template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTilePackets * kLanes<T> * Index{sizeof(T)}));
 
 /// Whether the masks and the bias of a call keep key j.
-template <class T>
-inline bool keeps_key(const Inputs<T>& in, Index j) {
+template <class In>
+inline bool keeps_key(const In& in, Index j) {
+  using T = typename decltype(in.key_bias)::value_type;
   const auto at = static_cast<std::size_t>(j);
   return (in.mask.keep_key.empty() || in.mask.keep_key[at] != 0) &&
          (in.key_bias.empty() || in.key_bias[at] != -std::numeric_limits<T>::infinity());
 }
 
-template <class T>
-inline bool keeps_query(const Inputs<T>& in, Index i) {
+template <class In>
+inline bool keeps_query(const In& in, Index i) {
   return in.mask.keep_query.empty() || in.mask.keep_query[static_cast<std::size_t>(i)] != 0;
 }
 
@@ -67,16 +69,17 @@ struct KeySpace {
   T bias_origin = 0;  ///< what key biases are counted from, in their own units
 };
 
-/// Reads tiles: in place where it can; a copy without the dropped keys, relative to the center, where it must.
+/// Reads tiles: in place where it can; a copy, of T, without the dropped keys, relative to the center, where it must.
 template <class T>
 class KeyReader {
  public:
-  KeyReader(const Inputs<T>& in, const KeySpace<T>& space, Scratch& scratch)
+  KeyReader(const Sources<T>& in, const KeySpace<T>& space, Scratch& scratch)
       : in_(in),
         space_(space),
         drops_keys_(!in.mask.keep_key.empty() || !in.key_bias.empty()),
-        k_(drops_keys_ || space.center != nullptr ? scratch.array<T>(kTileKeys<T> * in.k.cols()).data() : nullptr),
-        v_(drops_keys_ ? scratch.array<T>(kTileKeys<T> * in.v.cols()).data() : nullptr),
+        k_(drops_keys_ || space.center != nullptr || !in.k.in_place() ? scratch.array<T>(kTileKeys<T> * in.k.cols()).data()
+                                                                      : nullptr),
+        v_(drops_keys_ || !in.v.in_place() ? scratch.array<T>(kTileKeys<T> * in.v.cols()).data() : nullptr),
         bias_(space.bias != 0 || !in.key_bias.empty() ? scratch.array<T>(kTileKeys<T>).data() : nullptr),
         rows_(drops_keys_ ? scratch.array<Index>(kTileKeys<T>).data() : nullptr) {}
 
@@ -90,21 +93,23 @@ class KeyReader {
                     .rows = rows_,
                     .first = first,
                     .count = last - first};
-    if (drops_keys_) gather(tile, last);
+    if (drops_keys_) list_kept(tile, last);
+    if (v_ != nullptr) copy_values(tile);
     if (k_ != nullptr) copy_keys(tile);
     if (bias_ != nullptr) set_bias(tile);
     return tile;
   }
 
  private:
-  void gather(KeyTile<T>& tile, Index last) const {
+  void list_kept(KeyTile<T>& tile, Index last) const {
     tile.count = 0;
     for (Index j = tile.first; j < last; ++j) {
-      if (!keeps_key(in_, j)) continue;
-      rows_[tile.count] = j;
-      std::copy_n(in_.v.data() + j * in_.v.outerStride(), in_.v.cols(), v_ + tile.count * in_.v.cols());
-      ++tile.count;
+      if (keeps_key(in_, j)) rows_[tile.count++] = j;
     }
+  }
+
+  void copy_values(KeyTile<T>& tile) const {
+    for (Index j = 0; j < tile.count; ++j) in_.v.copy_row(tile.row(j), v_ + j * in_.v.cols());
     tile.v = v_;
     tile.v_stride = in_.v.cols();
   }
@@ -112,13 +117,10 @@ class KeyReader {
   void copy_keys(KeyTile<T>& tile) const {
     const Index d = in_.k.cols();
     for (Index j = 0; j < tile.count; ++j) {
-      const T* from = in_.k.data() + tile.row(j) * in_.k.outerStride();
       T* to = k_ + j * d;
-      if (space_.center == nullptr) {
-        std::copy_n(from, d, to);
-      } else {
-        for (Index c = 0; c < d; ++c) to[c] = from[c] - space_.center[c];
-      }
+      in_.k.copy_row(tile.row(j), to);
+      if (space_.center == nullptr) continue;
+      for (Index c = 0; c < d; ++c) to[c] -= space_.center[c];
     }
     tile.k = k_;
     tile.k_stride = d;
@@ -128,12 +130,13 @@ class KeyReader {
     for (Index j = 0; j < tile.count; ++j) {
       T bias = 0;
       if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
-      if (!in_.key_bias.empty()) bias += std::numbers::log2e_v<T> * (in_.key_bias[static_cast<std::size_t>(tile.row(j))] - space_.bias_origin);
+      if (!in_.key_bias.empty())
+        bias += std::numbers::log2e_v<T> * (in_.key_bias[static_cast<std::size_t>(tile.row(j))] - space_.bias_origin);
       bias_[j] = bias;
     }
   }
 
-  const Inputs<T>& in_;
+  const Sources<T>& in_;
   KeySpace<T> space_;
   bool drops_keys_;
   T *k_, *v_, *bias_;

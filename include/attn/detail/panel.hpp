@@ -37,6 +37,23 @@ inline T dot_product(const T* a, const T* b, Index d) {
   return sum(products);
 }
 
+/// to <- to + factor row, of length d.
+template <class T>
+inline void add_row(T factor, const T* row, T* to, Index d) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    store_row(to, first, d, multiply_add(broadcast(factor), load_row(row, first, d), load_row(to, first, d)));
+  }
+}
+
+/// to <- to + (a - b)^2, element by element of rows of length d.
+template <class T>
+inline void add_squared_difference(const T* a, const T* b, T* to, Index d) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    const auto difference = load_row(a, first, d) - load_row(b, first, d);
+    store_row(to, first, d, multiply_add(difference, difference, load_row(to, first, d)));
+  }
+}
+
 /// |row|^2 of a row of length d.
 template <class T>
 inline T squared_norm(const T* row, Index d) {

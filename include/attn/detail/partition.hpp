@@ -15,21 +15,24 @@ struct Range {
 };
 
 /// Part i of [0, n) cut into count parts, as evenly as they go.
-inline Range nth_part(Index n, Index count, Index i) { return {n * i / count, n * (i + 1) / count}; }
+inline Range nth_part(Index n, Index count, Index i) {
+  return {n * i / count, n * (i + 1) / count};
+}
 
 /// Queries are cut into packets, strips of up to kTilePackets packets, and blocks of strips; where few queries make few blocks, keys
 /// are split too. All of it depends on the shapes alone, so that results do not depend on the number of workers.
 struct Partition {
   Index packets, strips, blocks, splits;
 
+  /// converts_keys: each block does, so that there should not be many.
   template <class T>
-  static Partition of(Index n_q, Index n_k, Index d, Index d_v) {
+  static Partition of(Index n_q, Index n_k, Index d, Index d_v, bool converts_keys) {
     const Index packets = (n_q + kLanes<T> - 1) / kLanes<T>;
     const Index strips = (packets + kTilePackets - 1) / kTilePackets;
     const Index strip_bytes = (d + 2 * d_v) * kTilePackets * kLanes<T> * Index{sizeof(T)};
     const Index strips_a_block = std::clamp<Index>(kBlockBytes / strip_bytes, kFewestStrips, kMostStrips);
     Index blocks = (strips + strips_a_block - 1) / strips_a_block;
-    if (strips >= kFewBlocks) blocks = std::max(blocks, std::min(strips, kFewestBlocks));
+    if (strips >= kFewBlocks) blocks = std::max(blocks, std::min(strips, converts_keys ? kFewBlocks : kFewestBlocks));
     const Index splits = blocks < kFewBlocks ? std::clamp<Index>(n_k / kFewestSplitKeys, 1, kSplitTasks / blocks) : 1;
     return {packets, strips, blocks, splits};
   }

@@ -17,7 +17,7 @@ namespace attn::detail {
 /// bounded: no weight is above 1.
 template <class T>
 struct Product {
-  const Inputs<T>& in;
+  Sources<T> in;
   KeySpace<T> space;
   Rows rows;
   bool bounded;

@@ -22,7 +22,7 @@ struct ShiftProbes {
 };
 
 template <class T>
-ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const Inputs<T>& in, const ShiftFactors<T>& factors,
+ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const Sources<T>& in, const ShiftFactors<T>& factors,
                           Context& context, Scratch& scratch) {
   const auto n = static_cast<Index>(factors.rows.size()), r = std::min(num_probes, n);
   const std::span<Index> ranks = scratch.array<Index>(r);
@@ -31,15 +31,15 @@ ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const I
   for (Index j = 0; j < r; ++j) {
     const Index rank = (2 * j + 1) * n / (2 * r);
     ranks[static_cast<std::size_t>(j)] = rank;
-    queries.row(j) = in.q.row(factors.rows[static_cast<std::size_t>(rank)]);
+    in.q.copy_row(factors.rows[static_cast<std::size_t>(rank)], queries.row(j).data());
   }
-  kernel_matmul(kernel, Inputs<T>{queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse, context);
+  multiply<SoftmaxKernel, T>(kernel, {queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse, context);
   return probes;
 }
 
 /// delta of the scalar mode: mean(s - g) / max(mean(rho - g), .05) over the probed rows.
 template <class T>
-T probed_shift(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+T probed_shift(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
                Context& context) {
   Scratch scratch = context.scratch();
   const ShiftedRows<T> found(in, factors, panels, probes.ranks, scratch);
@@ -55,7 +55,7 @@ T probed_shift(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFac
 
 /// t of the row mode: with a = R - N v and b = S v - N v on the probed rows, sum a.b / sum a.a less one standard error.
 template <class T>
-T fit_gate(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+T fit_gate(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
            Context& context) {
   Scratch scratch = context.scratch();
   const ShiftedRows<T> found(in, factors, panels, probes.ranks, scratch);
@@ -63,14 +63,15 @@ T fit_gate(const ShiftProbes<T>& probes, const Inputs<T>& in, const ShiftFactors
   MatrixRef<T> plain = scratch.matrix<T>(r, in.v.cols());
   const T one = 1;
   found.multiply_values({&one, 0}, plain);
+  T* buffer = scratch.array<T>(in.v.cols()).data();
   const std::span<T> along = scratch.array<T>(r), size = scratch.array<T>(r);
   T total_along = 0, total_size = 0, squares = 0;
   for (Index j = 0; j < r; ++j) {
     const auto at = static_cast<std::size_t>(j);
-    const auto v = in.v.row(factors.rows[static_cast<std::size_t>(probes.ranks[at])]);
+    const T* v = in.v.row(factors.rows[static_cast<std::size_t>(probes.ranks[at])], buffer);
     along[at] = size[at] = 0;
     for (Index c = 0; c < in.v.cols(); ++c) {
-      const T step = (found.stretch[at] - 1) * plain(j, c) + found.added(at) * v(c);
+      const T step = (found.stretch[at] - 1) * plain(j, c) + found.added(at) * v[c];
       along[at] += step * (probes.exact(j, c) - plain(j, c));
       size[at] += step * step;
     }

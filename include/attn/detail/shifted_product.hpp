@@ -18,8 +18,8 @@
 namespace attn::detail {
 
 /// Whether the same tokens are kept as queries and as keys, of which there are as many.
-template <class T>
-bool same_masks(const Inputs<T>& in) {
+template <class In>
+bool same_masks(const In& in) {
   for (Index i = 0; i < in.q.rows(); ++i) {
     if (keeps_query(in, i) != keeps_key(in, i)) return false;
   }
@@ -48,22 +48,26 @@ struct ShiftSaved {
 
 /// out <- F values + delta v, where values are scale times those of N. saved may be null.
 template <class T>
-void add_one_shift(const SoftmaxKernel& kernel, const Inputs<T>& in, const ShiftFactors<T>& factors, T scale, T delta,
-                   MatrixRef<T> out, ShiftSaved<T>* saved, Context& context) {
-  kernel_matmul(kernel, Inputs<T>{in.q, factors.k_land, factors.values, queries_only(in.mask)}, out, context);
+void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftFactors<T>& factors, T scale, T delta,
+                   const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
+  Scratch scratch = context.scratch();
+  MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
+  T* buffer = scratch.array<T>(in.v.cols()).data();
+  multiply<SoftmaxKernel, T>(kernel, {in.q, factors.k_land, factors.values, queries_only(in.mask)}, product, {}, context);
   for (const Index row : factors.rows) {
-    out.row(row) += delta * in.v.row(row);
+    add_row(delta, in.v.row(row, buffer), product.row(row).data(), product.cols());
     if (saved != nullptr) saved->set(row, scale, delta);
   }
+  for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, product.row(i).data());
 }
 
 /// out <- (1 - gate) N v + gate R, R of the row mode. saved may be null.
 template <class T>
-void add_row_shift(T gate, const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels, MatrixRef<T> out,
-                   ShiftSaved<T>* saved, Context& context) {
+void add_row_shift(T gate, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+                   const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   constexpr Index kRows = 128;
   const auto n = static_cast<Index>(factors.rows.size());
-  if (n < out.rows()) out.setZero();
+  if (n < out.rows()) out.set_zero();
   context.for_each_call((n + kRows - 1) / kRows, [&](Index chunk, Context& of_worker) {
     Scratch scratch = of_worker.scratch();
     const Index first = chunk * kRows;
@@ -74,10 +78,13 @@ void add_row_shift(T gate, const Inputs<T>& in, const ShiftFactors<T>& factors, 
     for (std::size_t i = 0; i < scale.size(); ++i) scale[i] = 1 - gate + gate * rows.stretch[i];
     MatrixRef<T> product = scratch.matrix<T>(rows.f.rows(), out.cols());
     rows.multiply_values({scale.data(), 1}, product);
+    T* buffer = scratch.array<T>(in.v.cols()).data();
     for (std::size_t i = 0; i < ranks.size(); ++i) {
       const Index row = factors.rows[static_cast<std::size_t>(ranks[i])];
       const T shift = gate * rows.added(i);
-      out.row(row) = product.row(static_cast<Index>(i)) + shift * in.v.row(row);
+      T* to = product.row(static_cast<Index>(i)).data();
+      add_row(shift, in.v.row(row, buffer), to, product.cols());
+      out.set_row(row, to);
       if (saved != nullptr) saved->set(row, scale[i], shift);
     }
   });

@@ -23,7 +23,7 @@ namespace attn::detail {
 /// The m-sized side of N, over the n kept rows (their row numbers in rows).
 template <class T>
 struct ShiftFactors {
-  ShiftFactors(const Inputs<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
+  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
                Scratch& scratch)
       : scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
         rows(list_kept(in, scratch)),
@@ -40,12 +40,12 @@ struct ShiftFactors {
         lse(scratch.array<T>(landmarks.num_landmarks)),
         log_length(scratch.array<T>(landmarks.num_landmarks)),
         log_others(scratch.array<T>(landmarks.num_landmarks)) {
-    kernel_matmul(kernel, Inputs<T>{q_land, in.k, in.v, keys_only(in.mask)}, sums, lse, context);
+    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, lse, context);
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, sums, 0, values, context);
     for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
-    set_variance(in);
+    set_variance(in, scratch);
     for (Index c = 0; c < variance.rows(); ++c) {
       const Range range = segment(static_cast<Index>(rows.size()), variance.rows(), c);
       log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
@@ -89,7 +89,7 @@ struct ShiftFactors {
   std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
 
  private:
-  static std::span<const Index> list_kept(const Inputs<T>& in, Scratch& scratch) {
+  static std::span<const Index> list_kept(const Sources<T>& in, Scratch& scratch) {
     const std::span<Index> kept = scratch.array<Index>(count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }));
     std::size_t rank = 0;
     for (Index j = 0; j < in.k.rows(); ++j) {
@@ -98,13 +98,16 @@ struct ShiftFactors {
     return kept;
   }
 
-  void set_variance(const Inputs<T>& in) {
+  void set_variance(const Sources<T>& in, Scratch& scratch) {
+    Scratch temporary = scratch.nested();
+    T* buffer = temporary.array<T>(in.k.cols()).data();
     const auto n = static_cast<Index>(rows.size()), m = variance.rows();
     variance.setZero();
     for (Index c = 0; c < m; ++c) {
       const Range range = segment(n, m, c);
       for (Index i = range.first; i < range.last; ++i) {
-        variance.row(c).array() += (in.k.row(rows[static_cast<std::size_t>(i)]) - k_land.row(c)).array().square();
+        add_squared_difference(in.k.row(rows[static_cast<std::size_t>(i)], buffer), &k_land(c, 0), &variance(c, 0),
+                               variance.cols());
       }
       variance.row(c) /= static_cast<T>(range.last - range.first);
     }
@@ -133,13 +136,11 @@ struct ShiftPanels {
 
 /// The listed rows of m, in ascending order: in place where they follow one another, else a copy.
 template <class T>
-ConstMatrixRef<T> listed_rows(const ConstMatrixRef<T>& m, std::span<const Index> list, Scratch& scratch) {
+ConstMatrixRef<T> listed_rows(const TokenRows<T>& m, std::span<const Index> list, Scratch& scratch) {
   const auto count = static_cast<Index>(list.size());
-  if (list.back() - list.front() + 1 == count) return m.middleRows(list.front(), count);
+  if (m.in_place() && list.back() - list.front() + 1 == count) return m.matrix().middleRows(list.front(), count);
   const MatrixRef<T> copy = scratch.matrix<T>(count, m.cols());
-  for (Index i = 0; i < count; ++i) {
-    std::copy_n(m.data() + list[static_cast<std::size_t>(i)] * m.outerStride(), m.cols(), copy.data() + i * copy.outerStride());
-  }
+  for (Index i = 0; i < count; ++i) m.copy_row(list[static_cast<std::size_t>(i)], copy.data() + i * copy.outerStride());
   return copy;
 }
 
@@ -147,7 +148,7 @@ ConstMatrixRef<T> listed_rows(const ConstMatrixRef<T>& m, std::span<const Index>
 template <class T>
 class ShiftedRows {
  public:
-  ShiftedRows(const Inputs<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels, std::span<const Index> ranks,
+  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels, std::span<const Index> ranks,
               Scratch& scratch)
       : f(scratch.matrix<T>(static_cast<Index>(ranks.size()), factors.z.rows())),
         factors_(factors),

@@ -28,6 +28,14 @@ struct SkyformerSaved {
   Matrix<T> land{}, sums{};
   T top = 0;
 
+  void keep(const Sources<T>& in, const ConstMatrixRef<T>& landmarks, const ConstMatrixRef<T>& their_sums, T their_top) {
+    n_q = in.q.rows();
+    n_k = in.k.rows();
+    land = landmarks;
+    sums = their_sums;
+    top = their_top;
+  }
+
   /// It is of inputs like these.
   void check(std::string_view who, const Inputs<T>& in) const {
     check_saved(who, "rows of q", n_q, in.q.rows());
@@ -38,16 +46,19 @@ struct SkyformerSaved {
 };
 
 /// kappa(L, L) has raw rows whatever those of the result are.
-inline GaussianKernel raw_rows(const GaussianKernel& kernel) { return {.bandwidth = kernel.bandwidth, .rows = Rows::raw}; }
+inline GaussianKernel raw_rows(const GaussianKernel& kernel) {
+  return {.bandwidth = kernel.bandwidth, .rows = Rows::raw};
+}
 
 /// sums (m, d_v + 1) <- kappa(L, k) [v 1]; where the rows of the result are normalized, relative to the largest of kappa's maxima, a
 /// factor that cancels, so that large key biases do not overflow. Returns log2 of it.
 template <class T>
-T sum_over_keys(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, MatrixRef<T> sums, Context& context) {
+T sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land, MatrixRef<T> sums,
+                Context& context) {
   Scratch scratch = context.scratch();
   const Index m = land.rows(), d_v = in.v.cols();
   const RowStates<T> states{scratch.array<T>(m), scratch.array<T>(m), sums.leftCols(d_v)};
-  kernel_matmul_partial(kernel, Inputs<T>{land, in.k, in.v, keys_only(in.mask), in.key_bias}, states, context);
+  multiply_partial(kernel, Sources<T>{land, in.k, in.v, keys_only(in.mask), in.key_bias}, states, context);
   T top = 0;
   if (kernel.rows == Rows::normalized) top = *std::max_element(states.maximum.begin(), states.maximum.end());
   for (Index j = 0; j < m; ++j) {
@@ -60,8 +71,8 @@ T sum_over_keys(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMa
 
 /// values (m, d_v + 1) <- (kappa(L, L) + gamma I)^-1 sums. a (m, m) is overwritten.
 template <class T, class Inverse>
-void solve_landmarks(const GaussianKernel& kernel, const Inverse& inverse, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums,
-                     MatrixRef<T> a, MatrixRef<T> values, Context& context) {
+void solve_landmarks(const GaussianKernel& kernel, const Inverse& inverse, const ConstMatrixRef<T>& land,
+                     const ConstMatrixRef<T>& sums, MatrixRef<T> a, MatrixRef<T> values, Context& context) {
   values = sums;
   kernel_matrix<GaussianKernel, T>(raw_rows(kernel), land, land, a, context);
   inverse.apply(a, values, context);
@@ -69,8 +80,9 @@ void solve_landmarks(const GaussianKernel& kernel, const Inverse& inverse, const
 
 /// dq, dland and dvalues (m, d_v + 1) <- the gradients of kappa(q, L) values, its rows divided by their sums if normalized.
 template <class T>
-void backward_queries(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved, const MatrixRef<T>& values, const ConstMatrixRef<T>& out,
-                      const ConstMatrixRef<T>& dout, MatrixRef<T> dq, MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context) {
+void backward_queries(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved, const MatrixRef<T>& values,
+                      const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq, MatrixRef<T> dland,
+                      MatrixRef<T> dvalues, Context& context) {
   const Index d_v = in.v.cols();
   if (kernel.rows == Rows::normalized) {
     return divide_rows_backward<T>(kernel, in, saved.land, values, out, dout, dq, dland, dvalues, context);
@@ -82,8 +94,8 @@ void backward_queries(const GaussianKernel& kernel, const Inputs<T>& in, const S
 
 /// dsums: the gradient by values -> that by sums; dland <- that by the landmarks within kappa(L, L).
 template <class T, class Inverse>
-void backward_core(const GaussianKernel& kernel, const Inverse& inverse, const SkyformerSaved<T>& saved, MatrixRef<T> a, MatrixRef<T> sums, MatrixRef<T> dsums, MatrixRef<T> da, MatrixRef<T> dland,
-                   Context& context) {
+void backward_core(const GaussianKernel& kernel, const Inverse& inverse, const SkyformerSaved<T>& saved, MatrixRef<T> a,
+                   MatrixRef<T> sums, MatrixRef<T> dsums, MatrixRef<T> da, MatrixRef<T> dland, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = a.rows();
   const MatrixRef<T> identity = identity_matrix<T>(m, scratch), unused = scratch.matrix<T>(m, m);
@@ -97,8 +109,8 @@ void backward_core(const GaussianKernel& kernel, const Inverse& inverse, const S
 
 /// By the landmarks, k and v: dsums times 2^-top, which the key biases take on.
 template <class T>
-void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved, const MatrixRef<T>& dsums, const Gradients<T>& to, std::span<T> dbias,
-                   Context& context) {
+void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved, const MatrixRef<T>& dsums,
+                   const Gradients<T>& to, std::span<T> dbias, Context& context) {
   const Index n = in.v.rows(), d_v = in.v.cols();
   if (kernel.rows == Rows::raw) {
     const Inputs<T> keys{saved.land, in.k, in.v, keys_only(in.mask), in.key_bias};
@@ -136,10 +148,10 @@ void skyformer_backward(const GaussianKernel& kernel, const Landmarks& landmarks
   MatrixRef<T> dland = scratch.matrix<T>(m, d), added = scratch.matrix<T>(m, d), dsums = scratch.matrix<T>(m, in.v.cols() + 1);
   MatrixRef<T> a = scratch.matrix<T>(m, m), da = scratch.matrix<T>(m, m), values = scratch.matrix<T>(m, in.v.cols() + 1);
   solve_landmarks<T>(kernel, inverse, saved.land, saved.sums, a, values, context);
-  backward_queries(kernel, in, saved, values, out, dout, to.dq, dland, dsums, context);       // kappa(q, L) values
-  backward_core(kernel, inverse, saved, a, values, dsums, da, added, context);                // (kappa(L, L) + gamma I)^-1 sums
+  backward_queries(kernel, in, saved, values, out, dout, to.dq, dland, dsums, context);  // kappa(q, L) values
+  backward_core(kernel, inverse, saved, a, values, dsums, da, added, context);           // (kappa(L, L) + gamma I)^-1 sums
   dland += added;
-  backward_keys(kernel, in, saved, dsums, {added, to.dk, to.dv}, dbias, context);             // kappa(L, k) [v 1]
+  backward_keys(kernel, in, saved, dsums, {added, to.dk, to.dv}, dbias, context);  // kappa(L, k) [v 1]
   dland += added;
   if constexpr (requires { landmarks.scatter(in, dland, to.dq, to.dk, scratch); }) {
     landmarks.scatter(in, dland, to.dq, to.dk, scratch);

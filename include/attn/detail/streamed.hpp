@@ -28,6 +28,7 @@ class BlockRunner {
       : product_(product),
         reader_(product.in, product.space, scratch),
         kernel_(product.in.q.cols(), product.in.v.cols(), product.maximum, scratch),
+        rows_(scratch.array<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols())).data()),
         strips_(scratch.array<Lanes>(product.partition.most_strips_a_block())) {
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Lanes& strip : strips_) {
@@ -40,8 +41,8 @@ class BlockRunner {
   }
 
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
-  void finish_block(Index block, MatrixRef<T> out, std::span<T> lse) {
-    stream(block, {0, product_.in.k.rows()}, out, [&](const Lanes& strip) {
+  void finish_block(Index block, const ResultRows<T>& out, std::span<T> lse) {
+    stream(block, {0, product_.in.k.rows()}, out.memory(), [&](const Lanes& strip) {
       alignas(64) T factor[extent(kWidth)];
       product_.set_factors(strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), factor);
       write_rows(strip, factor, out);
@@ -54,7 +55,7 @@ class BlockRunner {
 
   /// states <- the rows of a block for some keys, to be merged.
   void partial_block(Index block, Range keys, const RowStates<T>& states) {
-    stream(block, keys, states.weighted, [&](const Lanes& strip) {
+    stream(block, keys, MemoryRows::of(states.weighted), [&](const Lanes& strip) {
       alignas(64) T factor[extent(kWidth)];
       std::fill_n(factor, kWidth, T(1));
       for (Index i = 0; i < strip.count; ++i) {
@@ -90,7 +91,7 @@ class BlockRunner {
 
   /// Feeds the strips of a block with keys, then calls done(strip) for each. to: where done writes the strips' rows.
   template <class Done>
-  void stream(Index block, Range keys, const ConstMatrixRef<T>& to, const Done& done) {
+  void stream(Index block, Range keys, const MemoryRows& to, const Done& done) {
     Range strips = product_.partition.strips_of_block(block);
     const std::span<Lanes> block_strips = strips_.first(static_cast<std::size_t>(strips.last - strips.first));
     for (Lanes& strip : block_strips) load_queries(strip, strips.first++);
@@ -98,7 +99,7 @@ class BlockRunner {
     for (const Lanes& strip : block_strips) done(strip);
   }
 
-  void stream_chunks(std::span<Lanes> strips, Range keys, const ConstMatrixRef<T>& to) {
+  void stream_chunks(std::span<Lanes> strips, Range keys, const MemoryRows& to) {
     const Index limit = product_.limit(strips.back().rows().last - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
     for (Lanes& strip : strips) reset(strip, strip.total);
@@ -116,14 +117,14 @@ class BlockRunner {
 
   /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or the next
   /// keys, has fetched them for all; with the last tile come the rows of the results.
-  void stream_chunk(std::span<Lanes> strips, LaneState<T> Lanes::*state, Range keys, Index end, const ConstMatrixRef<T>& to) {
+  void stream_chunk(std::span<Lanes> strips, LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
     for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
       tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
       const KeyTile<T> read = reader_.read(tile.first, tile.last);
-      std::array<Upcoming, 2> upcoming{Upcoming::of<T>(product_.in.v, tile),
-                                       Upcoming::of<T>(product_.in.k, {tile.last, std::min(end, tile.last + kTileKeys<T>)})};
+      const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};
+      std::array<Upcoming, 2> upcoming{Upcoming::of(product_.in.v.memory(), tile), Upcoming::of(product_.in.k.memory(), next)};
       for (Lanes& strip : strips) {
-        if (tile.last == end) upcoming[1] = Upcoming::of<T>(to, strip.rows());
+        if (tile.last == end) upcoming[1] = Upcoming::of(to, strip.rows());
         kernel_.add(strip.with(strip.*state), read, product_.limit(strip.first), upcoming);
         upcoming = {};
       }
@@ -143,7 +144,7 @@ class BlockRunner {
       const T* rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
         const bool real = p + i < strip.count && keeps(strip, p + i);
-        rows[i] = real ? product_.in.q.data() + (strip.first + p + i) * product_.in.q.outerStride() : nullptr;
+        rows[i] = real ? product_.in.q.row(strip.first + p + i, rows_ + i * product_.in.q.cols()) : nullptr;
       }
       const auto squares =
           pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale, strip.queries + p, strip.lanes());
@@ -162,15 +163,17 @@ class BlockRunner {
   }
 
   /// to <- factor times the rows of a strip; dropped queries become 0.
-  void write_rows(const Lanes& strip, const T* factor, MatrixRef<T> to) const {
+  void write_rows(const Lanes& strip, const T* factor, const ResultRows<T>& to) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
-        rows[i] = p + i < strip.count ? to.data() + (strip.first + p + i) * to.outerStride() : nullptr;
+        rows[i] = p + i < strip.count ? to.row(strip.first + p + i, rows_ + i * to.cols()) : nullptr;
       }
       unpack_rows(strip.total.weighted + p, strip.lanes(), to.cols(), load(factor + p), rows);
       for (int i = 0; i < kLanes<T>; ++i) {
-        if (rows[i] != nullptr && !keeps(strip, p + i)) std::fill_n(rows[i], to.cols(), T(0));
+        if (rows[i] == nullptr) continue;
+        if (!keeps(strip, p + i)) std::fill_n(rows[i], to.cols(), T(0));
+        to.finish_row(strip.first + p + i, rows[i]);
       }
     }
   }
@@ -178,6 +181,7 @@ class BlockRunner {
   const Product<T>& product_;
   KeyReader<T> reader_;
   StripKernel<T> kernel_;
+  T* rows_;  ///< kLanes rows of q or of the results, where they are not in place
   std::span<Lanes> strips_;
 };
 

@@ -1,0 +1,171 @@
+/// Rows of tokens as the kernels read and write them: in place, or, where memory holds a narrower type, converted a row at a time.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/simd.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <concepts>
+#include <span>
+
+namespace attn::detail {
+
+/// to <- from, n elements.
+template <NarrowScalar T>
+void convert_row(const T* from, float* to, Index n) {
+  const Index whole = n - n % kLanes<float>;
+  for (Index i = 0; i < whole; i += kLanes<float>) store_unaligned(to + i, widen(from + i));
+  std::transform(from + whole, from + n, to + whole, [](T x) { return static_cast<float>(x); });
+}
+
+/// to <- from, n elements, rounded to nearest.
+template <NarrowScalar T>
+void convert_row(const float* from, T* to, Index n) {
+  const Index whole = n - n % kLanes<float>;
+  for (Index i = 0; i < whole; i += kLanes<float>) store_narrow(to + i, load_unaligned(from + i));
+  T lanes[kLanes<float>];
+  store_narrow(lanes, load_row(from, whole, n));
+  std::copy_n(lanes, n - whole, to + whole);
+}
+
+/// Rows in memory, whatever their type.
+struct MemoryRows {
+  const char* data;
+  Index rows, row_bytes, stride_bytes;
+
+  template <class M>
+  static MemoryRows of(const M& m) {
+    constexpr Index kBytes = sizeof(typename M::Scalar);
+    return {reinterpret_cast<const char*>(m.data()), m.rows(), m.cols() * kBytes, m.outerStride() * kBytes};
+  }
+
+  const char* row(Index i) const { return data + i * stride_bytes; }
+};
+
+/// Rows to read as T.
+template <class T>
+class TokenRows {
+ public:
+  template <RowMajorWithContiguousRows<T> M>
+  TokenRows(const M& m)  // NOLINT: implicit, as a view of it would be
+      : TokenRows(MemoryRows::of(ConstMatrixRef<T>(m)), m.cols(), nullptr) {}
+
+  template <NarrowScalar Narrow>
+    requires std::same_as<T, float>
+  explicit TokenRows(const ConstMatrixRef<Narrow>& m)
+      : TokenRows(MemoryRows::of(m), m.cols(),
+                  [](const char* row, T* to, Index n) { convert_row(reinterpret_cast<const Narrow*>(row), to, n); }) {}
+
+  Index rows() const { return memory_.rows; }
+  Index cols() const { return cols_; }
+  const MemoryRows& memory() const { return memory_; }
+  bool in_place() const { return convert_ == nullptr; }
+
+  /// All rows as they lie, where they are in place.
+  ConstMatrixRef<T> matrix() const { return {data(), rows(), cols(), outerStride()}; }
+  const T* data() const { return reinterpret_cast<const T*>(memory_.data); }
+  Index outerStride() const { return memory_.stride_bytes / Index{sizeof(T)}; }
+
+  /// Row i, in place or in buffer (cols elements).
+  const T* row(Index i, T* buffer) const {
+    if (in_place()) return data() + i * outerStride();
+    convert_(memory_.row(i), buffer, cols_);
+    return buffer;
+  }
+
+  void copy_row(Index i, T* to) const {
+    const T* from = row(i, to);
+    if (from != to) std::copy_n(from, cols_, to);
+  }
+
+  TokenRows middle_rows(Index first, Index count) const {
+    TokenRows some = *this;
+    some.memory_.data = memory_.row(first);
+    some.memory_.rows = count;
+    return some;
+  }
+
+ private:
+  using Convert = void (*)(const char* row, T* to, Index n);
+
+  TokenRows(const MemoryRows& memory, Index cols, Convert convert) : memory_(memory), cols_(cols), convert_(convert) {}
+
+  MemoryRows memory_;
+  Index cols_;
+  Convert convert_;
+};
+
+/// Rows to write as T.
+template <class T>
+class ResultRows {
+ public:
+  ResultRows(const MatrixRef<T>& m)  // NOLINT: implicit, as a view of it would be
+      : ResultRows(MemoryRows::of(m), m.cols(), nullptr) {}
+
+  template <NarrowScalar Narrow>
+    requires std::same_as<T, float>
+  explicit ResultRows(const MatrixRef<Narrow>& m)
+      : ResultRows(MemoryRows::of(m), m.cols(),
+                   [](const T* from, char* row, Index n) { convert_row(from, reinterpret_cast<Narrow*>(row), n); }) {}
+
+  Index rows() const { return memory_.rows; }
+  Index cols() const { return cols_; }
+  const MemoryRows& memory() const { return memory_; }
+  bool in_place() const { return convert_ == nullptr; }
+
+  /// All rows as they lie, where they are in place.
+  MatrixRef<T> matrix() const { return {reinterpret_cast<T*>(row(0)), rows(), cols(), memory_.stride_bytes / Index{sizeof(T)}}; }
+
+  /// Where to write row i, in place or in buffer (cols elements); finish_row(i, that) is to follow.
+  T* row(Index i, T* buffer) const { return in_place() ? reinterpret_cast<T*>(row(i)) : buffer; }
+  void finish_row(Index i, const T* from) const {
+    if (!in_place()) convert_(from, row(i), cols_);
+  }
+
+  void set_zero() const {
+    for (Index i = 0; i < rows(); ++i) std::fill_n(row(i), memory_.row_bytes, char{0});  // all bits are 0 in 0 of any type
+  }
+
+  /// Row i <- from.
+  void set_row(Index i, const T* from) const {
+    if (in_place()) std::copy_n(from, cols_, reinterpret_cast<T*>(row(i)));
+    finish_row(i, from);
+  }
+
+ private:
+  using Convert = void (*)(const T* from, char* row, Index n);
+
+  ResultRows(const MemoryRows& memory, Index cols, Convert convert) : memory_(memory), cols_(cols), convert_(convert) {}
+
+  char* row(Index i) const { return const_cast<char*>(memory_.row(i)); }
+
+  MemoryRows memory_;
+  Index cols_;
+  Convert convert_;
+};
+
+/// Inputs as the kernels read them.
+template <class T>
+struct Sources {
+  TokenRows<T> q, k, v;
+  Mask mask{};
+  std::span<const T> key_bias{};
+};
+
+template <class T>
+Sources<T> sources(const Inputs<T>& in) {
+  return {in.q, in.k, in.v, in.mask, in.key_bias};
+}
+
+/// x as a matrix: a view, or where it is not in place a copy.
+template <class T>
+ConstMatrixRef<T> whole_matrix(const TokenRows<T>& x, Scratch& scratch) {
+  if (x.in_place()) return x.matrix();
+  MatrixRef<T> copy = scratch.matrix<T>(x.rows(), x.cols());
+  for (Index i = 0; i < x.rows(); ++i) x.copy_row(i, copy.row(i).data());
+  return copy;
+}
+
+}  // namespace attn::detail
