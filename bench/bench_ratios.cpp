@@ -91,12 +91,29 @@ Contender peer(const Settings& settings, Causal causal = Causal::none) {
 }
 
 /// An approximation on n smooth tokens, against the flops of its two factors, 8 n m d, and those given.
+template <class T = float>
 Contender approximation(const std::string& name, Index n, Index num_landmarks, double more_flops = 0) {
-  auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, n, kDim));
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = num_landmarks});
-  return {.name = name + "/float/n:" + std::to_string(n) + "/d:64/m:" + std::to_string(num_landmarks),
+  auto tokens = std::make_shared<bench::Tokens<T>>(bench::make_tokens<T>(Family::smooth, n, kDim));
+  const auto method = attn::make_approximator<T>(name, {.num_landmarks = num_landmarks});
+  return {.name = name + "/" + type_name<T>() + "/n:" + std::to_string(n) + "/d:64/m:" + std::to_string(num_landmarks),
           .flops = bench::landmark_flops(n, num_landmarks, kDim) + more_flops,
           .run = [=](attn::Context& context) { method.forward(tokens->inputs(), tokens->out, context); },
+          .peak = bench::fma_peak<float>};
+}
+
+/// The two factors of a landmark method alone: m queries on n keys, then n queries on m keys.
+Contender factors(Index n, Index m) {
+  auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, n, kDim));
+  auto values = std::make_shared<attn::Matrix<float>>(m, kDim);
+  const auto run = [=](attn::Context& context) {
+    const attn::Inputs<float> in = tokens->inputs();
+    const attn::ConstMatrixRef<float> q_land = in.q.topRows(m), k_land = in.k.topRows(m);
+    attn::kernel_matmul(attn::SoftmaxKernel{}, attn::Inputs<float>{q_land, in.k, in.v}, *values, context);
+    attn::kernel_matmul(attn::SoftmaxKernel{}, attn::Inputs<float>{in.q, k_land, *values}, tokens->out, context);
+  };
+  return {.name = "both factors/float/n:" + std::to_string(n) + "/d:64/m:" + std::to_string(m),
+          .flops = bench::landmark_flops(n, m, kDim),
+          .run = run,
           .peak = bench::fma_peak<float>};
 }
 
@@ -167,14 +184,16 @@ std::vector<Contender> one_core_contenders(const Settings& s) {
           approximation("shifted-nystrom", s.long_n, 64),
           approximation("skyformer", s.long_n, 64),
           backward("nystrom", s.long_n, bench::landmark_flops(s.long_n, 64, kDim)),
-          approximation("nystrom", 2 * n, m, bench::pinv_flops(m))};
+          approximation("nystrom", 2 * n, m, bench::pinv_flops(m)),
+          factors(s.long_n, 64),
+          approximation<Eigen::half>("nystrom", s.long_n, 64)};
 }
 
 /// One contender's time as so many times another's, both by their places in the list.
 struct Pair {
   std::size_t slow, fast;
 };
-constexpr Pair kPairs[] = {{1, 0}, {5, 4}, {2, 0}, {3, 0}, {12, 0}, {10, 11}, {14, 13}, {16, 13}};
+constexpr Pair kPairs[] = {{1, 0}, {5, 4}, {2, 0}, {3, 0}, {12, 0}, {10, 11}, {14, 13}, {16, 13}, {19, 13}};
 
 /// A quantity sampled once a round.
 struct Series {

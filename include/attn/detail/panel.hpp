@@ -5,6 +5,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <span>
 
 namespace attn::detail {
 
@@ -42,6 +43,16 @@ template <class T>
 inline void add_row(T factor, const T* row, T* to, Index d) {
   for (Index first = 0; first < d; first += kLanes<T>) {
     store_row(to, first, d, multiply_add(broadcast(factor), load_row(row, first, d), load_row(to, first, d)));
+  }
+}
+
+/// to <- to + rows, one after another, of length d.
+template <class T>
+inline void add_rows(std::span<const T* const> rows, T* to, Index d) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    auto total = load_row(to, first, d);
+    for (const T* row : rows) total = total + load_row(row, first, d);
+    store_row(to, first, d, total);
   }
 }
 
