@@ -66,7 +66,7 @@ const T* choose_center(const Sources<T>& in, Scratch& scratch) {
 /// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias,
 /// or sums are wanted: those may underflow.
 template <ScoreKernel Kernel, class T>
-Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Scratch& scratch) {
+Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Index workers, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_finite(kMatmulName, "scale", parameters.scale);
   check_finite(kMatmulName, "bias", parameters.bias);
@@ -80,7 +80,7 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
           .rows = parameters.rows,
           .bounded = bounded,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
-          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), !in.k.in_place())};
+          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
 }
 
 template <class T>
@@ -165,7 +165,7 @@ void run_whole(const Product<T>& product, const ResultRows<T>& out, std::span<T>
 template <ScoreKernel Kernel, class T>
 void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, std::span<T> lse, Context& context) {
   Scratch scratch = context.scratch();
-  const Product<T> product = make_product(kernel, in, lse.empty() ? Maximum::fixed : Maximum::running, scratch);
+  const Product<T> product = make_product(kernel, in, lse.empty() ? Maximum::fixed : Maximum::running, context.workers(), scratch);
   if (product.partition.splits == 1) return run_whole(product, out, lse, context, scratch);
   const MatrixRef<T> weighted = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   const RowStates<T> states{scratch.array<T>(out.rows()), scratch.array<T>(out.rows()), weighted};
@@ -178,7 +178,7 @@ void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& o
 template <ScoreKernel Kernel, class T>
 void multiply_partial(const Kernel& kernel, const Sources<T>& in, const RowStates<T>& states, Context& context) {
   Scratch scratch = context.scratch();
-  run_partial(make_product(kernel, in, Maximum::running, scratch), states, context, scratch);
+  run_partial(make_product(kernel, in, Maximum::running, context.workers(), scratch), states, context, scratch);
 }
 
 }  // namespace detail
@@ -299,7 +299,8 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
   detail::check_length(kName, "lse", lse.size(), "q", in.q.rows());
   detail::check_length(kName, "dbias", dbias.size(), "k", in.k.rows());
   Scratch scratch = context.scratch();
-  const detail::Product<T> product = detail::make_product(kernel, detail::sources(in), detail::Maximum::running, scratch);
+  const detail::Product<T> product =
+      detail::make_product(kernel, detail::sources(in), detail::Maximum::running, context.workers(), scratch);
   const bool normalized = product.rows == Rows::normalized;
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have ", in.q.rows(), " entries, for rows are normalized");

@@ -49,10 +49,14 @@ inline void add_row(T factor, const T* row, T* to, Index d) {
 /// to <- to + rows, one after another, of length d.
 template <class T>
 inline void add_rows(std::span<const T* const> rows, T* to, Index d) {
-  for (Index first = 0; first < d; first += kLanes<T>) {
-    auto total = load_row(to, first, d);
-    for (const T* row : rows) total = total + load_row(row, first, d);
-    store_row(to, first, d, total);
+  Index first = 0;
+  for (; first + kLanes<T> <= d; first += kLanes<T>) {
+    auto total = load_unaligned(to + first);
+    for (const T* row : rows) total = total + load_unaligned(row + first);
+    store_unaligned(to + first, total);
+  }
+  for (; first < d; ++first) {
+    for (const T* row : rows) to[first] += row[first];
   }
 }
 

@@ -20,20 +20,20 @@ inline Range nth_part(Index n, Index count, Index i) {
 }
 
 /// Queries are cut into packets, strips of up to kTilePackets packets, and blocks of strips; where few queries make few blocks, keys
-/// are split too. All of it depends on the shapes alone, so that results do not depend on the number of workers.
+/// are split too. Results do not depend on the number of workers: strips and splits depend on the shapes alone, and each strip is computed
+/// by itself, whatever block it is in.
 struct Partition {
   Index packets, strips, blocks, splits;
 
-  /// converts_keys: each block does, so that there should not be many.
   template <class T>
-  static Partition of(Index n_q, Index n_k, Index d, Index d_v, bool converts_keys) {
+  static Partition of(Index n_q, Index n_k, Index d, Index d_v, Index workers) {
     const Index packets = (n_q + kLanes<T> - 1) / kLanes<T>;
     const Index strips = (packets + kTilePackets - 1) / kTilePackets;
     const Index strip_bytes = (d + 2 * d_v) * kTilePackets * kLanes<T> * Index{sizeof(T)};
     const Index strips_a_block = std::clamp<Index>(kBlockBytes / strip_bytes, kFewestStrips, kMostStrips);
     Index blocks = (strips + strips_a_block - 1) / strips_a_block;
-    if (strips >= kFewBlocks) blocks = std::max(blocks, std::min(strips, converts_keys ? kFewBlocks : kFewestBlocks));
-    const Index splits = blocks < kFewBlocks ? std::clamp<Index>(n_k / kFewestSplitKeys, 1, kSplitTasks / blocks) : 1;
+    const Index splits = strips < kFewStrips ? std::clamp<Index>(n_k / kFewestSplitKeys, 1, kSplitTasks / blocks) : 1;
+    if (splits == 1 && workers > 1) blocks = std::max(blocks, std::min(strips, workers * kBlocksAWorker));
     return {packets, strips, blocks, splits};
   }
 
@@ -43,9 +43,9 @@ struct Partition {
 
  private:
   static constexpr Index kBlockBytes = 128 * 1024, kFewestStrips = 4, kMostStrips = 16;
-  /// Where there are as many strips: more, smaller blocks leave less to wait for at the end of a parallel run.
-  static constexpr Index kFewestBlocks = 16;
-  static constexpr Index kFewBlocks = 8, kSplitTasks = 16, kFewestSplitKeys = 512;
+  /// Smaller blocks leave less to wait for at the end of a parallel run, but read the keys more often.
+  static constexpr Index kBlocksAWorker = 8;
+  static constexpr Index kFewStrips = 8, kSplitTasks = 16, kFewestSplitKeys = 512;
 };
 
 }  // namespace attn::detail
