@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -249,15 +250,15 @@ struct SegmentMeans {
       const detail::Range segment = detail::segment(n, num_landmarks, j);
       for (Index left = segment.last - segment.first; left > 0;) {
         const T* rows[kRowsAtOnce];
-        std::size_t count = 0;
+        Index count = 0;
         for (; count < kRowsAtOnce && left > 0; ++row) {
           if (!keeps(row)) continue;
           detail::Upcoming::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
-          rows[count] = x.row(row, buffer + static_cast<Index>(count) * x.cols());
+          rows[count] = x.row(row, buffer + count * x.cols());
           ++count;
           --left;
         }
-        detail::add_rows<T>({rows, count}, means.row(j).data(), x.cols());
+        detail::add_rows<T>({rows, static_cast<std::size_t>(count)}, means.row(j).data(), x.cols());
       }
       means.row(j) /= static_cast<T>(segment.last - segment.first);
     }
@@ -280,7 +281,7 @@ struct SegmentMeans {
   }
 
  private:
-  static constexpr std::size_t kRowsAtOnce = 8;
+  static constexpr Index kRowsAtOnce = 8;
   static constexpr Index kRowsAhead = 32;  // measured: 16 waits longer for memory, 64 no less
 };
 
