@@ -284,7 +284,7 @@ TEST(Gradients, OfGuardedDivisorsAreTheirDerivatives) {
   const auto divide = [&](const Tokens<double>& y) {
     Matrix<double> values(5, 4);
     values << y.v, y.v.col(2).cwiseAbs();
-    attn::detail::divide_rows<double>(kernel, queries(y), y.k, values, out, context);
+    attn::detail::divide_rows<double>(kernel, attn::detail::sources(queries(y)), y.k, values, attn::MatrixRef<double>(out), context);
   };
   divide(x);
   EXPECT_GT(out.cwiseAbs().maxCoeff(), 1e4) << "no divisor is guarded";

@@ -33,13 +33,16 @@ struct Panels {
   void multiply(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, T keep, MatrixRef<T> c, Upcoming upcoming) const {
     for_each([&](Range strip, int count, const T* panel) {
       const Range columns{strip.first * kLanes<T>, std::min(c.cols(), strip.last * kLanes<T>)};
-      for (Index first = 0; first < depth; first += kDepth, upcoming = {}) {
+      Index first = 0;
+      do {  // once even where there are no terms: their sum is 0
         const Range terms{first, std::min(depth, first + kDepth)};
         with_packets(count, [&](auto width) {
           multiply_panel<Left::row_major, width, T>(factor, a, terms, panel + first * count * kLanes<T>, first == 0 ? keep : T(1),
                                                     c, {0, a.rows()}, columns, upcoming);
         });
-      }
+        first = terms.last;
+        upcoming = {};
+      } while (first < depth);
     });
   }
 
