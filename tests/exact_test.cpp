@@ -87,6 +87,14 @@ TEST(Exact, IsAccurateOnEveryFamilyOfInputs) {
   }
 }
 
+TEST(Exact, IsAccurateWithManyFeatures) {
+  for (const Index n_k : {40, 130}) {
+    SCOPED_TRACE(n_k);
+    expect_both_kernels_close<float>(Family::unit, {170, n_k, 600, 270});
+    expect_both_kernels_close<double>(Family::unit, {170, n_k, 600, 270});
+  }
+}
+
 TEST(Exact, FloatStaysAccurateOverManyKeys) {
   for (const Index n_k : {1024, 4096, 8192}) {
     SCOPED_TRACE(n_k);
