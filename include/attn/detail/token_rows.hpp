@@ -44,106 +44,101 @@ struct MemoryRows {
   const char* row(Index i) const { return data + i * stride_bytes; }
 };
 
-/// Rows to read as T.
-template <class T>
-class TokenRows {
+/// Rows of a matrix and, where they are not in place, how one is converted.
+template <class Convert>
+class ConvertibleRows {
  public:
-  template <RowMajorWithContiguousRows<T> M>
-  TokenRows(const M& m)  // NOLINT: implicit, as a view of it would be
-      : TokenRows(MemoryRows::of(ConstMatrixRef<T>(m)), m.cols(), nullptr) {}
-
-  template <NarrowScalar Narrow>
-    requires std::same_as<T, float>
-  explicit TokenRows(const ConstMatrixRef<Narrow>& m)
-      : TokenRows(MemoryRows::of(m), m.cols(),
-                  [](const char* row, T* to, Index n) { convert_row(reinterpret_cast<const Narrow*>(row), to, n); }) {}
-
   Index rows() const { return memory_.rows; }
   Index cols() const { return cols_; }
   const MemoryRows& memory() const { return memory_; }
   bool in_place() const { return convert_ == nullptr; }
 
-  /// All rows as they lie, where they are in place.
-  ConstMatrixRef<T> matrix() const { return {data(), rows(), cols(), outerStride()}; }
-  const T* data() const { return reinterpret_cast<const T*>(memory_.data); }
-  Index outerStride() const { return memory_.stride_bytes / Index{sizeof(T)}; }
-
-  /// Row i, in place or in buffer (cols elements).
-  const T* row(Index i, T* buffer) const {
-    if (in_place()) return data() + i * outerStride();
-    convert_(memory_.row(i), buffer, cols_);
-    return buffer;
-  }
-
-  void copy_row(Index i, T* to) const {
-    const T* from = row(i, to);
-    if (from != to) std::copy_n(from, cols_, to);
-  }
-
-  TokenRows middle_rows(Index first, Index count) const {
-    TokenRows some = *this;
-    some.memory_.data = memory_.row(first);
-    some.memory_.rows = count;
-    return some;
-  }
-
- private:
-  using Convert = void (*)(const char* row, T* to, Index n);
-
-  TokenRows(const MemoryRows& memory, Index cols, Convert convert) : memory_(memory), cols_(cols), convert_(convert) {}
+ protected:
+  template <class M>
+  ConvertibleRows(const M& m, Convert convert) : memory_(MemoryRows::of(m)), cols_(m.cols()), convert_(convert) {}
 
   MemoryRows memory_;
   Index cols_;
   Convert convert_;
 };
 
+/// Rows to read as T.
+template <class T>
+class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index n)> {
+  using Base = ConvertibleRows<void (*)(const char*, T*, Index)>;
+
+ public:
+  template <RowMajorWithContiguousRows<T> M>
+  TokenRows(const M& m)  // NOLINT: implicit, as a view of it would be
+      : Base(ConstMatrixRef<T>(m), nullptr) {}
+
+  template <NarrowScalar Narrow>
+    requires std::same_as<T, float>
+  explicit TokenRows(const ConstMatrixRef<Narrow>& m)
+      : Base(m, [](const char* row, T* to, Index n) { convert_row(reinterpret_cast<const Narrow*>(row), to, n); }) {}
+
+  /// All rows as they lie, where they are in place.
+  ConstMatrixRef<T> matrix() const { return {data(), this->rows(), this->cols(), outerStride()}; }
+  const T* data() const { return reinterpret_cast<const T*>(this->memory_.data); }
+  Index outerStride() const { return this->memory_.stride_bytes / Index{sizeof(T)}; }
+
+  /// Row i, in place or in buffer (cols elements).
+  const T* row(Index i, T* buffer) const {
+    if (this->in_place()) return data() + i * outerStride();
+    this->convert_(this->memory_.row(i), buffer, this->cols_);
+    return buffer;
+  }
+
+  void copy_row(Index i, T* to) const {
+    const T* from = row(i, to);
+    if (from != to) std::copy_n(from, this->cols_, to);
+  }
+
+  TokenRows middle_rows(Index first, Index count) const {
+    TokenRows some = *this;
+    some.memory_.data = this->memory_.row(first);
+    some.memory_.rows = count;
+    return some;
+  }
+};
+
 /// Rows to write as T.
 template <class T>
-class ResultRows {
+class ResultRows : public ConvertibleRows<void (*)(const T* from, char* row, Index n)> {
+  using Base = ConvertibleRows<void (*)(const T*, char*, Index)>;
+
  public:
   ResultRows(const MatrixRef<T>& m)  // NOLINT: implicit, as a view of it would be
-      : ResultRows(MemoryRows::of(m), m.cols(), nullptr) {}
+      : Base(m, nullptr) {}
 
   template <NarrowScalar Narrow>
     requires std::same_as<T, float>
   explicit ResultRows(const MatrixRef<Narrow>& m)
-      : ResultRows(MemoryRows::of(m), m.cols(),
-                   [](const T* from, char* row, Index n) { convert_row(from, reinterpret_cast<Narrow*>(row), n); }) {}
-
-  Index rows() const { return memory_.rows; }
-  Index cols() const { return cols_; }
-  const MemoryRows& memory() const { return memory_; }
-  bool in_place() const { return convert_ == nullptr; }
+      : Base(m, [](const T* from, char* row, Index n) { convert_row(from, reinterpret_cast<Narrow*>(row), n); }) {}
 
   /// All rows as they lie, where they are in place.
-  MatrixRef<T> matrix() const { return {reinterpret_cast<T*>(row(0)), rows(), cols(), memory_.stride_bytes / Index{sizeof(T)}}; }
-
-  /// Where to write row i, in place or in buffer (cols elements); finish_row(i, that) is to follow.
-  T* row(Index i, T* buffer) const { return in_place() ? reinterpret_cast<T*>(row(i)) : buffer; }
-  void finish_row(Index i, const T* from) const {
-    if (!in_place()) convert_(from, row(i), cols_);
+  MatrixRef<T> matrix() const {
+    return {reinterpret_cast<T*>(row(0)), this->rows(), this->cols(), this->memory_.stride_bytes / Index{sizeof(T)}};
   }
 
-  void set_zero() const {
-    for (Index i = 0; i < rows(); ++i) std::fill_n(row(i), memory_.row_bytes, char{0});  // all bits are 0 in 0 of any type
+  /// Where to write row i, in place or in buffer (cols elements); finish_row(i, that) is to follow.
+  T* row(Index i, T* buffer) const { return this->in_place() ? reinterpret_cast<T*>(row(i)) : buffer; }
+  void finish_row(Index i, const T* from) const {
+    if (!this->in_place()) this->convert_(from, row(i), this->cols_);
   }
 
   /// Row i <- from.
   void set_row(Index i, const T* from) const {
-    if (in_place()) std::copy_n(from, cols_, reinterpret_cast<T*>(row(i)));
+    if (this->in_place()) std::copy_n(from, this->cols_, reinterpret_cast<T*>(row(i)));
     finish_row(i, from);
   }
 
+  void set_zero() const {
+    for (Index i = 0; i < this->rows(); ++i) std::fill_n(row(i), this->memory_.row_bytes, char{0});  // 0 of any type
+  }
+
  private:
-  using Convert = void (*)(const T* from, char* row, Index n);
-
-  ResultRows(const MemoryRows& memory, Index cols, Convert convert) : memory_(memory), cols_(cols), convert_(convert) {}
-
-  char* row(Index i) const { return const_cast<char*>(memory_.row(i)); }
-
-  MemoryRows memory_;
-  Index cols_;
-  Convert convert_;
+  char* row(Index i) const { return const_cast<char*>(this->memory_.row(i)); }
 };
 
 /// Inputs as the kernels read them.
