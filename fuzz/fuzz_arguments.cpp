@@ -1,18 +1,21 @@
-/// Every method on arguments that need not fit together, with any numbers in them: each call is refused with
-/// std::invalid_argument, and then leaves out alone, or it ends with every element of out written.
-#include "every_method.hpp"
+/// Every method's forward and backward pass on arguments that need not fit together, with any numbers in them: each is
+/// refused with std::invalid_argument, and then leaves its results alone, or it writes every element of them and no more.
+#include <attn/any_approximator.hpp>
+
 #include "source.hpp"
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace {
 
 using attn::Index;
+
+constexpr float kUnwritten = -1234.5F;
 
 /// A view of rows x cols elements, most of them alike, in a buffer that ends where they do.
 class View {
@@ -30,9 +33,18 @@ class View {
   }
 
   attn::MatrixRef<float> view() { return {data_.data(), rows_, cols_, stride_}; }
-  void fill(float x) { std::fill(data_.begin(), data_.end(), x); }
-  bool holds(float x) const {
-    return std::all_of(data_.begin(), data_.end(), [&](float y) { return x == y; });
+
+  void erase() { std::fill(data_.begin(), data_.end(), kUnwritten); }
+  bool unwritten() const {
+    return std::all_of(data_.begin(), data_.end(), [](float x) { return x == kUnwritten; });
+  }
+  /// Whether every element is written, and none between the rows.
+  bool written() const {
+    for (std::size_t at = 0; at < data_.size(); ++at) {
+      const bool element = static_cast<Index>(at) % stride_ < cols_;
+      if (element == (data_[at] == kUnwritten)) return false;
+    }
+    return true;
   }
 
  private:
@@ -65,17 +77,32 @@ attn::MethodOptions draw_options(fuzz::Source& source) {
   return options;
 }
 
+/// Whether call is not refused. Aborts if results are not as they should be then.
+template <class Call>
+bool accepts(const Call& call, std::initializer_list<View*> results) {
+  for (View* result : results) result->erase();
+  bool accepted = true;
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    accepted = false;
+  }
+  for (const View* result : results) {
+    if (accepted ? !result->written() : !result->unwritten()) std::abort();
+  }
+  return accepted;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  constexpr float kUnwritten = -1234.5F;
   fuzz::Source source(data, size);
   const auto methods = attn::methods<float>();
   const auto method = methods[static_cast<std::size_t>(source.below(methods.size()))].make(draw_options(source));
   const Index n_q = 1 + source.below(70), n_k = source.below(2) == 0 ? n_q : 1 + source.below(70), d = 1 + source.below(20);
   const Index d_v = 1 + source.below(20);
-  View q(source, nearly(source, n_q), nearly(source, d)), k(source, nearly(source, n_k), nearly(source, d));
-  View v(source, nearly(source, n_k), nearly(source, d_v)), out(source, nearly(source, n_q), nearly(source, d_v));
+  const auto draw = [&](Index rows, Index cols) { return View{source, nearly(source, rows), nearly(source, cols)}; };
+  View q = draw(n_q, d), k = draw(n_k, d), v = draw(n_k, d_v), out = draw(n_q, d_v);
   const auto keep_key = entries<std::uint8_t>(source, n_k), keep_query = entries<std::uint8_t>(source, n_q);
   const auto key_bias = entries<float>(source, n_k);
   const attn::Inputs<float> in{
@@ -84,13 +111,18 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       .v = v.view(),
       .mask = {.causal = static_cast<attn::Causal>(source.below(3)), .keep_key = keep_key, .keep_query = keep_query},
       .key_bias = key_bias};
-  out.fill(kUnwritten);
   attn::Context context;
-  try {
-    method.forward(in, out.view(), context);
-    if ((out.view().array() == kUnwritten).any()) std::abort();
-  } catch (const std::invalid_argument&) {
-    if (!out.holds(kUnwritten)) std::abort();
+  if (source.below(3) == 0) {
+    accepts([&] { method.forward(in, out.view(), context); }, {&out});
+    return 0;
   }
+  attn::AnyApproximator<float>::Saved saved;
+  if (!accepts([&] { method.forward(in, out.view(), context, saved); }, {&out})) return 0;
+  View dout = draw(n_q, d_v), dq = draw(n_q, d), dk = draw(n_k, d), dv = draw(n_k, d_v);
+  accepts(
+      [&] {
+        method.backward(in, out.view(), dout.view(), saved, {dq.view(), dk.view(), dv.view()}, context);
+      },
+      {&dq, &dk, &dv});
   return 0;
 }
