@@ -26,9 +26,11 @@ template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class LiftedSoftmax {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = "lifted-softmax";
 
+  /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
@@ -47,6 +49,7 @@ class LiftedSoftmax {
     Scratch scratch = context.scratch();
     skyformer(in).forward(weighted(in, scratch), out, context, saved);
   }
+  /// @}
 
   /// Skyformer's, and the log-weights' own: dk_j gets s dbias_j k_j.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
@@ -105,6 +108,7 @@ class LiftedSoftmax<T, Landmarks, Inverse> : public detail::Widened<T, LiftedSof
   using Wide = LiftedSoftmax<float, Landmarks, Inverse>;
 
  public:
+  /// As for float.
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
