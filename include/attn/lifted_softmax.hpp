@@ -55,6 +55,7 @@ class LiftedSoftmax {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
                 Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
+    saved.check(kName, in);
     Scratch scratch = context.scratch();
     const std::span<T> dbias = scratch.array<T>(in.k.rows());
     skyformer(in).backward(weighted(in, scratch), out, dout, saved, gradients, dbias, context);
