@@ -36,22 +36,15 @@ struct SpectralShift {
   }
 };
 
-/// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i =
-/// N_ii, rho_i = (N 1)_i, s_i = S_ii:
-///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I
-///   - Z A): a reconstruction, no bound holds for it scalar   (1 - delta) N v +
-///   delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows
-///   with exact s row      (1 - t) N v + t R,  R_i = alpha_i ((N v)_i - g_i
-///   v_i) + s_i v_i,  alpha_i = (1 - s_i) / max(rho_i - g_i, .1) within [0, 2],
-///            s_i estimated in O(m d), t the step that fits the probed rows
-///            best, less one standard error, within [0, 1]
-/// In row mode t depends on v: the method is not linear in v. Where m reaches
-/// the number of kept tokens it is exact attention. q, k (n, d), v (n, d_v),
-/// out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and
-/// some rows at a time. Not causal, no key bias, keep_query must equal
-/// keep_key. Throws std::invalid_argument otherwise, and when shapes disagree
-/// or are empty. Verma 2021 (paper mode, recalled from its abstract); the other
-/// modes are this library's own.
+/// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
+///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): a reconstruction, no bound holds for it
+///   scalar   (1 - delta) N v + delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows with exact s
+///   row      (1 - t) N v + t R,  R_i = alpha_i ((N v)_i - g_i v_i) + s_i v_i,  alpha_i = (1 - s_i) / max(rho_i - g_i, .1) within [0, 2],
+///            s_i estimated in O(m d), t the step that fits the probed rows best, less one standard error, within [0, 1]
+/// In row mode t depends on v: the method is not linear in v. Where m reaches the number of kept tokens it is exact attention.
+/// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a time. Not causal, no
+/// key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when shapes disagree or are empty.
+/// Verma 2021 (paper mode, recalled from its abstract); the other modes are this library's own.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
 requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom {
