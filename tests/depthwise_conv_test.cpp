@@ -26,7 +26,7 @@ struct Problem {
 
   Matrix<T> convolved(Context& context, const Mask& mask = {}) const {
     Matrix<T> out = before;
-    attn::depthwise_conv<T>(v, filter, out, context, mask);
+    attn::depthwise_conv(v, filter, out, context, mask);
     return out;
   }
 
@@ -91,7 +91,7 @@ TYPED_TEST(DepthwiseConvOf, BitwiseEqualWhateverTheWorkersAndStrides) {
   const Matrix<T> expected = p.convolved(serial);
   for (auto& [name, context] : test::contexts()) EXPECT_TRUE(test::bitwise_equal(p.convolved(context), expected)) << name;
   Padded<T> v(p.v, 3, test::kNaN<T>), out(p.before, 5, T(-7));
-  attn::depthwise_conv<T>(v.view(), p.filter, out.view(), serial);
+  attn::depthwise_conv(v.view(), p.filter, out.view(), serial);
   EXPECT_TRUE(test::bitwise_equal(out.matrix(), expected));
   EXPECT_TRUE(out.padding_untouched());
 }
@@ -133,7 +133,7 @@ TYPED_TEST(DepthwiseConvOf, GradientsAreItsAdjoints) {
       for (auto& [name, context] : test::contexts()) {
         Matrix<T> dv = other.before;
         std::vector<T> dfilter(9, test::kNaN<T>);
-        attn::depthwise_conv_backward<T>(p.v, p.filter, dout, dv, dfilter, context, mask);
+        attn::depthwise_conv_backward(p.v, p.filter, dout, dv, dfilter, context, mask);
         Problem<T> probe(n, 7, 9);
         probe.before.setZero();
         probe.v = test::Random(407).normal(n, 7).template cast<T>();

@@ -150,10 +150,8 @@ TYPED_TEST(BackwardErrorsOf, ShapesThatDisagree) {
 TYPED_TEST(BackwardErrorsOf, WhatOtherInputsSaved) {
   constexpr bool kSavesNothing = std::is_same_v<TypeParam, attn::GaussianAttention<float>>;  // for rows are raw
   constexpr bool kSavesLandmarks = !kSavesNothing && !std::is_same_v<TypeParam, attn::SoftmaxAttention<float>>;
-  const std::string_view name = std::is_same_v<TypeParam, attn::LiftedSoftmax<float>> ? "skyformer" : TypeParam::kName;
-  const std::string who(name);
   const auto saved_holds = [&](const std::string& what) {
-    return who + ": saved holds " + what + ": it is not of a forward pass of these inputs";
+    return this->text("saved holds " + what + ": it is not of a forward pass of these inputs");
   };
   typename TypeParam::Saved unused;
   const auto expect = [](const std::string& error, bool refused, const std::string& text) {

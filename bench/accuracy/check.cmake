@@ -7,6 +7,16 @@ if(NOT result EQUAL 0)
 endif()
 file(READ ${json} report)
 
+# The pictures' matrices: a row for each token.
+execute_process(COMMAND ${program} --matrices --json ${json} COMMAND_ERROR_IS_FATAL ANY)
+file(READ ${json} matrices)
+foreach(matrix IN ITEMS "softmax;S" "nystrom;N" "shifted-nystrom;R" "skyformer;product" "lifted-softmax;product")
+  string(JSON rows LENGTH "${matrices}" ${matrix})
+  if(NOT rows EQUAL 96)
+    message(FATAL_ERROR "the matrix ${matrix} has ${rows} rows, should have 96")
+  endif()
+endforeach()
+
 # The median of a figure in a row of a table.
 function(get_median out table row figure)
   string(JSON value GET "${report}" tables ${table} rows ${row} "${figure}" median)

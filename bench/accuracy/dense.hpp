@@ -33,6 +33,15 @@ Matrix<T> gaussian_matrix(const Matrix<T>& q, const Matrix<T>& k) {
   return (a.array().min(T(0)) / (2 * std::sqrt(static_cast<T>(q.cols())))).exp();
 }
 
+/// (m, d): the means of m segments of n / m rows, where m divides n.
+template <class T>
+Matrix<T> segment_means(const Matrix<T>& x, Index m) {
+  const Index length = x.rows() / m;
+  Matrix<T> means(m, x.cols());
+  for (Index i = 0; i < m; ++i) means.row(i) = x.middleRows(i * length, length).colwise().mean();
+  return means;
+}
+
 /// |a|_2 by power iteration, to about a percent, from below.
 double spectral_norm(const Matrix<float>& a);
 

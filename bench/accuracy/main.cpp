@@ -1,5 +1,6 @@
 /// What the papers claim of their approximations, measured again: runs the studies, prints a table of each and writes
-/// all of them as JSON, which bench/plot.py draws.
+/// all of them as JSON, which bench/plot.py draws. Or writes what every method does to a few tokens, for pictures of it.
+#include "accuracy/matrices.hpp"
 #include "accuracy/report.hpp"
 #include "accuracy/study.hpp"
 
@@ -22,6 +23,7 @@ using Study = std::vector<accuracy::Table> (*)(const accuracy::Settings&);
 
 const std::vector<std::pair<std::string, Study>> kStudies{{"features", accuracy::study_features},
                                                           {"shift", accuracy::study_shift},
+                                                          {"iterations", accuracy::study_iterations},
                                                           {"pareto", accuracy::study_pareto},
                                                           {"spectrum", accuracy::study_spectrum},
                                                           {"loewner", accuracy::study_loewner}};
@@ -29,6 +31,7 @@ const std::vector<std::pair<std::string, Study>> kStudies{{"features", accuracy:
 struct Options {
   std::vector<std::string> studies;  ///< none: all
   accuracy::Settings settings;
+  bool matrices = false;  ///< in place of the studies
   std::string json;
 };
 
@@ -44,7 +47,9 @@ Options parse(int argc, char** argv) {
       ->check(CLI::Range(1, 100))
       ->capture_default_str();
   app.add_flag("--quick", options.settings.quick, "small tokens and few of them: seconds, to see that it runs");
-  app.add_option("--json", options.json, "write all figures to this file");
+  CLI::Option* const json = app.add_option("--json", options.json, "write all figures to this file");
+  app.add_flag("--matrices", options.matrices, "run no study; write every method's matrices for 96 tokens to that file")
+      ->needs(json);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -82,7 +87,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "bench_accuracy: cannot write %s\n", options.json.c_str());
     return EXIT_FAILURE;
   }
-  const nlohmann::ordered_json report = run(options);
+  const nlohmann::ordered_json report = options.matrices ? accuracy::method_matrices() : run(options);
   if (wanted && !(file << report.dump(1) << std::endl)) {
     std::fprintf(stderr, "bench_accuracy: cannot write %s\n", options.json.c_str());
     return EXIT_FAILURE;

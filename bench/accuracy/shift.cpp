@@ -12,14 +12,6 @@
 namespace accuracy {
 namespace {
 
-/// (m, d): the means of m segments of n / m rows, where m divides n.
-Matrix<double> segment_means(const Matrix<double>& x, Index m) {
-  const Index length = x.rows() / m;
-  Matrix<double> means(m, x.cols());
-  for (Index i = 0; i < m; ++i) means.row(i) = x.middleRows(i * length, length).colwise().mean();
-  return means;
-}
-
 /// An orthonormal basis of x's columns, as far as they are independent.
 Matrix<double> column_basis(const Matrix<double>& x) {
   const Eigen::ColPivHouseholderQR<Eigen::MatrixXd> qr(x);

@@ -43,6 +43,8 @@ struct Table {
 std::vector<Table> study_features(const Settings& settings);
 /// Spectral shifting against Nystrom as the spectrum's decay slows, and the best that either could do.
 std::vector<Table> study_shift(const Settings& settings);
+/// What each number of steps of Nystrom's inverse leaves over, and its error.
+std::vector<Table> study_iterations(const Settings& settings);
 /// Error against time.
 std::vector<Table> study_pareto(const Settings& settings);
 /// Singular values and condition numbers of softmax and Gaussian attention.

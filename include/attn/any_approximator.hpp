@@ -25,9 +25,11 @@ namespace attn {
 template <class T>
 class AnyApproximator {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = "any";
 
+  /// Holds a copy of the method.
   template <class A>
     requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> && std::same_as<typename A::Scalar, T>
   explicit AnyApproximator(A method) : method_(std::make_shared<const Holder<A>>(std::move(method))) {}
@@ -39,7 +41,7 @@ class AnyApproximator {
 
   /// What the method inside saves.
   struct Saved {
-    std::any of_method{};
+    std::any of_method{};  ///< empty before the first forward pass
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const { method_->forward(in, out, context, saved); }
@@ -48,6 +50,7 @@ class AnyApproximator {
                 Context& context) const {
     method_->backward(in, out, dout, saved, gradients, context);
   }
+  /// @}
 
  private:
   struct Method {
@@ -87,19 +90,23 @@ class AnyApproximator {
 
 /// Options of all methods; each takes those that it has, with its own default where one is not set.
 struct MethodOptions {
-  std::optional<Index> num_landmarks{};
-  std::optional<int> iterations{}, num_probes{};
-  std::optional<double> gamma{}, scale{}, bandwidth{};
-  std::uint64_t seed = 0;
-  Rows rows = Rows::raw;
-  ShiftMode mode = ShiftMode::row;
+  std::optional<Index> num_landmarks{};  ///< of all approximations
+  std::optional<int> iterations{};       ///< of the inverse: nystrom, shifted-nystrom
+  std::optional<int> num_probes{};       ///< of SpectralShift
+  std::optional<double> gamma{};         ///< of RidgeInverse: skyformer, lifted-softmax
+  std::optional<double> scale{};         ///< of SoftmaxKernel
+  std::optional<double> bandwidth{};     ///< of GaussianKernel
+  std::uint64_t seed = 0;                ///< of UniformSample: skyformer, lifted-softmax
+  Rows rows = Rows::raw;                 ///< of GaussianKernel
+  ShiftMode mode = ShiftMode::row;       ///< of SpectralShift
 };
 
 /// A method that programs can choose: its name, a line for their help texts, and how it is made.
 template <class T>
 struct MethodEntry {
-  std::string_view name, description;
-  AnyApproximator<T> (*make)(const MethodOptions&);
+  std::string_view name;                             ///< as make_approximator takes it
+  std::string_view description;                      ///< a line
+  AnyApproximator<T> (*make)(const MethodOptions&);  ///< the method with these options
 };
 
 namespace detail {

@@ -59,9 +59,11 @@ struct RawRows {
 template <class T, ScoreKernel Kernel>
 class ExactOperator {
  public:
+  /// @{ As LinearOperator says.
   using Scalar = T;
-  static constexpr std::string_view kName = "exact operator";
+  static constexpr std::string_view kName = "exact operator";  ///< in error messages
 
+  /// Of q (n_q, d) and k (n_k, d).
   ExactOperator(Kernel kernel, ConstMatrixRef<T> q, ConstMatrixRef<T> k, Mask mask, Context& context)
       : kernel_(kernel), q_(q), k_(k), mask_(mask) {
     const Inputs<T> in{q_, k_, k_, mask_};
@@ -83,6 +85,7 @@ class ExactOperator {
     const Mask swapped{.keep_key = mask_.keep_query, .keep_query = mask_.keep_key};
     kernel_matmul(raw, Inputs<T>{k_, q_, x, swapped, log_row_weights_}, y, context);
   }
+  /// @}
 
  private:
   /// log_row_weights_ <- -lse; a row that sees no key has no weight.
@@ -107,8 +110,10 @@ class ExactOperator {
 template <Approximator Method>
 class ApproximatorOperator {
  public:
+  /// @{ As LinearOperator says.
   using Scalar = typename Method::Scalar;
 
+  /// Of q (n_q, d) and k (n_k, d).
   ApproximatorOperator(Method method, ConstMatrixRef<Scalar> q, ConstMatrixRef<Scalar> k, Mask mask = {})
       : method_(std::move(method)), q_(q), k_(k), mask_(mask) {}
 
@@ -128,6 +133,7 @@ class ApproximatorOperator {
     method_.forward(in, out, context, saved);
     method_.backward(in, out, x, saved, {dq, dk, y}, context);
   }
+  /// @}
 
  private:
   Method method_;
@@ -141,8 +147,10 @@ template <ForwardOperator A, ForwardOperator B>
 requires std::same_as<typename A::Scalar, typename B::Scalar>
 class Difference {
  public:
+  /// @{ As ForwardOperator and LinearOperator say.
   using Scalar = typename A::Scalar;
 
+  /// Of operators of one shape.
   Difference(A a, B b) : a_(std::move(a)), b_(std::move(b)) {
     if (a_.rows() == b_.rows() && a_.cols() == b_.cols()) return;
     detail::refuse("difference", "a is ", a_.rows(), " x ", a_.cols(), ", b is ", b_.rows(), " x ", b_.cols());
@@ -159,6 +167,7 @@ class Difference {
                        Context& context) const requires LinearOperator<A> && LinearOperator<B> {
     subtract(y, context, [&](const auto& op, MatrixRef<Scalar> to) { op.apply_transpose(x, to, context); });
   }
+  /// @}
 
  private:
   template <class Product>

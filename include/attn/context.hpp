@@ -22,12 +22,14 @@ namespace attn {
 /// A reference to something callable as task(item, worker); two pointers, never allocates, valid during the call it is passed to.
 class TaskRef {
  public:
+  /// Of f, which must outlive it.
   template <std::invocable<Index, int> F>
     requires(!std::same_as<std::remove_cvref_t<F>, TaskRef>)
   TaskRef(F& f)  // NOLINT: implicit, as a function reference is
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, Index item, int worker) { (*static_cast<F*>(object))(item, worker); }) {}
 
+  /// Calls it.
   void operator()(Index item, int worker) const { call_(object_, item, worker); }
 
  private:
@@ -144,6 +146,7 @@ class FirstException {
 /// Scratch memory of one scope: what it hands out is uninitialised and lives until the Scratch does. From Context::scratch().
 class Scratch {
  public:
+  /// What is on top of the arena from now on.
   explicit Scratch(detail::Arena& arena) : arena_(arena), mark_(arena.mark()) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -29,8 +29,9 @@ concept Core = std::copyable<C> && requires(const C& core, MatrixRef<T> a, Matri
 /// (A + gamma I)^-1 for a symmetric positive semidefinite A, by Cholesky. A direction in which A + gamma I is 0 but for rounding
 /// (duplicate landmarks, gamma = 0) is left out. m^3 / 3 flops.
 struct RidgeInverse {
-  double gamma = 0.1;
+  double gamma = 0.1;  ///< at least 0
 
+  /// @{ As Core says.
   void check(std::string_view who) const { detail::check_at_least(who, "gamma", gamma, 0); }
 
   template <class T>
@@ -39,6 +40,7 @@ struct RidgeInverse {
     a.diagonal().array() += static_cast<T>(gamma);
     detail::Cholesky<T>(a, scratch, context).solve(x);
   }
+  /// @}
 
   /// For y = (a + gamma I)^-1 x: dx <- (a + gamma I)^-1 dx, da = -dx y^T.
   template <class T>
@@ -152,8 +154,9 @@ T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
 /// are a spectral filter, and far better than the pseudo-inverse that more of them would reach. 8 m^3 flops a step.
 /// Razavi et al. 2014; Xiong et al. 2021, eqs. 11-12.
 struct IterativePinv {
-  int iterations = 6;
+  int iterations = 6;  ///< steps, at least 1
 
+  /// @{ As Core says.
   void check(std::string_view who) const { detail::check_at_least(who, "iterations", iterations, 1); }
 
   /// z (m, m) <- what stands for the inverse of a (m, m).
@@ -172,6 +175,7 @@ struct IterativePinv {
     old = x;
     detail::gemm<T>(1, z, old, 0, x, context);
   }
+  /// @}
 
   /// For y = z x: dx <- z^T dx, and da from dz = dx x^T.
   template <class T>
@@ -210,9 +214,10 @@ struct IterativePinv {
 /// The paper's inverse of A + gamma I: six steps of the iteration for P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A + gamma I) 1),
 /// from P^T / |P|_1, then D^-1/2 Z D^-1/2. 8 m^3 flops a step; RidgeInverse is cheaper and exact. Chen et al. 2021, section 4.4.
 struct PreconditionedPinv {
-  double gamma = 0.1;
-  int iterations = 6;
+  double gamma = 0.1;  ///< at least 0
+  int iterations = 6;  ///< steps, at least 1
 
+  /// @{ As Core says.
   void check(std::string_view who) const {
     detail::check_at_least(who, "gamma", gamma, 0);
     detail::check_at_least(who, "iterations", iterations, 1);
@@ -230,6 +235,7 @@ struct PreconditionedPinv {
     detail::gemm<T>(1, z, x, 0, product, context);
     x = product.array().colwise() * scale.col(0).array();
   }
+  /// @}
 
   /// For y = s z (s x), s = D^-1/2: through z as IterativePinv, and through s, which z and P = s (a + gamma I) s hold as well.
   template <class T>

@@ -9,6 +9,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -67,6 +68,14 @@ void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>
   });
 }
 
+/// The same for a matrix or any view of one: its type is that of all.
+template <class V>
+  requires(!std::same_as<V, ConstMatrixRef<typename V::Scalar>>)
+void depthwise_conv(const V& v, std::span<const typename V::Scalar> filter, MatrixRef<typename V::Scalar> out, Context& context,
+                    const Mask& mask = {}) {
+  depthwise_conv<typename V::Scalar>(v, filter, out, context, mask);
+}
+
 /// Its gradients, for dout (n, d_v), that of a loss by out. dv_j <- dv_j + sum_i filter_(j - i + (taps - 1) / 2) dout_i, added to that
 /// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. dv must not overlap v
 /// or dout. Throws std::invalid_argument as above. 4 n d_v taps flops.
@@ -97,6 +106,15 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
     }
     dfilter[static_cast<std::size_t>(tap)] = sum;
   });
+}
+
+/// The same for a matrix or any view of one: its type is that of all.
+template <class V>
+  requires(!std::same_as<V, ConstMatrixRef<typename V::Scalar>>)
+void depthwise_conv_backward(const V& v, std::span<const typename V::Scalar> filter, ConstMatrixRef<typename V::Scalar> dout,
+                             MatrixRef<typename V::Scalar> dv, std::span<typename V::Scalar> dfilter, Context& context,
+                             const Mask& mask = {}) {
+  depthwise_conv_backward<typename V::Scalar>(v, filter, dout, dv, dfilter, context, mask);
 }
 
 }  // namespace attn

@@ -22,11 +22,13 @@ namespace attn {
 template <class T, ScoreKernel Kernel>
 class ExactAttention {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
                                             : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
                                                                                      : "exact";
 
+  /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
 
   /// Every mask is supported.
@@ -39,13 +41,14 @@ class ExactAttention {
 
   /// The log-sums of the rows (n_q); raw rows need none.
   struct Saved {
-    std::vector<T> lse{};
+    std::vector<T> lse{};  ///< of each row, or empty
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
     run(detail::sources(in), out, context, &saved);
   }
+  /// @}
 
   /// Streamed once more: 2 n_q n_k (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
@@ -79,6 +82,7 @@ class ExactAttention {
 template <NarrowScalar T, ScoreKernel Kernel>
 class ExactAttention<T, Kernel> : public detail::Widened<T, ExactAttention<float, Kernel>> {
  public:
+  /// As for float.
   explicit constexpr ExactAttention(Kernel kernel = {})
       : detail::Widened<T, ExactAttention<float, Kernel>>(ExactAttention<float, Kernel>(kernel)) {}
 };

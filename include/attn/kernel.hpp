@@ -14,8 +14,9 @@ enum class Rows { raw, normalized };
 
 /// kappa(q, k) = exp(scale q.k - bias (|q|^2 + |k|^2)), rows raw or divided by their sum: all that the library asks of a kernel.
 struct ScoreParameters {
-  double scale, bias;
-  Rows rows;
+  double scale;  ///< of the scores q.k
+  double bias;   ///< of the squares |q|^2 and |k|^2
+  Rows rows;     ///< what becomes of the rows
 
   /// Whether kappa is at most 1, as a Gaussian is:
   /// kappa(q, k) = exp(-scale |q - k|^2 / 2 - (bias - scale / 2) (|q|^2 + |k|^2)).
@@ -24,14 +25,14 @@ struct ScoreParameters {
 
 /// softmax(scale q k^T), scale = 1/sqrt(d) unless given. Vaswani et al. 2017, eq. 1.
 struct SoftmaxKernel {
-  std::optional<double> scale{};
+  std::optional<double> scale{};  ///< s, finite
 };
 
 /// exp(-|q - k|^2 / (2 bandwidth^2)), bandwidth = d^(1/4) unless given, so that it scales scores by 1/sqrt(d) as softmax does.
 /// Rows are raw in Chen et al. 2021, eq. 3; normalized rows are kernel regression (Nadaraya 1964, Watson 1964).
 struct GaussianKernel {
-  std::optional<double> bandwidth{};
-  Rows rows = Rows::raw;
+  std::optional<double> bandwidth{};  ///< h, positive and finite
+  Rows rows = Rows::raw;              ///< what becomes of the rows
 };
 
 /// The parameters of a kernel for tokens of d features.

@@ -124,8 +124,9 @@ class SplitMix64 {
 
 /// Rows spread evenly: floor((2 j + 1) n / (2 m)) of the n kept rows, half of the landmarks from q and half from k.
 struct StridedSample {
-  Index num_landmarks = 128;
+  Index num_landmarks = 128;  ///< m
 
+  /// @{ As JointLandmarks says.
   template <class T>
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
     return select(detail::sources(in), scratch);
@@ -140,6 +141,7 @@ struct StridedSample {
   void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk, Scratch& scratch) const {
     detail::scatter_rows<T>(sample(in, scratch), dland, dq, dk);
   }
+  /// @}
 
  private:
   template <class In>
@@ -154,9 +156,10 @@ struct StridedSample {
 /// Rows drawn uniformly without replacement, half of the landmarks from q and half from k: the same at every call and on every
 /// platform. Chen et al. 2021, section 4.2. A partial Fisher-Yates shuffle, O(n) scratch.
 struct UniformSample {
-  Index num_landmarks = 128;
-  std::uint64_t seed = 0;
+  Index num_landmarks = 128;  ///< m
+  std::uint64_t seed = 0;     ///< of the draw
 
+  /// @{ As JointLandmarks says.
   template <class T>
   MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
     return select(detail::sources(in), scratch);
@@ -171,6 +174,7 @@ struct UniformSample {
   void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk, Scratch& scratch) const {
     detail::scatter_rows<T>(sample(in, scratch), dland, dq, dk);
   }
+  /// @}
 
  private:
   template <class In>
@@ -237,8 +241,9 @@ inline Index segment_of(Index n, Index m, Index i) {
 
 /// The means of num_landmarks consecutive segments of the kept rows. Xiong et al. 2021, section 3.2.
 struct SegmentMeans {
-  Index num_landmarks = 64;
+  Index num_landmarks = 64;  ///< m
 
+  /// As SplitLandmarks says.
   template <class T, class Keeps>
   MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch) const {
     const Index n = detail::count_kept(x.rows(), keeps);

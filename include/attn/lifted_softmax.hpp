@@ -26,9 +26,11 @@ template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class LiftedSoftmax {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = "lifted-softmax";
 
+  /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
@@ -45,11 +47,13 @@ class LiftedSoftmax {
     detail::check(kName, in, out);
     run(detail::sources(in), out, context, &saved);
   }
+  /// @}
 
   /// Skyformer's, and the log-weights' own: dk_j gets s dbias_j k_j.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
+    saved.check(kName, in);
     Scratch scratch = context.scratch();
     const std::span<T> dbias = scratch.array<T>(in.k.rows());
     const Inputs<T> weighted{in.q, in.k, in.v, in.mask, log_weights(detail::sources(in), scratch)};
@@ -118,6 +122,7 @@ class LiftedSoftmax<T, Landmarks, Inverse> : public detail::Widened<T, LiftedSof
   using Wide = LiftedSoftmax<float, Landmarks, Inverse>;
 
  public:
+  /// As for float.
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };

@@ -11,11 +11,11 @@ namespace attn {
 enum class Causal { none, upper_left, lower_right };
 
 /// Masks of one sequence; an empty span keeps everything, otherwise 0 drops and any other value keeps.
-/// keep_key (n_k): a dropped key influences nothing. keep_query (n_q): a dropped query's output row is 0 and it counts in no
-/// landmark. For a padded sequence pass the same mask to both. A query that sees no key has an output row of zeros.
+/// For a padded sequence pass the same mask to both. A query that sees no key has an output row of zeros.
 struct Mask {
-  Causal causal = Causal::none;
-  std::span<const std::uint8_t> keep_key{}, keep_query{};
+  Causal causal = Causal::none;                ///< whether queries see the keys after them
+  std::span<const std::uint8_t> keep_key{};    ///< (n_k): a dropped key influences nothing
+  std::span<const std::uint8_t> keep_query{};  ///< (n_q): a dropped query's row is 0, and it counts in no landmark
 };
 
 /// The part of a mask that concerns keys alone: for landmarks in the place of queries.

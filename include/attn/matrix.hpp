@@ -65,6 +65,7 @@ class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eige
   ConstMatrixRef(const T* data, Index rows, Index cols, Index row_stride)
       : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
+  /// View of m, which must outlive it.
   template <RowMajorWithContiguousRows<T> M>
   ConstMatrixRef(const M& m)  // NOLINT: implicit, so that a Matrix can be passed as it is
       : ConstMatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
@@ -84,6 +85,7 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   /// View of (rows, cols) elements at data, row_stride elements from row to row.
   MatrixRef(T* data, Index rows, Index cols, Index row_stride) : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
+  /// View of m, which must outlive it.
   template <WritableRowMajorWithContiguousRows<T> M>
   MatrixRef(M&& m)  // NOLINT: implicit, and from a temporary Block or Map too
       : MatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
@@ -97,28 +99,33 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   /// Writable however the view itself is qualified, as for any pointer.
   T* data() const { return const_cast<T*>(Map::data()); }
 
+  /// A view of the same elements.
   MatrixRef(const MatrixRef&) = default;
-  using Map::operator=;  // assigns the elements, as every Eigen view does
+  using Map::operator=;
+  /// Assigns the elements, as every Eigen view does.
   MatrixRef& operator=(const MatrixRef& other) {
     Map::operator=(other);
     return *this;
   }
 };
 
-/// What attention reads. q (n_q, d), k (n_k, d), v (n_k, d_v); key_bias is empty or has n_k entries a_j, which multiply key j's
-/// weight by exp(a_j) (a log-weight; -infinity removes the key).
+/// What attention reads. Entry a_j of key_bias multiplies key j's weight by exp(a_j); -infinity removes the key.
 template <class T>
 struct Inputs {
-  ConstMatrixRef<T> q, k, v;
-  Mask mask{};
-  std::span<const T> key_bias{};
+  ConstMatrixRef<T> q;            ///< queries (n_q, d)
+  ConstMatrixRef<T> k;            ///< keys (n_k, d)
+  ConstMatrixRef<T> v;            ///< values (n_k, d_v)
+  Mask mask{};                    ///< which keys each query sees; all of them unless given
+  std::span<const T> key_bias{};  ///< log-weights (n_k), or empty
 };
 
-/// Where a backward pass writes the gradients by q (n_q, d), k (n_k, d) and v (n_k, d_v): overwritten, not added to. Must not overlap
-/// the inputs or one another. Dropped queries and keys get zeros.
+/// Where a backward pass writes the gradients by its inputs: overwritten, not added to. Must not overlap the inputs or
+/// one another. Dropped queries and keys get zeros.
 template <class T>
 struct Gradients {
-  MatrixRef<T> dq, dk, dv;
+  MatrixRef<T> dq;  ///< by q (n_q, d)
+  MatrixRef<T> dk;  ///< by k (n_k, d)
+  MatrixRef<T> dv;  ///< by v (n_k, d_v)
 };
 
 }  // namespace attn

@@ -68,21 +68,20 @@ double worst_row_error(const Eigen::MatrixBase<A>& approximation, const Eigen::M
   return detail::relative(std::sqrt(worst), std::sqrt(size / static_cast<double>(std::max<Index>(rows, 1))));
 }
 
-/// How singular values are found. Stops when none of those wanted changes by more than tolerance times the largest in
-/// one step (16 units of rounding at the least), or after max_iterations. More oversampling: more work a step, and
-/// fewer steps.
+/// How singular values are found: stops when none of those wanted changes by more than tolerance times the largest in
+/// one step, or after max_iterations.
 struct SubspaceIteration {
-  double tolerance = 1e-6;
-  int max_iterations = 300;
-  Index oversampling = 8;
-  std::uint64_t seed = 0;
+  double tolerance = 1e-6;   ///< 16 units of rounding at the least
+  int max_iterations = 300;  ///< steps, at least 1
+  Index oversampling = 8;    ///< columns beside those wanted: the more, the more work a step, and the fewer steps
+  std::uint64_t seed = 0;    ///< of the start
 };
 
-/// The largest singular values, in descending order.
+/// The largest singular values, and how they were found.
 struct SingularValues {
-  Eigen::VectorXd values;
-  int iterations = 0;
-  bool converged = false;
+  Eigen::VectorXd values;  ///< in descending order
+  int iterations = 0;      ///< steps that it took
+  bool converged = false;  ///< within the tolerance
 };
 
 namespace detail {

@@ -26,9 +26,14 @@ namespace attn {
 /// stride is 0.
 template <class T>
 struct HeadsView {
-  T* data;
-  Index batch, heads, length, dim;
-  Index batch_stride, head_stride, row_stride;
+  T* data;             ///< entry (0, 0, 0, 0)
+  Index batch;         ///< items
+  Index heads;         ///< of an item
+  Index length;        ///< tokens of a head
+  Index dim;           ///< features of a token
+  Index batch_stride;  ///< elements from item to item
+  Index head_stride;   ///< elements from head to head
+  Index row_stride;    ///< elements from token to token
 
   /// One head, (length, dim).
   auto operator()(Index b, Index h) const {
@@ -57,11 +62,12 @@ constexpr HeadsView<T> token_major(T* data, Index batch, Index length, Index hea
   return {data, batch, heads, length, dim, length * heads * dim, dim, heads * dim};
 }
 
-/// Where multi_head_backward writes: dq (batch, H_q, n_q, d), dk (batch, H_k, n_k, d), dv (batch, H_k, n_k, d_v), overwritten. Must not
-/// overlap one another or the inputs.
+/// Where multi_head_backward writes; overwritten. Must not overlap one another or the inputs.
 template <class T>
 struct HeadGradients {
-  HeadsView<T> dq, dk, dv;
+  HeadsView<T> dq;  ///< (batch, H_q, n_q, d)
+  HeadsView<T> dk;  ///< (batch, H_k, n_k, d)
+  HeadsView<T> dv;  ///< (batch, H_k, n_k, d_v)
 };
 
 namespace detail {

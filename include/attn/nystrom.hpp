@@ -26,9 +26,11 @@ template <class T, class Landmarks = SegmentMeans, class Inverse = IterativePinv
   requires SplitLandmarks<Landmarks, T> && Core<Inverse, T>
 class Nystrom {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = "nystrom";
 
+  /// How landmarks are chosen, what stands for A^+, and the kernel.
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
@@ -45,6 +47,7 @@ class Nystrom {
     detail::check(kName, in, out);
     run(detail::sources(in), out, context, &saved);
   }
+  /// @}
 
   /// Through the landmarks and through the inverse's own steps. About 3 times the forward pass.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
@@ -118,6 +121,7 @@ class Nystrom<T, Landmarks, Inverse, Kernel> : public detail::Widened<T, Nystrom
   using Wide = Nystrom<float, Landmarks, Inverse, Kernel>;
 
  public:
+  /// As for float.
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };

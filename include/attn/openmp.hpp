@@ -11,11 +11,12 @@
 
 namespace attn {
 
-/// Runs items on an OpenMP team, handing them out one by one. threads = 0: as many as OpenMP would use. Inside a parallel region
-/// of the caller's, which has its threads already, it runs on the calling thread.
+/// Runs items on an OpenMP team, handing them out one by one. Inside a parallel region of the caller's, which has its
+/// threads already, it runs on the calling thread.
 struct OpenMP {
-  int threads = 0;
+  int threads = 0;  ///< 0: as many as OpenMP would use
 
+  /// @{ As Executor says.
   int workers() const { return threads > 0 ? threads : omp_get_max_threads(); }
 
   template <class Task>
@@ -27,6 +28,7 @@ struct OpenMP {
 #pragma omp parallel for num_threads(workers()) schedule(dynamic, 1)
     for (Index item = 0; item < n; ++item) task(item, omp_get_thread_num());
   }
+  /// @}
 };
 
 static_assert(Executor<OpenMP>);

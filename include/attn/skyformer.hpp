@@ -26,9 +26,11 @@ template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class Skyformer {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = "skyformer";
 
+  /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
@@ -45,6 +47,7 @@ class Skyformer {
     detail::check(kName, in, out);
     run(detail::sources(in), out, context, &saved);
   }
+  /// @}
 
   /// Through the landmarks, wherever they were sampled, and through the inverse. About 3 times the forward pass; where rows are
   /// normalized one product more, and memory for two copies of v.
@@ -114,6 +117,7 @@ class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<flo
   using Wide = Skyformer<float, Landmarks, Inverse>;
 
  public:
+  /// As for float.
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };

@@ -23,10 +23,11 @@ enum class ShiftMode { paper, scalar, row };
 
 /// iterations as in IterativePinv; num_probes rows whose attention is computed exactly.
 struct SpectralShift {
-  ShiftMode mode = ShiftMode::row;
-  int iterations = 6;
-  int num_probes = 32;
+  ShiftMode mode = ShiftMode::row;  ///< how the shift is chosen
+  int iterations = 6;               ///< at least 1
+  int num_probes = 32;              ///< at least 1
 
+  /// Throws std::invalid_argument when an option is out of range.
   void check(std::string_view who) const {
     detail::check_at_least(who, "iterations", iterations, 1);
     detail::check_at_least(who, "num_probes", num_probes, 1);
@@ -46,9 +47,11 @@ template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxK
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom {
  public:
+  /// @{ As Approximator says.
   using Scalar = T;
   static constexpr std::string_view kName = "shifted-nystrom";
 
+  /// How many landmarks, how the shift is chosen, and the kernel.
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
       : landmarks_(landmarks), shift_(shift), kernel_(kernel) {}
 
@@ -67,6 +70,7 @@ class ShiftedNystrom {
     detail::check(kName, in, out);
     run(detail::sources(in), out, context, &saved);
   }
+  /// @}
 
   /// delta, s, alpha, g and t count as constants: the gradients are those of scale_i (N v)_i + shift_i v_i.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
@@ -135,6 +139,7 @@ class ShiftedNystrom<T, Landmarks, Kernel> : public detail::Widened<T, ShiftedNy
   using Wide = ShiftedNystrom<float, Landmarks, Kernel>;
 
  public:
+  /// As for float.
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, shift, kernel)) {}
 };
