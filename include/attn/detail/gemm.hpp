@@ -5,7 +5,6 @@
 #include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/register_tile.hpp>
-#include <attn/detail/strip.hpp>
 #include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
 
@@ -59,13 +58,14 @@ template <class T>
 /// c <- keep c + diag(factor) a b for some rows and columns of c, b given as a packed panel; Left::column_major takes a^T for a.
 /// What is upcoming is fetched meanwhile.
 template <Left kLeft, int kPackets, class T>
-[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, Range depth, const T* panel, T keep,
-                                      MatrixRef<T> c, Range rows, Range columns, const Upcoming& upcoming) {
+[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, Range depth,
+                                      const T* panel, T keep, MatrixRef<T> c, Range rows, Range columns,
+                                      const Upcoming& upcoming) {
   constexpr Index kWidth = kPackets * kLanes<T>;
   const Index row_step = kLeft == Left::row_major ? a.outerStride() : 1,
               depth_step = kLeft == Left::row_major ? 1 : a.outerStride();
   const bool stores = keep == 0 && columns.last - columns.first == kWidth;
-  for_each_tile(
+  for_each_tile<kPanelRows<kPackets>>(
       rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
         upcoming.fetch(r0, count, rows.last - rows.first);
         Packet<T> tile[extent(count)][extent(kPackets)];
@@ -87,10 +87,11 @@ template <Left kLeft, int kPackets, class T>
 /// read where keep is 0. Sums run over at most 256 terms at a time.
 template <class T, Left kLeft = Left::row_major, Right kRight = Right::plain>
 void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T keep, MatrixRef<T> c, Context& context) {
-  constexpr Index kRowBlock = 256, kDepth = 256, kWidth = kTilePackets * kLanes<T>;
+  constexpr Index kRowBlock = 256, kDepth = 256, kWidth = kPanelPackets * kLanes<T>;
   const Index column_packets = (c.cols() + kLanes<T> - 1) / kLanes<T>;
   constexpr Index kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
-  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (column_packets + kTilePackets - 1) / kTilePackets;
+  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock,
+              strips = (column_packets + kPanelPackets - 1) / kPanelPackets;
   const Index terms = kLeft == Left::row_major ? a.cols() : a.rows();
   Scratch scratch = context.scratch();
   const std::span<T> panels = scratch.array<T>(context.workers() * kDepth * kWidth);
@@ -103,7 +104,7 @@ void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T kee
     for (Index first = 0; first < terms; first += kDepth) {
       const Range depth{first, std::min(terms, first + kDepth)};
       pack_right<kRight, T>(b, depth, columns, packets, panel);
-      with_packets(packets, [&](auto count) {
+      with_packets<kPanelPackets>(packets, [&](auto count) {
         multiply_panel<kLeft, count, T>({&scale, 0}, a, depth, panel, first == 0 ? keep : T(1), c, rows, columns, {});
       });
     }

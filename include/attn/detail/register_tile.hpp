@@ -14,8 +14,15 @@ namespace attn::detail {
 inline constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 inline constexpr int kTilePackets = 3;
 
+/// The same for a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators, and cut nothing.
+inline constexpr int kPanelPackets = kVectorRegisters == 32 ? 4 : kTilePackets;
+template <int kPackets>
+inline constexpr int kPanelRows = kPackets > kTilePackets ? 6 : kTileRows;
+
 /// A count as the extent of an array, without a change of sign.
-consteval std::size_t extent(Index n) { return static_cast<std::size_t>(n); }
+consteval std::size_t extent(Index n) {
+  return static_cast<std::size_t>(n);
+}
 
 /// body(i) for i = 0 .. kCount-1 as compile-time constants: an array indexed by them lives in registers, where GCC 12 would keep
 /// one indexed by an unrolled loop in memory.
@@ -23,7 +30,8 @@ template <int kCount, class Body>
 [[gnu::always_inline]] inline void unroll(const Body& body) {
   [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {
     (body(std::integral_constant<int, kI>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
+  }
+  (std::make_integer_sequence<int, kCount>{});
 }
 
 /// body(r, p) over a tile of kRows x kPackets, unrolled.
@@ -45,7 +53,8 @@ template <Left kLeft, std::size_t kRowExtent, std::size_t kPacketExtent, class T
   constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
   unroll<kRows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) { tile[r][p] = broadcast(T(0)); });
   const T* row[kRowExtent];
-  unroll<kRows>([&](auto r) __attribute__((always_inline)) { row[r] = kLeft == Left::row_major ? a + r * stride : a + r; });
+  unroll<kRows>([&](auto r)
+                    __attribute__((always_inline)) { row[r] = kLeft == Left::row_major ? a + r * stride : a + r; });
   const Index step = kLeft == Left::row_major ? 1 : stride;
   for (Index l = 0, at = 0; l < depth; ++l, at += step) {
     Packet<T> column[kPacketExtent];
@@ -53,9 +62,19 @@ template <Left kLeft, std::size_t kRowExtent, std::size_t kPacketExtent, class T
     b += kPackets * kLanes<T>;
     unroll<kRows>([&](auto r) __attribute__((always_inline)) {
       const auto x = broadcast(row[r][at]);
-      unroll<kPackets>([&](auto p) __attribute__((always_inline)) { tile[r][p] = multiply_add(x, column[p], tile[r][p]); });
+      unroll<kPackets>([&](auto p)
+                           __attribute__((always_inline)) { tile[r][p] = multiply_add(x, column[p], tile[r][p]); });
     });
   }
+}
+
+/// body(std::integral_constant<int, packets>) for at most kMost packets.
+template <int kMost, class Body>
+inline void with_packets(int packets, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (packets < kMost) return with_packets<kMost - 1>(packets, body);
+  }
+  body(std::integral_constant<int, kMost>{});
 }
 
 /// body(first, rows) over [0, n) in tiles of kTileRows rows, then of half as many, down to 1; rows is a std::integral_constant.

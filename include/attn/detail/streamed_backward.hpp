@@ -224,7 +224,7 @@ class BackwardRunner {
     const Index count = causal ? tile.visible(limit + strip.count - 1) : tile.count;
     if (count == 0) return;
     const Index seen_by_all = causal ? tile.visible(limit) : count;
-    with_packets(strip.packets, [&](auto packets) {
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       const KeyTile<T> values{.k = tile.v, .v = nullptr, .bias = nullptr, .k_stride = tile.v_stride, .v_stride = 0,
                               .rows = nullptr, .first = 0, .count = count};
       score_keys<packets>(tile, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
