@@ -58,29 +58,27 @@ template <class T>
 /// c <- keep c + diag(factor) a b for some rows and columns of c, b given as a packed panel; Left::column_major takes a^T for a.
 /// What is upcoming is fetched meanwhile.
 template <Left kLeft, int kPackets, class T>
-[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, Range depth,
-                                      const T* panel, T keep, MatrixRef<T> c, Range rows, Range columns,
-                                      const Upcoming& upcoming) {
+[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, Range depth, const T* panel, T keep,
+                                      MatrixRef<T> c, Range rows, Range columns, const Upcoming& upcoming) {
   constexpr Index kWidth = kPackets * kLanes<T>;
   const Index row_step = kLeft == Left::row_major ? a.outerStride() : 1,
               depth_step = kLeft == Left::row_major ? 1 : a.outerStride();
   const bool stores = keep == 0 && columns.last - columns.first == kWidth;
-  for_each_tile<kPanelRows<kPackets>>(
-      rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
-        upcoming.fetch(r0, count, rows.last - rows.first);
-        Packet<T> tile[extent(count)][extent(kPackets)];
-        multiply_tile<kLeft>(a.data() + (rows.first + r0) * row_step + depth.first * depth_step, a.outerStride(), panel,
-                             depth.last - depth.first, tile);
-        alignas(64) T buffer[extent(count * kWidth)];
-        T* to = c.data() + (rows.first + r0) * c.outerStride() + columns.first;
-        T* out = stores ? to : buffer;
-        const Index out_stride = stores ? c.outerStride() : kWidth;
-        const T* row_factor = factor.data + (rows.first + r0) * factor.step;
-        unroll<count, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
-          store_unaligned(out + r * out_stride + p * kLanes<T>, broadcast(row_factor[r * factor.step]) * tile[r][p]);
-        });
-        if (!stores) add_tile<T>(buffer, count, kWidth, keep, to, c.outerStride(), columns.last - columns.first);
-      });
+  for_each_tile<kPanelRows<kPackets>>(rows.last - rows.first, [&](Index r0, auto count) __attribute__((always_inline)) {
+    upcoming.fetch(r0, count, rows.last - rows.first);
+    Packet<T> tile[extent(count)][extent(kPackets)];
+    multiply_tile<kLeft>(a.data() + (rows.first + r0) * row_step + depth.first * depth_step, a.outerStride(), panel,
+                         depth.last - depth.first, tile);
+    alignas(64) T buffer[extent(count * kWidth)];
+    T* to = c.data() + (rows.first + r0) * c.outerStride() + columns.first;
+    T* out = stores ? to : buffer;
+    const Index out_stride = stores ? c.outerStride() : kWidth;
+    const T* row_factor = factor.data + (rows.first + r0) * factor.step;
+    unroll<count, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      store_unaligned(out + r * out_stride + p * kLanes<T>, broadcast(row_factor[r * factor.step]) * tile[r][p]);
+    });
+    if (!stores) add_tile<T>(buffer, count, kWidth, keep, to, c.outerStride(), columns.last - columns.first);
+  });
 }
 
 /// c <- keep c + scale a b, with a^T for Left::column_major and b^T for Right::transposed. c must not overlap a or b, and is not
@@ -90,8 +88,7 @@ void gemm(T scale, const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, T kee
   constexpr Index kRowBlock = 256, kDepth = 256, kWidth = kPanelPackets * kLanes<T>;
   const Index column_packets = (c.cols() + kLanes<T> - 1) / kLanes<T>;
   constexpr Index kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
-  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock,
-              strips = (column_packets + kPanelPackets - 1) / kPanelPackets;
+  const Index row_blocks = (c.rows() + kRowBlock - 1) / kRowBlock, strips = (column_packets + kPanelPackets - 1) / kPanelPackets;
   const Index terms = kLeft == Left::row_major ? a.cols() : a.rows();
   Scratch scratch = context.scratch();
   const std::span<T> panels = scratch.array<T>(context.workers() * kDepth * kWidth);

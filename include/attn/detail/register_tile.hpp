@@ -14,7 +14,7 @@ namespace attn::detail {
 inline constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 inline constexpr int kTilePackets = 3;
 
-/// The same for a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators, and cut nothing.
+/// The same for a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators.
 inline constexpr int kPanelPackets = kVectorRegisters == 32 ? 4 : kTilePackets;
 template <int kPackets>
 inline constexpr int kPanelRows = kPackets > kTilePackets ? 6 : kTileRows;
@@ -24,8 +24,8 @@ consteval std::size_t extent(Index n) {
   return static_cast<std::size_t>(n);
 }
 
-/// body(i) for i = 0 .. kCount-1 as compile-time constants: an array indexed by them lives in registers, where GCC 12 would keep
-/// one indexed by an unrolled loop in memory.
+/// body(i) for i = 0 .. kCount-1 as compile-time constants: an array indexed by them lives in registers. With loops that a pragma
+/// unrolls GCC 12 spills operands of the innermost loop, and attention takes 1 to 5 % longer.
 template <int kCount, class Body>
 [[gnu::always_inline]] inline void unroll(const Body& body) {
   [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {

@@ -56,21 +56,20 @@ template <int kPackets, class T>
   constexpr int kWidth = kPackets * kLanes<T>;
   Packet<T> top[extent(kPackets)];
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
-  for_each_tile(
-      count, [&](Index j, auto rows) __attribute__((always_inline)) {
-        upcoming.fetch(j, rows, count);
-        Packet<T> score[extent(rows)][extent(kPackets)];
-        multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
-        if (tile.bias != nullptr) {
-          unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
-            score[r][p] = score[r][p] + broadcast(tile.bias[j + r]);
-          });
-        }
-        unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
-          top[p] = max(top[p], score[r][p]);
-          store(panel + (j + r) * kWidth + p * kLanes<T>, score[r][p]);
-        });
+  for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
+    upcoming.fetch(j, rows, count);
+    Packet<T> score[extent(rows)][extent(kPackets)];
+    multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
+    if (tile.bias != nullptr) {
+      unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+        score[r][p] = score[r][p] + broadcast(tile.bias[j + r]);
       });
+    }
+    unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      top[p] = max(top[p], score[r][p]);
+      store(panel + (j + r) * kWidth + p * kLanes<T>, score[r][p]);
+    });
+  });
   unroll<kPackets>([&](auto p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
 }
 
@@ -102,19 +101,18 @@ template <int kPackets, Maximum kMaximum, class T>
 
 /// weighted <- correction weighted + v^T weights, over count keys.
 template <int kPackets, class T>
-[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count,
-                                  const T* correction, T* weighted, const Upcoming& upcoming) {
+[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count, const T* correction,
+                                  T* weighted, const Upcoming& upcoming) {
   constexpr int kWidth = kPackets * kLanes<T>;
-  for_each_tile(
-      d_v, [&](Index c, auto rows) __attribute__((always_inline)) {
-        upcoming.fetch(c, rows, d_v);
-        Packet<T> tile[extent(rows)][extent(kPackets)];
-        multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
-        unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
-          T* to = weighted + (c + r) * kWidth + p * kLanes<T>;
-          store(to, multiply_add(load(to), load(correction + p * kLanes<T>), tile[r][p]));
-        });
-      });
+  for_each_tile(d_v, [&](Index c, auto rows) __attribute__((always_inline)) {
+    upcoming.fetch(c, rows, d_v);
+    Packet<T> tile[extent(rows)][extent(kPackets)];
+    multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
+    unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      T* to = weighted + (c + r) * kWidth + p * kLanes<T>;
+      store(to, multiply_add(load(to), load(correction + p * kLanes<T>), tile[r][p]));
+    });
+  });
 }
 
 /// Feeds strips with tiles of keys. One for each worker: it owns the panel of weights and a few rows of statistics.
@@ -145,8 +143,7 @@ class StripKernel {
       } else {
         weigh<packets, Maximum::running>(panel_, count, strip.state.maximum, strip.state.sum);
       }
-      if (seen_by_all < count && !all_finite(tile, seen_by_all, count))
-        return add_seen_values<packets>(strip, tile, count, limit);
+      if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values<packets>(strip, tile, count, limit);
       add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, strip.state.weighted, upcoming[1]);
     });
   }
