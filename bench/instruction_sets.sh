@@ -49,7 +49,8 @@ declare -A flags=([SSE2]="-march=x86-64" [AVX2]="-march=haswell" [native]="-marc
 targets=(SSE2 AVX2 native)
 for target in "${targets[@]}"; do
   # shellcheck disable=SC2086  # flags are lists of words
-  "${CXX:-c++}" -std=c++20 -O3 -DNDEBUG "${flags[$target]}" "-I$include" $eigen_cflags "$folder/calls.cpp" -o "$folder/$target"
+  "${CXX:-c++}" -std=c++20 -O3 -DNDEBUG "${flags[$target]}" "-I$include" $eigen_cflags "$folder/calls.cpp" \
+    -o "$folder/$target"
 done
 for ((round = 0; round < rounds; ++round)); do
   for target in "${targets[@]}"; do "$folder/$target" >>"$folder/$target.times"; done

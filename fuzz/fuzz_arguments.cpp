@@ -1,5 +1,6 @@
 /// Every method's forward and backward pass on arguments that need not fit together, with any numbers in them: each is
-/// refused with std::invalid_argument, and then leaves its results alone, or it writes every element of them and no more.
+/// refused with std::invalid_argument, and then leaves its results alone, or it writes every element of them and no
+/// more.
 #include <attn/any_approximator.hpp>
 
 #include "source.hpp"
