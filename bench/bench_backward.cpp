@@ -57,12 +57,9 @@ void backward(benchmark::State& state, const std::string& name, bool exact) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const auto& method : attn::methods<float>()) {
-    const std::string name(method.name);
-    const bool exact = name == "softmax" || name == "gaussian";
-    auto* benchmark = benchmark::RegisterBenchmark((name + "/float").c_str(), backward, name, exact);
+  bench::register_methods(backward, [](auto* benchmark, bool exact) {
     benchmark->ArgName("n")->Arg(1024)->Arg(4096)->UseManualTime()->Unit(benchmark::kMillisecond);
     if (!exact) benchmark->Arg(16384)->Arg(65536);
-  }
+  });
   return bench::run_benchmarks(argc, argv);
 }

@@ -39,14 +39,8 @@ void growth(benchmark::State& state, const std::string& name, bool exact) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const auto& method : attn::methods<float>()) {
-    const std::string name(method.name);
-    const bool exact = name == "softmax" || name == "gaussian";
-    benchmark::RegisterBenchmark((name + "/float").c_str(), growth, name, exact)
-        ->ArgName("n")
-        ->RangeMultiplier(2)
-        ->Range(128, exact ? 32768 : 1 << 20)
-        ->Apply(bench::in_milliseconds);
-  }
+  bench::register_methods(growth, [](auto* benchmark, bool exact) {
+    benchmark->ArgName("n")->RangeMultiplier(2)->Range(128, exact ? 32768 : 1 << 20)->Apply(bench::in_milliseconds);
+  });
   return bench::run_benchmarks(argc, argv);
 }

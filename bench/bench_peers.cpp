@@ -1,5 +1,5 @@
-/// How fast is attn beside what else does softmax attention on a CPU? The same inputs on one thread of one process; the
-/// repetitions of all benchmarks in a random order, so that their medians and deviations compare.
+/// How fast is attn beside what else does softmax attention and Nystromformer on a CPU? The same inputs on one thread
+/// of one process; the repetitions of all benchmarks in a random order, so that their medians and deviations compare.
 #include "common/flops.hpp"
 #include "common/report.hpp"
 #include "peers/peer.hpp"
@@ -13,6 +13,7 @@
 
 namespace {
 
+using attn::Matrix;
 using bench::Causal;
 using bench::Index;
 
@@ -23,10 +24,15 @@ void attn_softmax(const attn::Inputs<float>& in, attn::MatrixRef<float> out, att
   method.forward(in, out, context);
 }
 
+void attn_nystrom(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context& context) {
+  static const auto method = attn::make_approximator<float>("nystrom", {.num_landmarks = bench::kPeerLandmarks});
+  method.forward(in, out, context);
+}
+
 /// attn, then those that were installed when this was configured.
 std::vector<bench::Peer> peers() {
   return {
-      {.name = "attn", .has_causal = true, .forward = attn_softmax},
+      {.name = "attn", .forward = attn_softmax, .nystrom = attn_nystrom},
       bench::eigen_blocks(),
 #ifdef ATTN_BENCH_OPENBLAS
       bench::openblas_blocks(),
@@ -52,12 +58,40 @@ void forward(benchmark::State& state, const bench::Peer& peer, Causal causal) {
   state.counters["error"] = error;
 }
 
+/// The relative distance of the tokens' output to attn's Nystrom in double.
+double error_of_nystrom(const bench::Tokens<float>& tokens) {
+  const Matrix<double> q = tokens.q.cast<double>(), k = tokens.k.cast<double>(), v = tokens.v.cast<double>();
+  const auto method = attn::make_approximator<double>("nystrom", {.num_landmarks = bench::kPeerLandmarks});
+  const Matrix<double> expected = attn::attention(method, q, k, v);
+  return (tokens.out.cast<double>() - expected).norm() / expected.norm();
+}
+
+void nystrom(benchmark::State& state, const bench::Peer& peer) {
+  const Index n = state.range(0);
+  auto& tokens = bench::kept_tokens<float>(bench::Family::smooth, n, kDim);
+  attn::Context context;
+  const auto inputs = tokens.inputs();
+  const bench::Work work{.flops = bench::landmark_flops(n, bench::kPeerLandmarks, kDim), .tokens = n};
+  bench::time_calls<float>(state, work, [&] { peer.nystrom(inputs, tokens.out, context); });
+  const double error = error_of_nystrom(tokens);
+  if (!(error < 1e-4)) state.SkipWithError("its result is not Nystromformer's");
+  state.counters["error"] = error;
+}
+
 void add(const bench::Peer& peer, Causal causal) {
   const std::string name = std::string(peer.name) + (causal == Causal::none ? "" : "/causal");
   benchmark::RegisterBenchmark(name.c_str(), forward, peer, causal)
       ->ArgName("n")
       ->RangeMultiplier(2)
       ->Range(512, 8192)
+      ->Apply(bench::in_milliseconds);
+}
+
+void add_nystrom(const bench::Peer& peer) {
+  benchmark::RegisterBenchmark((std::string(peer.name) + "/nystrom").c_str(), nystrom, peer)
+      ->ArgName("n")
+      ->Arg(16384)
+      ->Arg(65536)
       ->Apply(bench::in_milliseconds);
 }
 
@@ -72,9 +106,10 @@ int main(int argc, char** argv) {
   }
   for (const bench::Peer& peer : peers()) {
     add(peer, Causal::none);
-    if (peer.has_causal) add(peer, Causal::upper_left);
+    add(peer, Causal::upper_left);
+    if (peer.nystrom != nullptr) add_nystrom(peer);
   }
   constexpr const char* kInterleaved = "--benchmark_enable_random_interleaving=true";
   constexpr const char* kMedians = "--benchmark_report_aggregates_only=true";
-  return bench::run_benchmarks(argc, argv, {"--benchmark_repetitions=7", kInterleaved, kMedians});
+  return bench::run_benchmarks(argc, argv, {"--benchmark_repetitions=5", kInterleaved, kMedians});
 }

@@ -75,6 +75,17 @@ inline void in_milliseconds(benchmark::internal::Benchmark* benchmark) {
   benchmark->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 
+/// Registers function(state, name, exact) for each method, in float; set_sizes(benchmark, exact) does the rest. exact:
+/// whether the method is no approximation.
+template <class Function, class SetSizes>
+void register_methods(const Function& function, const SetSizes& set_sizes) {
+  for (const auto& method : attn::methods<float>()) {
+    const std::string name(method.name);
+    const bool exact = name == "softmax" || name == "gaussian";
+    set_sizes(benchmark::RegisterBenchmark((name + "/float").c_str(), function, name, exact), exact);
+  }
+}
+
 /// The rest of main once all benchmarks are registered. Each runs for 0.05 s; defaults are more flags, and those of the
 /// command line override them all.
 inline int run_benchmarks(int argc, char** argv, std::initializer_list<const char*> defaults = {}) {

@@ -1,6 +1,5 @@
 #include "../common/fma_peak.hpp"
 #include "blocks.hpp"
-#include "peer.hpp"
 
 #include <cblas.h>
 #include <unistd.h>
@@ -11,25 +10,20 @@
 namespace bench {
 namespace {
 
-using Const = attn::ConstMatrixRef<float>;
-using Mutable = attn::MatrixRef<float>;
-
-int as_int(attn::Index i) {
+int as_int(Index i) {
   return static_cast<int>(i);
 }
 
 /// c <- alpha a op(b), where op(b) has the columns of c.
-void sgemm(CBLAS_TRANSPOSE op, float alpha, const Const& a, const Const& b, const Mutable& c) {
+void sgemm(CBLAS_TRANSPOSE op, float alpha, ConstView a, ConstView b, View c) {
   cblas_sgemm(CblasRowMajor, CblasNoTrans, op, as_int(c.rows()), as_int(c.cols()), as_int(a.cols()), alpha, a.data(),
               as_int(a.outerStride()), b.data(), as_int(b.outerStride()), 0, c.data(), as_int(c.outerStride()));
 }
 
-void forward(const attn::Inputs<float>& in, Mutable out, attn::Context& context) {
-  const float scale = softmax_scale(in.q.cols());
-  attend_in_blocks(
-      in, out, context, [=](Const a, Const b, Mutable c) { sgemm(CblasTrans, scale, a, b, c); },
-      [](Const a, Const b, Mutable c) { sgemm(CblasNoTrans, 1, a, b, c); });
-}
+struct OpenBlasProducts {
+  static void multiply_transposed(float scale, ConstView a, ConstView b, View c) { sgemm(CblasTrans, scale, a, b, c); }
+  static void multiply(ConstView a, ConstView b, View c) { sgemm(CblasNoTrans, 1, a, b, c); }
+};
 
 }  // namespace
 
@@ -42,7 +36,7 @@ void restart_with_wide_openblas(char** argv) {
 
 Peer openblas_blocks() {
   openblas_set_num_threads(1);
-  return {.name = "openblas_blocks", .has_causal = true, .forward = forward};
+  return {.name = "openblas_blocks", .forward = attend<OpenBlasProducts>, .nystrom = nystrom<OpenBlasProducts>};
 }
 
 }  // namespace bench

@@ -1,4 +1,4 @@
-/// What a peer is: somebody else's products, made into softmax attention.
+/// What a peer is: somebody else's products, made into attention.
 #pragma once
 
 #include <attn/context.hpp>
@@ -8,18 +8,25 @@
 
 namespace bench {
 
-/// out <- softmax(q k^T / sqrt(d)) v by a peer, on the calling thread; causal only where it says that it can, and then
-/// with n_q = n_k. Takes no key mask and no bias. A peer in blocks has their weights in the context's scratch memory.
+using attn::Index;
+
+inline constexpr Index kPeerLandmarks = 64;
+
+/// Somebody's attention on the calling thread, without key masks and biases. One in blocks has their weights in the
+/// context's scratch memory.
+///   forward: out <- softmax(q k^T / sqrt(d)) v, or causal, and then with n_q = n_k
+///   nystrom: Nystromformer with kPeerLandmarks landmarks and six iterations; nullptr where there is none
 struct Peer {
+  using Forward = void (*)(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context& context);
+
   std::string_view name;
-  bool has_causal;
-  void (*forward)(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context& context);
+  Forward forward, nystrom = nullptr;
 };
 
 Peer eigen_blocks();     ///< Eigen's products on blocks of queries: what one writes by hand
 Peer openblas_blocks();  ///< the same with OpenBLAS's sgemm
 Peer onednn_blocks();    ///< oneDNN's matmul and softmax primitives on blocks of queries
-Peer libtorch();         ///< matmul, softmax, matmul on all queries at once
+Peer libtorch();         ///< its tensors' matmul and softmax, likewise
 
 /// OpenBLAS picks its kernels when it is loaded, and those for SSE3 on a processor newer than itself; libtorch uses it
 /// too. There, starts the program again with the kernels for the vectors that attn is compiled for, unless the

@@ -1,10 +1,10 @@
 """The pictures of docs/accuracy.md, from what bench_accuracy --json wrote: one for each study."""
 
-import io
 import json
 
 import matplotlib.pyplot as plt
-import PIL.Image
+
+from . import _figure
 
 FAMILIES = ("smooth", "clusters", "words", "self", "init", "unit")
 STYLES = {
@@ -33,17 +33,32 @@ def panels(columns, rows, width=3.1, height=2.7):
     return figure, axes
 
 
-def save(figure, axes, path, columns):
-    """With one legend for all panels, above them."""
-    handles, labels = axes.get_legend_handles_labels()
+def family_panels(table, height):
+    """A figure, and for each family its panel and its rows."""
+    figure, axes = panels(3, 2, 3.4, height)
+    for panel, family in zip(axes.flat, FAMILIES):
+        panel.set(xscale="log", yscale="log", title=family)
+    rows = [[row for row in table["rows"] if row["family"] == family] for family in FAMILIES]
+    return figure, list(zip(axes.flat, rows))
+
+
+def landmark_axis(panel, rows):
+    """Marks the numbers of landmarks that the rows have."""
+    panel.set(xscale="log")
+    panel.set_xticks([row["m"] for row in rows], [str(row["m"]) for row in rows])
+    panel.minorticks_off()
+
+
+def save(figure, path, columns, x="", y=""):
+    """With labels and one legend, the first panel's, for all."""
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncol=columns, frameon=False, fontsize=9)
     rows = -(-len(labels) // columns)
     height = figure.get_figheight()
     figure.tight_layout(rect=(0, 0, 1, 1 - (0.1 + 0.22 * rows) / height))
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
-    plt.close(figure)
-    PIL.Image.open(drawn).convert("P", palette=PIL.Image.ADAPTIVE, colors=64).save(path, optimize=True)
+    _figure.save(figure, path)
 
 
 def draw_features(table, path):
@@ -58,15 +73,11 @@ def draw_features(table, path):
             for name, (color, style, label) in STYLES.items():
                 width = 3.5 if name == "nystrom" else 1.4  # to be seen where spectral shifting does the same
                 band(panel, rows, "m", name, color, style, label, width)
-            panel.set(xscale="log", yscale="log", ylim=(1e-3, LARGEST_ERROR), title=f"{family}, n = {n}")
-            panel.set_xticks([row["m"] for row in rows], [str(row["m"]) for row in rows])
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
+            panel.set(yscale="log", ylim=(1e-3, LARGEST_ERROR), title=f"{family}, n = {n}")
+            landmark_axis(panel, rows)
             if family != FAMILIES[0]:
                 panel.set_yticklabels([])
-    figure.supylabel("relative error, spectral norm", fontsize=10)
-    figure.supxlabel("landmarks m", fontsize=10)
-    save(figure, axes[0][0], path, 4)
+    save(figure, path, 4, "landmarks m", "relative error, spectral norm")
 
 
 def draw_shift(table, path):
@@ -85,14 +96,12 @@ def draw_shift(table, path):
     first = table["rows"][0]
     panel.set(yscale="log", xlabel="share of noise: the spectrum decays ever more slowly")
     panel.set(ylabel="relative error, Frobenius norm", title=f"q = k, n = {first['n']}, m = {first['m']}")
-    panel.grid(alpha=0.3)
-    save(figure, panel, path, 3)
+    save(figure, path, 3)
 
 
 def draw_pareto(table, path):
-    figure, axes = panels(3, 2, 3.4, 3.0)
-    for panel, family in zip(axes.flat, FAMILIES):
-        rows = [row for row in table["rows"] if row["family"] == family]
+    figure, families = family_panels(table, 3.0)
+    for panel, rows in families:
         for name in ("nystrom", "shifted-nystrom", "lifted-softmax", "skyformer"):
             color, style, label = STYLES[name]
             of_method = [row for row in rows if row["method"] == name]
@@ -103,28 +112,22 @@ def draw_pareto(table, path):
                            for method in ("mean(v)", target))
             panel.axhline(mean["error"]["median"], color=color, linestyle=":", label=f"mean(v), {target}")
             panel.axvline(exact["ms"]["median"], color=color, linestyle="--", label=f"time of exact {target}")
-        panel.set(xscale="log", yscale="log", ylim=(0.01, LARGEST_ERROR), title=family)
-        panel.grid(alpha=0.3)
-    figure.supylabel("relative error, Frobenius norm", fontsize=10)
-    figure.supxlabel(f"ms of a forward pass, n = {table['rows'][0]['n']}, one core", fontsize=10)
-    save(figure, axes[0][0], path, 4)
+        panel.set(ylim=(0.01, LARGEST_ERROR))
+    x = f"ms of a forward pass, n = {table['rows'][0]['n']}, one core"
+    save(figure, path, 4, x, "relative error, Frobenius norm")
 
 
 def draw_spectra(table, path):
-    figure, axes = panels(3, 2, 3.4, 2.8)
-    for panel, family in zip(axes.flat, FAMILIES):
-        rows = [row for row in table["rows"] if row["family"] == family]
+    figure, families = family_panels(table, 2.8)
+    for panel, rows in families:
         for name, color, style, label in (
             ("softmax", "tab:blue", "o-", "softmax"),
             ("exp", "tab:orange", "^-", "exp of the scores, no division"),
             ("gaussian", "tab:purple", "D-", "Gaussian"),
         ):
             band(panel, rows, "i", name, color, style, label)
-        panel.set(xscale="log", yscale="log", ylim=(1e-9, 2), title=family)
-        panel.grid(alpha=0.3)
-    figure.supylabel("singular value / the largest", fontsize=10)
-    figure.supxlabel(f"which one, of {table['rows'][0]['n']}", fontsize=10)
-    save(figure, axes[0][0], path, 3)
+        panel.set(ylim=(1e-9, 2))
+    save(figure, path, 3, f"which one, of {table['rows'][0]['n']}", "singular value / the largest")
 
 
 def draw_loewner(table, path):
@@ -143,13 +146,8 @@ def draw_loewner(table, path):
             panel.set(title=f"share of draws with λ = {tolerance[7:]} |C|", ylim=(-0.05, 1.05))
     needed.set(yscale="log", ylim=(0.01, 1.2), title="λ / |C| that is needed")
     for panel in axes[0]:
-        ticks = [row["m"] for row in rows]
-        panel.set(xscale="log")
-        panel.set_xticks(ticks, [str(m) for m in ticks])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    figure.supxlabel(f"landmarks m, of {2 * table['rows'][0]['n']} tokens in [q; k]", fontsize=10)
-    save(figure, needed, path, 6)
+        landmark_axis(panel, rows)
+    save(figure, path, 6, f"landmarks m, of {2 * table['rows'][0]['n']} tokens in [q; k]")
 
 
 def draw(inputs, out):

@@ -5,7 +5,7 @@ import pathlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import _results
+from . import _figure, _results
 
 FITTED_FROM = 1024  # tokens
 TARGETS = {"nystrom": "softmax", "shifted-nystrom": "softmax", "lifted-softmax": "softmax", "skyformer": "gaussian"}
@@ -67,6 +67,5 @@ def draw(inputs: list[pathlib.Path], out: pathlib.Path) -> None:
     peak.set(xlabel="tokens n", ylabel="fraction of the FMA peak", ylim=(0, 1))
     peak.set_title("Fraction of the peak: 4 n² d flops if exact, else 8 n m d")
     for axes in (time, peak):
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(out / "growth.png", dpi=100)
+    _figure.save(figure, out / "growth.png")

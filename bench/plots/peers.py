@@ -1,37 +1,60 @@
-"""Peers as bars, from bench_peers' JSON: medians of the fraction of the FMA peak, with their standard deviations."""
+"""Peers as bars, from bench_peers' JSON: medians of the fraction of the FMA peak, with their standard deviations.
+
+Prints how many times attn's time each peer takes for Nyströmformer.
+"""
 
 import pathlib
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from . import _results
+from . import _figure, _results
+
+PANELS = {  # what follows the peer's name in a label, and the panel's title
+    "": "softmax attention, every key",
+    "causal": "softmax attention, causal, on half the flops",
+    "nystrom": "Nyströmformer, on 8 n m d flops",
+}
+
+
+def series(rows: list[dict], aggregate: str, figure: str) -> dict[str, dict[str, list[float]]]:
+    """panel -> peer -> the figure at each length, attn first."""
+    found = {panel: {} for panel in PANELS}
+    for row in sorted(rows, key=lambda row: (row["label"], row["n"])):
+        if row["aggregate_name"] == aggregate:
+            peer, _, panel = row["label"].partition("/")
+            found[panel].setdefault(peer, []).append(row[figure])
+    return found
+
+
+def print_ratios(rows: list[dict]) -> None:
+    medians, deviations = (series(rows, aggregate, "ms")["nystrom"] for aggregate in ("median", "stddev"))
+    for peer in medians:
+        for i, ms in enumerate(medians[peer]):
+            print(f"{peer}: {ms:.1f} ± {deviations[peer][i]:.1f} ms, {ms / medians['attn'][i]:.2f} times attn's")
+
+
+def draw_bars(axes, medians: dict, deviations: dict, colours: dict) -> None:
+    width = 0.8 / len(medians)
+    for i, (peer, heights) in enumerate(medians.items()):
+        places = np.arange(len(heights)) + (i - (len(medians) - 1) / 2) * width
+        style = {"label": peer.replace("_", " "), "color": colours[peer], "error_kw": {"linewidth": 0.8}}
+        axes.bar(places, heights, width, yerr=deviations[peer], **style)
 
 
 def draw(inputs: list[pathlib.Path], out: pathlib.Path) -> None:
     rows = _results.read(inputs)
-    lengths = sorted({row["n"] for row in rows})
-
-    def of_peak(label: str, aggregate: str) -> list[float]:
-        own = [row for row in rows if row["label"] == label and row["aggregate_name"] == aggregate]
-        return [row["of_peak"] for row in sorted(own, key=lambda row: row["n"])]
-
-    labels = sorted({row["label"] for row in rows})  # attn comes first
-    causal = [label for label in labels if label.endswith("/causal")]
-    full = [label for label in labels if label not in causal]
-    widths = [len(full), len(causal)]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained", width_ratios=widths)
-    colours = {label: f"C{i}" for i, label in enumerate(full)}
-    for axes, shown, title in zip(panels, (full, causal), ("every key", "causal, on half the flops")):
-        width = 0.8 / len(shown)
-        for i, label in enumerate(shown):
-            name = label.removesuffix("/causal")
-            places = np.arange(len(lengths)) + (i - (len(shown) - 1) / 2) * width
-            style = {"label": name.replace("_", " "), "color": colours[name], "error_kw": {"linewidth": 0.8}}
-            axes.bar(places, of_peak(label, "median"), width, yerr=of_peak(label, "stddev"), **style)
-        axes.set_xticks(range(len(lengths)), lengths)
-        axes.set(xlabel="tokens n", title=f"softmax attention, {title}", ylim=(0, 1))
-        axes.grid(axis="y", alpha=0.3)
+    print_ratios(rows)
+    medians, deviations = (series(rows, aggregate, "of_peak") for aggregate in ("median", "stddev"))
+    lengths = {panel: sorted({row["n"] for row in rows if row["label"].partition("/")[2] == panel}) for panel in PANELS}
+    figure, panels = plt.subplots(
+        1, 3, figsize=(15, 4), sharey=True, layout="constrained", width_ratios=[len(n) for n in lengths.values()]
+    )
+    colours = {peer: f"C{i}" for i, peer in enumerate(medians[""])}
+    for axes, (panel, title) in zip(panels, PANELS.items()):
+        draw_bars(axes, medians[panel], deviations[panel], colours)
+        axes.set_xticks(range(len(lengths[panel])), lengths[panel])
+        axes.set(xlabel="tokens n", title=title, ylim=(0, 1))
     panels[0].set_ylabel("fraction of the FMA peak")
-    panels[0].legend(fontsize=8, ncols=len(full), loc="upper center")
-    figure.savefig(out / "peers.png", dpi=100)
+    panels[0].legend(fontsize=8, ncols=len(colours), loc="upper center")
+    _figure.save(figure, out / "peers.png", grid="y")

@@ -9,6 +9,8 @@ from collections import defaultdict
 import matplotlib.pyplot as plt
 import numpy as np
 
+from . import _figure
+
 ORDER = ["softmax", "nystrom", "shifted-nystrom", "gaussian", "skyformer", "lifted-softmax"]
 
 
@@ -97,10 +99,8 @@ def smooth(scores):
 
 def save(figure, path):
     for axes in figure.axes:
-        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=85)
-    plt.close(figure)
+    _figure.save(figure, path)
 
 
 def draw(inputs, out):
