@@ -7,6 +7,7 @@
 #include <Eigen/SVD>
 
 #include <algorithm>
+#include <cmath>
 
 namespace accuracy {
 namespace {
@@ -46,6 +47,40 @@ Eigen::VectorXd iterated_values(const Matrix<float>& a, Index count) {
 }
 
 }  // namespace
+
+template <class T>
+Matrix<T> softmax_matrix(const Matrix<T>& q, const Matrix<T>& k) {
+  Matrix<T> a = q * k.transpose() / std::sqrt(static_cast<T>(q.cols()));
+  for (Index i = 0; i < a.rows(); ++i) {
+    a.row(i) = (a.row(i).array() - a.row(i).maxCoeff()).exp();
+    a.row(i) /= a.row(i).sum();
+  }
+  return a;
+}
+
+template <class T>
+Matrix<T> gaussian_matrix(const Matrix<T>& q, const Matrix<T>& k) {
+  const Eigen::VectorX<T> q_squares = q.rowwise().squaredNorm(), k_squares = k.rowwise().squaredNorm();
+  Matrix<T> a = 2 * q * k.transpose();
+  a.colwise() -= q_squares;
+  a.rowwise() -= k_squares.transpose();
+  return (a.array().min(T(0)) / (2 * std::sqrt(static_cast<T>(q.cols())))).exp();
+}
+
+template <class T>
+Matrix<T> segment_means(const Matrix<T>& x, Index m) {
+  const Index length = x.rows() / m;
+  Matrix<T> means(m, x.cols());
+  for (Index i = 0; i < m; ++i) means.row(i) = x.middleRows(i * length, length).colwise().mean();
+  return means;
+}
+
+template Matrix<float> softmax_matrix(const Matrix<float>&, const Matrix<float>&);
+template Matrix<double> softmax_matrix(const Matrix<double>&, const Matrix<double>&);
+template Matrix<float> gaussian_matrix(const Matrix<float>&, const Matrix<float>&);
+template Matrix<double> gaussian_matrix(const Matrix<double>&, const Matrix<double>&);
+template Matrix<float> segment_means(const Matrix<float>&, Index);
+template Matrix<double> segment_means(const Matrix<double>&, Index);
 
 double spectral_norm(const Matrix<float>& a) {
   attn::Context context;

@@ -3,44 +3,24 @@
 
 #include <attn/matrix.hpp>
 
-#include <Eigen/Dense>
-
-#include <cmath>
+#include <Eigen/Core>
 
 namespace accuracy {
 
 using attn::Index;
 using attn::Matrix;
 
-/// softmax(q k^T / sqrt(d)), by its definition.
+/// softmax(q k^T / sqrt(d)), by its definition. T is float or double, here and below.
 template <class T>
-Matrix<T> softmax_matrix(const Matrix<T>& q, const Matrix<T>& k) {
-  Matrix<T> a = q * k.transpose() / std::sqrt(static_cast<T>(q.cols()));
-  for (Index i = 0; i < a.rows(); ++i) {
-    a.row(i) = (a.row(i).array() - a.row(i).maxCoeff()).exp();
-    a.row(i) /= a.row(i).sum();
-  }
-  return a;
-}
+Matrix<T> softmax_matrix(const Matrix<T>& q, const Matrix<T>& k);
 
 /// exp(-|q_i - k_j|^2 / (2 sqrt(d))), by its definition.
 template <class T>
-Matrix<T> gaussian_matrix(const Matrix<T>& q, const Matrix<T>& k) {
-  const Eigen::VectorX<T> q_squares = q.rowwise().squaredNorm(), k_squares = k.rowwise().squaredNorm();
-  Matrix<T> a = 2 * q * k.transpose();
-  a.colwise() -= q_squares;
-  a.rowwise() -= k_squares.transpose();
-  return (a.array().min(T(0)) / (2 * std::sqrt(static_cast<T>(q.cols())))).exp();
-}
+Matrix<T> gaussian_matrix(const Matrix<T>& q, const Matrix<T>& k);
 
 /// (m, d): the means of m segments of n / m rows, where m divides n.
 template <class T>
-Matrix<T> segment_means(const Matrix<T>& x, Index m) {
-  const Index length = x.rows() / m;
-  Matrix<T> means(m, x.cols());
-  for (Index i = 0; i < m; ++i) means.row(i) = x.middleRows(i * length, length).colwise().mean();
-  return means;
-}
+Matrix<T> segment_means(const Matrix<T>& x, Index m);
 
 /// |a|_2 by power iteration, to about a percent, from below.
 double spectral_norm(const Matrix<float>& a);
