@@ -52,4 +52,16 @@ target_link_libraries(attn_oracle PUBLIC attn_own_settings)
 target_compile_options(attn_oracle PRIVATE ${attn_checking_flags})
 add_library(attn_own INTERFACE)
 target_link_libraries(attn_own INTERFACE attn_own_templates attn_oracle)
-target_compile_options(attn_own INTERFACE "SHELL:-include attn/extern_templates.hpp")
+set(precompiled $<TARGET_PROPERTY:PRECOMPILE_HEADERS>$<TARGET_PROPERTY:PRECOMPILE_HEADERS_REUSE_FROM>)  # these have it
+target_compile_options(attn_own INTERFACE "SHELL:$<$<STREQUAL:${precompiled},>:-include attn/extern_templates.hpp>")
+
+# attn's headers, precompiled: attn_precompiled_headers(target...) lets targets that link attn_own take them.
+file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/own_headers.cpp CONTENT "")
+add_library(attn_own_headers OBJECT EXCLUDE_FROM_ALL ${CMAKE_CURRENT_BINARY_DIR}/own_headers.cpp)
+target_link_libraries(attn_own_headers PRIVATE attn_own_settings)
+target_precompile_headers(attn_own_headers PRIVATE <attn/attn.hpp> <attn/extern_templates.hpp>)
+function(attn_precompiled_headers)
+  foreach(target IN LISTS ARGN)
+    target_precompile_headers(${target} REUSE_FROM attn_own_headers)
+  endforeach()
+endfunction()
