@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What including attn costs a build: the seconds of processor time that three programs take to compile at -O2, in turn,
-# and their ratio to the one with Eigen's header alone; medians over the rounds.
+# What including attn costs a build: the seconds of processor time that four programs take to compile at -O2, in turn,
+# and their ratio to the one with Eigen's header alone; medians over the rounds. The last has its templates from another
+# translation unit (attn/extern_templates.hpp).
 # Usage: bench/compile_time.sh [ROUNDS]      CXX, CXXFLAGS and EIGEN_CFLAGS as set, else c++, none and pkg-config's.
 set -euo pipefail
 
@@ -20,12 +21,15 @@ CPP
 cat >"$folder/attn.cpp" <<'CPP'
 #include <attn/attn.hpp>
 CPP
-cat >"$folder/nystrom.cpp" <<'CPP'
-#include <attn/attn.hpp>
+cat >"$folder/call.cpp" <<'CPP'
 
 attn::Matrix<float> nystrom(const attn::Matrix<float>& q, const attn::Matrix<float>& k, const attn::Matrix<float>& v) {
   return attn::attention(attn::Nystrom<float>{}, q, k, v);
 }
+CPP
+cat "$folder/attn.cpp" "$folder/call.cpp" >"$folder/nystrom.cpp"
+cat "$folder/attn.cpp" - "$folder/call.cpp" >"$folder/extern.cpp" <<'CPP'
+#include <attn/extern_templates.hpp>
 CPP
 
 # Appends the seconds that compiling program $1 takes, user and system, to its list.
@@ -42,7 +46,7 @@ median() {
 }
 
 for ((round = 0; round < rounds; ++round)); do
-  for program in eigen attn nystrom; do compile "$program"; done
+  for program in eigen attn nystrom extern; do compile "$program"; done
 done
 
 eigen="$(median eigen)"
@@ -53,3 +57,4 @@ report() {
 report eigen "#include <Eigen/Core>"
 report attn "#include <attn/attn.hpp>"
 report nystrom "#include <attn/attn.hpp>, one Nystrom call"
+report extern "the same with <attn/extern_templates.hpp>"

@@ -1,5 +1,6 @@
 # attn_own: what attn's own tests, benchmarks and examples link: attn_own_settings, flags that never reach a consumer of attn::attn,
-# and what takes longest to compile, once for all of them (attn/extern_templates.hpp, included without a word of theirs).
+# and what takes longest to compile, once for all of them: attn's templates (attn/extern_templates.hpp, included without a word of
+# theirs), and attn_oracle, tokens and the oracle.
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 find_package(OpenMP COMPONENTS CXX)
@@ -31,15 +32,36 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     unset(CMAKE_REQUIRED_FLAGS)
     unset(CMAKE_REQUIRED_LIBRARIES)
     if(NOT ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
-      target_compile_options(attn_own_settings INTERFACE -Wno-maybe-uninitialized)
+      target_compile_options(attn_own_settings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
     endif()
   endif()
+endif()
+
+# For what need not be fast: less optimisation takes a third less of the compiler's time.
+if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set(attn_checking_flags $<$<CONFIG:Release>:-O1>)
 endif()
 
 set(templates_source ${CMAKE_CURRENT_BINARY_DIR}/own_templates.cpp)
 file(CONFIGURE OUTPUT ${templates_source} CONTENT "#define ATTN_INSTANTIATE_TEMPLATES\n#include <attn/extern_templates.hpp>\n")
 add_library(attn_own_templates STATIC ${templates_source})
 target_link_libraries(attn_own_templates PUBLIC attn_own_settings)
+add_library(attn_oracle STATIC ${PROJECT_SOURCE_DIR}/tests/reference.cpp ${PROJECT_SOURCE_DIR}/examples/common/families.cpp)
+target_include_directories(attn_oracle PRIVATE ${PROJECT_SOURCE_DIR}/examples)
+target_link_libraries(attn_oracle PUBLIC attn_own_settings)
+target_compile_options(attn_oracle PRIVATE ${attn_checking_flags})
 add_library(attn_own INTERFACE)
-target_link_libraries(attn_own INTERFACE attn_own_templates)
-target_compile_options(attn_own INTERFACE "SHELL:-include attn/extern_templates.hpp")
+target_link_libraries(attn_own INTERFACE attn_own_templates attn_oracle)
+set(precompiled $<TARGET_PROPERTY:PRECOMPILE_HEADERS>$<TARGET_PROPERTY:PRECOMPILE_HEADERS_REUSE_FROM>)  # these have it
+target_compile_options(attn_own INTERFACE "SHELL:$<$<STREQUAL:${precompiled},>:-include attn/extern_templates.hpp>")
+
+# attn's headers, precompiled: attn_precompiled_headers(target...) lets targets that link attn_own take them.
+file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/own_headers.cpp CONTENT "")
+add_library(attn_own_headers OBJECT EXCLUDE_FROM_ALL ${CMAKE_CURRENT_BINARY_DIR}/own_headers.cpp)
+target_link_libraries(attn_own_headers PRIVATE attn_own_settings)
+target_precompile_headers(attn_own_headers PRIVATE <attn/attn.hpp> <attn/extern_templates.hpp>)
+function(attn_precompiled_headers)
+  foreach(target IN LISTS ARGN)
+    target_precompile_headers(${target} REUSE_FROM attn_own_headers)
+  endforeach()
+endfunction()

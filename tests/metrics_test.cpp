@@ -6,8 +6,6 @@
 
 #include <gtest/gtest.h>
 
-#include <Eigen/SVD>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -72,10 +70,6 @@ Matrix<double> with_singular_values(Index rows, Index cols, const Eigen::VectorX
   test::Random random(seed);
   const Matrix<double> u = orthonormal(rows, values.size(), random), v = orthonormal(cols, values.size(), random);
   return (u * values.asDiagonal()).lazyProduct(v.transpose());
-}
-
-Eigen::VectorXd dense_singular_values(const Matrix<double>& a) {
-  return Eigen::JacobiSVD<Eigen::MatrixXd>(Eigen::MatrixXd(a)).singularValues();
 }
 
 /// The matrix of exact attention, entry by entry.
@@ -279,8 +273,8 @@ TYPED_TEST(AttentionOperator, HasTheSingularValuesOfTheMatrix) {
     const auto x = test::make_tokens<T>(family, {90, 120, 16, 1});
     const test::Tokens<double> wide{x.q.template cast<double>(), x.k.template cast<double>(),
                                     x.v.template cast<double>()};
-    const Eigen::VectorXd softmax = dense_singular_values(dense_attention(reference::softmax_kernel(16), wide, {}));
-    const Eigen::VectorXd gaussian = dense_singular_values(dense_attention(reference::gaussian_kernel(16), wide, {}));
+    const Eigen::VectorXd softmax = reference::singular_values(dense_attention(reference::softmax_kernel(16), wide, {}));
+    const Eigen::VectorXd gaussian = reference::singular_values(dense_attention(reference::gaussian_kernel(16), wide, {}));
     const attn::ExactOperator<T, SoftmaxKernel> s({}, x.q, x.k, {}, context);
     const attn::ExactOperator<T, GaussianKernel> c({}, x.q, x.k, {}, context);
     const SubspaceIteration options{.tolerance = 1e-9};
@@ -311,7 +305,7 @@ TEST(AttentionOperators, OfAnApproximationAndItsError) {
   Matrix<double> product(80, 12);
   difference.apply(x.v, product, context);
   EXPECT_LE((product - error.lazyProduct(x.v)).norm(), 1e-10 * product.norm());
-  const double norm = dense_singular_values(error)[0],
+  const double norm = reference::singular_values(error)[0],
                bound = attn::spectral_norm_lower_bound(difference, 32, 1, context);
   EXPECT_LE(bound, norm * (1 + 1e-10));
   EXPECT_GE(bound, 0.3 * norm);

@@ -5,7 +5,6 @@
 
 #include <gtest/gtest.h>
 
-#include <Eigen/Eigenvalues>
 
 #include <algorithm>
 #include <cstdint>
@@ -49,8 +48,7 @@ TEST(Properties, ErrorsFallWithTheNumberOfLandmarksOnSmoothTokens) {
 
 /// Smallest and largest eigenvalue of a symmetric matrix.
 std::pair<double, double> range_of(const Matrix<double>& a) {
-  const Eigen::VectorXd values =
-      Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>(a, Eigen::EigenvaluesOnly).eigenvalues();
+  const Eigen::VectorXd values = reference::eigenvalues(a);
   return {values.minCoeff(), values.maxCoeff()};
 }
 

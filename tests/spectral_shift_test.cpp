@@ -5,7 +5,6 @@
 
 #include "support.hpp"
 
-#include <Eigen/Dense>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,6 +21,7 @@ using attn::ShiftedNystrom;
 using attn::ShiftMode;
 using attn::SoftmaxAttention;
 using attn::SpectralShift;
+using reference::pseudo_inverse;
 using test::Context;
 using test::error_of;
 using test::Family;
@@ -35,10 +35,6 @@ using Dense = Matrix<double>;
 
 Dense random_matrix(Index rows, Index cols, std::uint64_t seed) {
   return test::Random(seed).normal(rows, cols);
-}
-
-Dense pseudo_inverse(const Dense& a) {
-  return a.completeOrthogonalDecomposition().pseudoInverse();
 }
 
 /// Rows of softmax attention between two sets of tokens.
@@ -85,7 +81,7 @@ TEST(OptimalShift, IsTheLeastSquaresSolution) {
   for (const Family family : test::kFamilies) {
     const ShiftProblem p(family);
     const Index n = 24, m = p.f.cols();
-    Eigen::MatrixXd columns(n * n, m * m + 1);  // what each entry of U, and delta, adds to the approximation
+    Dense columns(n * n, m * m + 1);  // what each entry of U, and delta, adds to the approximation
     for (Index i = 0; i < m; ++i) {
       for (Index j = 0; j < m; ++j) {
         const Dense outer = p.f.col(i) * p.b.row(j);
@@ -94,7 +90,7 @@ TEST(OptimalShift, IsTheLeastSquaresSolution) {
     }
     columns.col(m * m) = p.eye.reshaped<Eigen::RowMajor>();
     const Eigen::VectorXd target = p.s.reshaped<Eigen::RowMajor>();
-    const Eigen::VectorXd solution = columns.completeOrthogonalDecomposition().solve(target);
+    const Eigen::VectorXd solution = reference::least_squares(columns, target);
     EXPECT_NEAR(solution[m * m], p.delta, 1e-8);
     EXPECT_NEAR((columns * solution - target).squaredNorm(), p.error(p.u, p.delta), 1e-10);
   }
@@ -120,7 +116,7 @@ TEST(RecalledFormula, IsZeroOrUndefined) {
   const auto x = test::make_tokens<double>(Family::unit, {m, m, 16, 1}, 213);
   const Dense a = softmax_rows(x.q, x.k);
   EXPECT_NEAR((pseudo_inverse(a) * a * a).trace(), a.trace(), 1e-9);
-  EXPECT_EQ(a.completeOrthogonalDecomposition().rank(), m) << "the divisor is 0 too";
+  EXPECT_EQ(reference::rank(a), m) << "the divisor is 0 too";
 }
 
 template <class T>

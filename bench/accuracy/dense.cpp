@@ -2,9 +2,7 @@
 
 #include <attn/metrics.hpp>
 
-#include <Eigen/Eigenvalues>
 #include <Eigen/QR>
-#include <Eigen/SVD>
 
 #include <algorithm>
 #include <cmath>
@@ -92,14 +90,6 @@ Eigen::VectorXd leading_values(const Matrix<float>& a, Index count) {
   if (a.rows() > kExact) return iterated_values(a, count);
   const Matrix<double> wide = a.cast<double>();
   return values_of_gram(wide.transpose() * wide, count);
-}
-
-Eigen::VectorXd singular_values(const Matrix<double>& a) {
-  return Eigen::BDCSVD<Eigen::MatrixXd>(a).singularValues();
-}
-
-Eigen::VectorXd eigenvalues(const Matrix<double>& a) {
-  return Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>(a, Eigen::EigenvaluesOnly).eigenvalues();
 }
 
 }  // namespace accuracy

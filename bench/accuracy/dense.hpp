@@ -3,12 +3,16 @@
 
 #include <attn/matrix.hpp>
 
+#include "reference.hpp"
+
 #include <Eigen/Core>
 
 namespace accuracy {
 
 using attn::Index;
 using attn::Matrix;
+using reference::eigenvalues;
+using reference::singular_values;
 
 /// softmax(q k^T / sqrt(d)), by its definition. T is float or double, here and below.
 template <class T>
@@ -28,11 +32,5 @@ double spectral_norm(const Matrix<float>& a);
 /// The count largest singular values of a (n, n), in descending order, from below: exact up to rounding for n at most
 /// 1024, else by subspace iteration with QR, whose last values may be some percent too small.
 Eigen::VectorXd leading_values(const Matrix<float>& a, Index count);
-
-/// All singular values of a, in descending order.
-Eigen::VectorXd singular_values(const Matrix<double>& a);
-
-/// All eigenvalues of a symmetric matrix, in ascending order.
-Eigen::VectorXd eigenvalues(const Matrix<double>& a);
 
 }  // namespace accuracy

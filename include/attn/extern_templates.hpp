@@ -1,12 +1,21 @@
 /// What takes longest to compile, once in a program rather than in each of its source files. Where several files call attn, include
-/// this header in all of them, and in one more file that has nothing else, with ATTN_INSTANTIATE_TEMPLATES defined: there the
-/// streamed kernels are instantiated for float and double, and the registry of methods for all types. All files must be compiled for
-/// the same processor.
+/// this header in all of them, and in one more file that has nothing else, with ATTN_INSTANTIATE_TEMPLATES defined: there streamed
+/// products and attention() by every method are instantiated for float and double, and the registry of methods for all types. All
+/// files must be compiled for the same processor.
 #pragma once
 
 #include <attn/any_approximator.hpp>
+#include <attn/approximator.hpp>
+#include <attn/core.hpp>
 #include <attn/detail/gemm.hpp>
+#include <attn/detail/kernel_matrix.hpp>
+#include <attn/exact.hpp>
+#include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
+#include <attn/lifted_softmax.hpp>
+#include <attn/nystrom.hpp>
+#include <attn/skyformer.hpp>
+#include <attn/spectral_shift.hpp>
 
 #include <span>
 #include <string_view>
@@ -19,34 +28,62 @@
 
 namespace attn {
 
-#define ATTN_KERNELS(T)                                                                                                            \
-  ATTN_TEMPLATE void detail::run_whole(const detail::Product<T>&, const detail::ResultRows<T>&, std::span<T>, Context&, Scratch&); \
-  ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);                      \
-  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&, std::span<T>,   \
-                                          Context&, Scratch&);
+#define ATTN_PRODUCTS(T)                                                                                             \
+  ATTN_TEMPLATE void detail::run_whole(const detail::Product<T>&, const detail::ResultRows<T>&, std::span<T>,        \
+                                       Context&, Scratch&);                                                          \
+  ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);        \
+  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&,   \
+                                          std::span<T>, Context&, Scratch&);                                         \
+  ATTN_TEMPLATE void detail::iterate_pinv(const ConstMatrixRef<T>&, MatrixRef<T>, int, Context&);                    \
+  ATTN_TEMPLATE void detail::iterate_pinv_backward(const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, MatrixRef<T>, \
+                                                   MatrixRef<T>, int, Context&);
+#define ATTN_KERNEL(Kernel, T)                                                                                      \
+  ATTN_TEMPLATE void kernel_matmul(const Kernel&, const Inputs<T>&, MatrixRef<T>, std::span<T>, Context&);          \
+  ATTN_TEMPLATE void kernel_matmul(const Kernel&, const Inputs<T>&, MatrixRef<T>, Context&);                        \
+  ATTN_TEMPLATE void kernel_matmul_backward(const Kernel&, const Inputs<T>&, ConstMatrixRef<T>, std::span<const T>, \
+                                            ConstMatrixRef<T>, const Gradients<T>&, Context&, std::span<T>);        \
+  ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&,       \
+                                      std::span<T>, Context&);                                                      \
+  ATTN_TEMPLATE void detail::multiply_partial(const Kernel&, const detail::Sources<T>&, const RowStates<T>&,        \
+                                              Context&);                                                            \
+  ATTN_TEMPLATE void detail::kernel_matrix(const Kernel&, const ConstMatrixRef<T>&, const ConstMatrixRef<T>&,       \
+                                           MatrixRef<T>, Context&);
+#define ATTN_METHOD(Method, T)                                                                                 \
+  ATTN_TEMPLATE Matrix<T> attention(const Method<T>&, ConstMatrixRef<T>, ConstMatrixRef<T>, ConstMatrixRef<T>, \
+                                    const Mask&);
 #define ATTN_REGISTRY(T)                                   \
   ATTN_TEMPLATE std::span<const MethodEntry<T>> methods(); \
   ATTN_TEMPLATE AnyApproximator<T> make_approximator(std::string_view, const MethodOptions&);
 #define ATTN_GEMM(T, left, right)                                               \
   ATTN_TEMPLATE void detail::gemm<T, detail::Left::left, detail::Right::right>( \
       T, const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, T, MatrixRef<T>, Context&);
+#define ATTN_ALL(T)                   \
+  ATTN_PRODUCTS(T)                    \
+  ATTN_KERNEL(SoftmaxKernel, T)       \
+  ATTN_KERNEL(GaussianKernel, T)      \
+  ATTN_METHOD(SoftmaxAttention, T)    \
+  ATTN_METHOD(GaussianAttention, T)   \
+  ATTN_METHOD(Nystrom, T)             \
+  ATTN_METHOD(ShiftedNystrom, T)      \
+  ATTN_METHOD(Skyformer, T)           \
+  ATTN_METHOD(LiftedSoftmax, T)       \
+  ATTN_METHOD(AnyApproximator, T)     \
+  ATTN_REGISTRY(T)                    \
+  ATTN_GEMM(T, row_major, plain)      \
+  ATTN_GEMM(T, row_major, transposed) \
+  ATTN_GEMM(T, column_major, plain)
 
-ATTN_KERNELS(float)
-ATTN_KERNELS(double)
-ATTN_REGISTRY(float)
-ATTN_REGISTRY(double)
+ATTN_ALL(float)
+ATTN_ALL(double)
 ATTN_REGISTRY(Eigen::half)
 ATTN_REGISTRY(Eigen::bfloat16)
-ATTN_GEMM(float, row_major, plain)
-ATTN_GEMM(float, row_major, transposed)
-ATTN_GEMM(float, column_major, plain)
-ATTN_GEMM(double, row_major, plain)
-ATTN_GEMM(double, row_major, transposed)
-ATTN_GEMM(double, column_major, plain)
 
+#undef ATTN_ALL
 #undef ATTN_GEMM
 #undef ATTN_REGISTRY
-#undef ATTN_KERNELS
+#undef ATTN_METHOD
+#undef ATTN_KERNEL
+#undef ATTN_PRODUCTS
 #undef ATTN_TEMPLATE
 
 }  // namespace attn
