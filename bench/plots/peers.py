@@ -13,7 +13,7 @@ from . import _figure, _results
 PANELS = {  # what follows the peer's name in a label, and the panel's title
     "": "softmax attention, every key",
     "causal": "softmax attention, causal, on half the flops",
-    "nystrom": "Nyströmformer, on 8 n m d flops",
+    "nystrom": "Nyströmformer, 8 n m d",
 }
 
 
@@ -29,9 +29,10 @@ def series(rows: list[dict], aggregate: str, figure: str) -> dict[str, dict[str,
 
 def print_ratios(rows: list[dict]) -> None:
     medians, deviations = (series(rows, aggregate, "ms")["nystrom"] for aggregate in ("median", "stddev"))
+    lengths = series(rows, "median", "n")["nystrom"]
     for peer in medians:
         for i, ms in enumerate(medians[peer]):
-            print(f"{peer}: {ms:.1f} ± {deviations[peer][i]:.1f} ms, {ms / medians['attn'][i]:.2f} times attn's")
+            print(f"{peer}, n = {lengths[peer][i]}: {ms:.1f} ± {deviations[peer][i]:.1f} ms, {ms / medians['attn'][i]:.2f} times attn's")
 
 
 def draw_bars(axes, medians: dict, deviations: dict, colours: dict) -> None:
