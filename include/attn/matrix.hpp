@@ -43,17 +43,17 @@ Index row_stride(const M& m) {
 /// An Eigen object whose rows lie contiguously in memory, so that it can be viewed without a copy: a Matrix, a Map, Ref or Block of
 /// one, or a vector. A column-major matrix or an inner stride is refused at compile time, because converting it would copy silently.
 template <class M, class T>
-concept RowMajorWithContiguousRows = std::same_as<typename detail::EigenType<M>::Scalar, T> &&
-                                     bool(detail::EigenType<M>::Flags& Eigen::DirectAccessBit) &&
-                                     bool(detail::EigenType<M>::IsRowMajor || detail::EigenType<M>::ColsAtCompileTime == 1) &&
-                                     int(detail::EigenType<M>::InnerStrideAtCompileTime) == 1;
+concept RowMajorWithContiguousRows =
+    std::same_as<typename detail::EigenType<M>::Scalar, T> && bool(detail::EigenType<M>::Flags & Eigen::DirectAccessBit) &&
+    bool(detail::EigenType<M>::IsRowMajor || detail::EigenType<M>::ColsAtCompileTime == 1) &&
+    int(detail::EigenType<M>::InnerStrideAtCompileTime) == 1;
 
 /// One that can be written to as well.
 template <class M, class T>
 concept WritableRowMajorWithContiguousRows =
-    RowMajorWithContiguousRows<M, T> && !std::is_const_v<std::remove_reference_t<M>> && requires(M & m) {
-  { m.data() } -> std::same_as<T*>;
-};
+    RowMajorWithContiguousRows<M, T> && !std::is_const_v<std::remove_reference_t<M>> && requires(M& m) {
+      { m.data() } -> std::same_as<T*>;
+    };
 
 /// Read-only view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
 template <class T>
@@ -72,8 +72,7 @@ class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eige
 
   template <class M>
     requires(requires { typename detail::EigenType<M>; } && !RowMajorWithContiguousRows<M, T>)
-  ConstMatrixRef(const M&)
-  = delete;  // not RowMajorWithContiguousRows: a view of it would be a silent copy
+  ConstMatrixRef(const M&) = delete;  // not RowMajorWithContiguousRows: a view of it would be a silent copy
 };
 
 /// Writable view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
@@ -83,7 +82,8 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
 
  public:
   /// View of (rows, cols) elements at data, row_stride elements from row to row.
-  MatrixRef(T* data, Index rows, Index cols, Index row_stride) : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
+  MatrixRef(T* data, Index rows, Index cols, Index row_stride)
+      : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
   /// View of m, which must outlive it.
   template <WritableRowMajorWithContiguousRows<T> M>
@@ -93,8 +93,7 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   template <class M>
     requires(requires { typename detail::EigenType<M>; } && !WritableRowMajorWithContiguousRows<M, T> &&
              !std::same_as<std::remove_cvref_t<M>, MatrixRef>)
-  MatrixRef(M&&)
-  = delete;  // not WritableRowMajorWithContiguousRows: const, column-major, or with an inner stride
+  MatrixRef(M&&) = delete;  // not WritableRowMajorWithContiguousRows: const, column-major, or with an inner stride
 
   /// Writable however the view itself is qualified, as for any pointer.
   T* data() const { return const_cast<T*>(Map::data()); }
