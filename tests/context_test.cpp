@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -144,6 +145,24 @@ TEST(Context, SaysWhatItsScratchMemoryGrewTo) {
   EXPECT_GE(grown, smallest + 800'000);
   context.scratch().array<double>(100'000);
   EXPECT_EQ(context.scratch_bytes(), grown);
+}
+
+/// Whatever other calls have made of the blocks meanwhile.
+TEST(Scratch, HasRoomForWhatFittedBefore) {
+  Context context;
+  const auto take = [&](std::initializer_list<Index> thousands) {
+    auto scratch = context.scratch();
+    for (const Index n : thousands) scratch.array<char>(1000 * n);
+  };
+  take({60, 60, 60, 100});
+  take({60, 130});
+  const std::size_t bytes = context.scratch_bytes();
+  for (int call = 0; call < 3; ++call) {
+    take({60, 60, 60, 100});
+    EXPECT_EQ(context.scratch_bytes(), bytes);
+    take({60, 130});
+    EXPECT_EQ(context.scratch_bytes(), bytes);
+  }
 }
 
 TEST(Scratch, IsAlignedAndDisjoint) {

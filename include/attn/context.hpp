@@ -102,13 +102,18 @@ class Arena {
     return {std::unique_ptr<std::byte[], Free>(static_cast<std::byte*>(::operator new[](size, std::align_val_t{kAlignment}))), size};
   }
 
-  /// Moves on to the next block, which is made, or made anew, when it is missing or too small.
+  /// Moves on to the next block. A missing one is made; one that is too small, and all after it, become one, which is as large as
+  /// they are together, so that whatever fitted the blocks before fits them now.
   void next_block(std::size_t bytes) {
     const std::size_t next = blocks_.empty() ? 0 : top_.block + 1;
     if (next == blocks_.size()) {
       blocks_.push_back(allocate(bytes));
     } else if (blocks_[next].size < bytes) {
-      blocks_[next] = allocate(bytes);
+      std::size_t following = 0;
+      for (std::size_t i = next; i < blocks_.size(); ++i) following += blocks_[i].size;
+      Block block = allocate(std::max(bytes, following));
+      blocks_.resize(next);
+      blocks_.push_back(std::move(block));
     }
     top_ = {next, 0, top_.total};
   }
