@@ -217,9 +217,9 @@ bool covers(Index m, const In& in) {
 
 /// The landmarks of rows by a policy; one that reads matrices alone gets a copy of rows that are not in place.
 template <class T, class Landmarks, class Keeps>
-MatrixRef<T> select_rows(const Landmarks& landmarks, const TokenRows<T>& x, const Keeps& keeps, Scratch& scratch) {
-  if constexpr (requires { landmarks.template select<T>(x, keeps, scratch); }) {
-    return landmarks.template select<T>(x, keeps, scratch);
+MatrixRef<T> select_rows(const Landmarks& landmarks, const TokenRows<T>& x, const Keeps& keeps, Scratch& scratch, Context& context) {
+  if constexpr (requires { landmarks.template select<T>(x, keeps, scratch, context); }) {
+    return landmarks.template select<T>(x, keeps, scratch, context);
   } else {
     return landmarks.template select<T>(whole_matrix(x, scratch), keeps, scratch);
   }
@@ -246,27 +246,25 @@ struct SegmentMeans {
   /// As SplitLandmarks says.
   template <class T, class Keeps>
   MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch) const {
-    const Index n = detail::count_kept(x.rows(), keeps);
+    Context serial;
+    return select(x, keeps, scratch, serial);
+  }
+
+  /// The same, segments in parallel.
+  template <class T, class Keeps>
+  MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch, Context& context) const {
+    const Index n = detail::count_kept(x.rows(), keeps), buffer_size = kRowsAtOnce * x.cols();
     MatrixRef<T> means = scratch.matrix<T>(num_landmarks, x.cols());
     means.setZero();
     Scratch temporary = scratch.nested();
-    T* buffer = temporary.array<T>(kRowsAtOnce * x.cols()).data();
-    for (Index j = 0, row = 0; j < num_landmarks; ++j) {
+    const std::span<const Index> starts = first_rows(x.rows(), n, keeps, temporary);
+    const std::span<T> buffers = temporary.array<T>(context.workers() * buffer_size);
+    context.for_each(num_landmarks, [&](Index j, int worker) {
       const detail::Range segment = detail::segment(n, num_landmarks, j);
-      for (Index left = segment.last - segment.first; left > 0;) {
-        const T* rows[kRowsAtOnce];
-        Index count = 0;
-        for (; count < kRowsAtOnce && left > 0; ++row) {
-          if (!keeps(row)) continue;
-          detail::Upcoming::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
-          rows[count] = x.row(row, buffer + count * x.cols());
-          ++count;
-          --left;
-        }
-        detail::add_rows<T>({rows, static_cast<std::size_t>(count)}, means.row(j).data(), x.cols());
-      }
-      means.row(j) /= static_cast<T>(segment.last - segment.first);
-    }
+      const Index length = segment.last - segment.first;
+      add_kept_rows(x, keeps, starts[static_cast<std::size_t>(j)], length, buffers.data() + worker * buffer_size, means.row(j).data());
+      means.row(j) /= static_cast<T>(length);
+    });
     return means;
   }
 
@@ -286,6 +284,32 @@ struct SegmentMeans {
   }
 
  private:
+  /// The first row of each segment of the n kept ones.
+  template <class Keeps>
+  std::span<const Index> first_rows(Index rows, Index n, const Keeps& keeps, Scratch& scratch) const {
+    const std::span<Index> starts = scratch.array<Index>(num_landmarks);
+    for (Index j = 0; j < num_landmarks; ++j) starts[static_cast<std::size_t>(j)] = detail::segment(n, num_landmarks, j).first;
+    if (n < rows) detail::ranks_to_rows(starts, keeps);
+    return starts;
+  }
+
+  /// sum (d) <- sum + count kept rows of x, from the given one on.
+  template <class T, class Keeps>
+  static void add_kept_rows(const detail::TokenRows<T>& x, const Keeps& keeps, Index row, Index count, T* buffer, T* sum) {
+    while (count > 0) {
+      const T* rows[kRowsAtOnce];
+      Index found = 0;
+      for (; found < kRowsAtOnce && count > 0; ++row) {
+        if (!keeps(row)) continue;
+        detail::Upcoming::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
+        rows[found] = x.row(row, buffer + found * x.cols());
+        ++found;
+        --count;
+      }
+      detail::add_rows<T>({rows, static_cast<std::size_t>(found)}, sum, x.cols());
+    }
+  }
+
   static constexpr Index kRowsAtOnce = 8;
   static constexpr Index kRowsAhead = 32;  // measured: 16 waits longer for memory, 64 no less
 };

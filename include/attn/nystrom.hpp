@@ -82,17 +82,17 @@ class Nystrom {
     }
     if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
     Scratch scratch = context.scratch();
-    const detail::NystromFactors<T> factors = select(in, scratch);
+    const detail::NystromFactors<T> factors = select(in, scratch, context);
     multiply(in, factors, out, lse, context);
     if (saved != nullptr) saved->keep(factors);
   }
 
   /// The landmarks, and room for what is known of them.
-  detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
-    MatrixRef<T> q_land = detail::select_rows(
-        landmarks_, in.q, [&](Index i) { return detail::keeps_query(in, i); }, scratch);
-    MatrixRef<T> k_land = detail::select_rows(
-        landmarks_, in.k, [&](Index j) { return detail::keeps_key(in, j); }, scratch);
+  detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch, Context& context) const {
+    const auto keeps_q = [&](Index i) { return detail::keeps_query(in, i); };
+    const auto keeps_k = [&](Index j) { return detail::keeps_key(in, j); };
+    MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, keeps_q, scratch, context);
+    MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, keeps_k, scratch, context);
     return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.array<T>(q_land.rows())};
   }
 

@@ -27,10 +27,8 @@ struct ShiftFactors {
                Scratch& scratch)
       : scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
         rows(list_kept(in, scratch)),
-        q_land(landmarks.select<T>(
-            in.q, [&](Index i) { return keeps_query(in, i); }, scratch)),
-        k_land(landmarks.select<T>(
-            in.k, [&](Index j) { return keeps_key(in, j); }, scratch)),
+        q_land(landmarks.select<T>(in.q, [&](Index i) { return keeps_query(in, i); }, scratch, context)),
+        k_land(landmarks.select<T>(in.k, [&](Index j) { return keeps_key(in, j); }, scratch, context)),
         variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
         a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
@@ -45,7 +43,7 @@ struct ShiftFactors {
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, sums, 0, values, context);
     for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
-    set_variance(in, scratch);
+    set_variance(in, context);
     for (Index c = 0; c < variance.rows(); ++c) {
       const Range range = segment(static_cast<Index>(rows.size()), variance.rows(), c);
       log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
@@ -98,19 +96,19 @@ struct ShiftFactors {
     return kept;
   }
 
-  void set_variance(const Sources<T>& in, Scratch& scratch) {
-    Scratch temporary = scratch.nested();
-    T* buffer = temporary.array<T>(in.k.cols()).data();
-    const auto n = static_cast<Index>(rows.size()), m = variance.rows();
+  void set_variance(const Sources<T>& in, Context& context) {
+    Scratch scratch = context.scratch();
+    const Index n = static_cast<Index>(rows.size()), m = variance.rows(), d = variance.cols();
+    const std::span<T> buffers = scratch.array<T>(context.workers() * d);
     variance.setZero();
-    for (Index c = 0; c < m; ++c) {
+    context.for_each(m, [&](Index c, int worker) {
       const Range range = segment(n, m, c);
       for (Index i = range.first; i < range.last; ++i) {
-        add_squared_difference(in.k.row(rows[static_cast<std::size_t>(i)], buffer), &k_land(c, 0), &variance(c, 0),
-                               variance.cols());
+        const T* k = in.k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
+        add_squared_difference(k, &k_land(c, 0), &variance(c, 0), d);
       }
       variance.row(c) /= static_cast<T>(range.last - range.first);
-    }
+    });
   }
 };
 
