@@ -12,9 +12,9 @@ TARGETS = {"nystrom": "softmax", "shifted-nystrom": "softmax", "lifted-softmax":
 
 
 def exponent(n: np.ndarray, cost: np.ndarray) -> float:
-    """Of n in the cost, by least squares of the logarithms, over lengths from FITTED_FROM on."""
+    """Of n in the cost, to two digits, by least squares of the logarithms, over lengths from FITTED_FROM on."""
     fitted = n >= FITTED_FROM
-    return np.polyfit(np.log(n[fitted]), np.log(cost[fitted]), 1)[0]
+    return round(np.polyfit(np.log(n[fitted]), np.log(cost[fitted]), 1)[0], 2) + 0.0  # no -0.00
 
 
 def crossing(method: dict, exact: dict) -> float:
