@@ -87,12 +87,10 @@ TEST(Exact, IsAccurateOnEveryFamilyOfInputs) {
   }
 }
 
+/// More than are summed up at a time where keys are few.
 TEST(Exact, IsAccurateWithManyFeatures) {
-  for (const Index n_k : {40, 130}) {
-    SCOPED_TRACE(n_k);
-    expect_both_kernels_close<float>(Family::unit, {170, n_k, 280, 270});
-    expect_both_kernels_close<double>(Family::unit, {170, n_k, 280, 270});
-  }
+  expect_both_kernels_close<float>(Family::unit, {170, 40, 280, 270});
+  expect_both_kernels_close<double>(Family::unit, {170, 40, 280, 270});
 }
 
 TEST(Exact, FloatStaysAccurateOverManyKeys) {
