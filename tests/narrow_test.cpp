@@ -101,8 +101,11 @@ TYPED_TEST(Narrow, EveryNumberConvertsAsEigenConvertsIt) {
 
 TYPED_TEST(Narrow, RoundsToNearest) {
   std::vector<float> wide;
-  for (std::uint64_t bits = 0; bits < (1ull << 32); bits += 65521) {
-    wide.push_back(Eigen::numext::bit_cast<float>(static_cast<std::uint32_t>(bits)));
+  for (std::uint32_t upper = 0; upper < 65536; ++upper) {
+    // Amid two neighbours of either type, where the even one is the nearest, and just beside.
+    for (const std::uint32_t lower : {0x0fffu, 0x1000u, 0x1001u, 0x3000u, 0x7fffu, 0x8000u, 0x8001u}) {
+      wide.push_back(Eigen::numext::bit_cast<float>(upper << 16 | lower));
+    }
   }
   std::vector<TypeParam> narrow(wide.size());
   attn::detail::convert_row(wide.data(), narrow.data(), static_cast<Index>(wide.size()));
