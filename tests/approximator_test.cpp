@@ -18,14 +18,19 @@ using test::Index;
 using test::Inputs;
 using test::Matrix;
 
-static_assert(Approximator<attn::SoftmaxAttention<float>> && Approximator<attn::SoftmaxAttention<double>>);
-static_assert(Approximator<attn::GaussianAttention<float>> && Approximator<attn::GaussianAttention<double>>);
-static_assert(Approximator<attn::Skyformer<float>> && Approximator<attn::Skyformer<double>>);
+// float's are asserted beside the methods.
+template <class T>
+constexpr bool kEveryMethodIsOne = Approximator<attn::SoftmaxAttention<T>> && Approximator<attn::GaussianAttention<T>> &&
+                                   Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> &&
+                                   Approximator<attn::Skyformer<T>> && Approximator<attn::LiftedSoftmax<T>> &&
+                                   Approximator<attn::AnyApproximator<T>>;
+static_assert(kEveryMethodIsOne<double> && kEveryMethodIsOne<Eigen::half> && kEveryMethodIsOne<Eigen::bfloat16>);
 static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>>);
+static_assert(attn::Core<attn::PreconditionedPinv, double> && attn::JointLandmarks<attn::UniformSample, double>);
 static_assert(!Approximator<int> && !Approximator<attn::SoftmaxKernel>);
 static_assert(std::is_trivially_copyable_v<attn::SoftmaxAttention<float>>);
 
-static_assert(Approximator<MeanPooling<float>> && Approximator<attn::AnyApproximator<double>>);
+static_assert(Approximator<MeanPooling<float>>);
 
 // A user's approximator that lacks one thing each.
 struct WithoutName : MeanPooling<double> {

@@ -288,6 +288,6 @@ struct PreconditionedPinv {
   }
 };
 
-static_assert(Core<RidgeInverse, float> && Core<IterativePinv, float> && Core<PreconditionedPinv, double>);
+static_assert(Core<RidgeInverse, float> && Core<IterativePinv, float> && Core<PreconditionedPinv, float>);
 
 }  // namespace attn

@@ -194,7 +194,7 @@ struct UniformSample {
   }
 };
 
-static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSample, double>);
+static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSample, float>);
 
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
 /// says which rows of x count, at least num_landmarks of them. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks

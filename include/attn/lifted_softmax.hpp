@@ -127,6 +127,6 @@ class LiftedSoftmax<T, Landmarks, Inverse> : public detail::Widened<T, LiftedSof
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
 
-static_assert(Approximator<LiftedSoftmax<float>> && Approximator<LiftedSoftmax<Eigen::half>>);
+static_assert(Approximator<LiftedSoftmax<float>>);
 
 }  // namespace attn

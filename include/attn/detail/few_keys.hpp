@@ -156,10 +156,10 @@ class FewKeysRunner {
   void set_maxima(Index first) {
     for (Index i = first; i < first + kLanes<T>; i += kRows) {
       Packet<T> top[extent(kRows)];
-      unroll<kRows>([&](auto r) __attribute__((always_inline)) { top[r] = broadcast(kNoMaximum<T>); });
+      unroll<kRows>([&](int r) __attribute__((always_inline)) { top[r] = broadcast(kNoMaximum<T>); });
       const T* row = scores_.data() + i * scores_.cols();
       for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
-        unroll<kRows>([&](auto r) __attribute__((always_inline)) { top[r] = max(top[r], load(row + r * scores_.cols() + j)); });
+        unroll<kRows>([&](int r) __attribute__((always_inline)) { top[r] = max(top[r], load(row + r * scores_.cols() + j)); });
       }
       keep_lanes(i % kLanes<T>, top);
     }
@@ -170,10 +170,10 @@ class FewKeysRunner {
   template <Maximum kMaximum>
   void weigh_rows(Index i) {
     Packet<T> total[extent(kRows)];
-    unroll<kRows>([&](auto r) __attribute__((always_inline)) { total[r] = broadcast(T(0)); });
+    unroll<kRows>([&](int r) __attribute__((always_inline)) { total[r] = broadcast(T(0)); });
     T* row = scores_.data() + i * scores_.cols();
     for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
-      unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+      unroll<kRows>([&](int r) __attribute__((always_inline)) {
         T* to = row + r * scores_.cols() + j;
         auto exponent = load(to) - broadcast(maximum_[i + r]);
         if constexpr (kMaximum == Maximum::fixed) exponent = min(exponent, broadcast(T(0)));
@@ -186,14 +186,14 @@ class FewKeysRunner {
   }
 
   void keep_lanes(Index row, const Packet<T> (&rows)[extent(kRows)]) {
-    unroll<kRows>([&](auto r) __attribute__((always_inline)) { store(lanes_ + (row + r) * kLanes<T>, rows[r]); });
+    unroll<kRows>([&](int r) __attribute__((always_inline)) { store(lanes_ + (row + r) * kLanes<T>, rows[r]); });
   }
 
   /// Lane i: the lanes kept of row i, combined.
   template <class Op>
   Packet<T> reduce_rows(const Op& op) const {
     Packet<T> rows[extent(kLanes<T>)];
-    unroll<kLanes<T>>([&](auto r) __attribute__((always_inline)) { rows[r] = load(lanes_ + r * kLanes<T>); });
+    unroll<kLanes<T>>([&](int r) __attribute__((always_inline)) { rows[r] = load(lanes_ + r * kLanes<T>); });
     return reduce(rows, op);
   }
 

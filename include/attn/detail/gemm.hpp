@@ -74,7 +74,7 @@ template <Left kLeft, int kPackets, class T>
     T* out = stores ? to : buffer;
     const Index out_stride = stores ? c.outerStride() : kWidth;
     const T* row_factor = factor.data + (rows.first + r0) * factor.step;
-    unroll<count, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+    unroll<count, kPackets>([&](int r, int p) __attribute__((always_inline)) {
       store_unaligned(out + r * out_stride + p * kLanes<T>, broadcast(row_factor[r * factor.step]) * tile[r][p]);
     });
     if (!stores) add_tile<T>(buffer, count, kWidth, keep, to, c.outerStride(), columns.last - columns.first);

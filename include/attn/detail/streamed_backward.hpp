@@ -69,12 +69,12 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, T largest) {
   Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
-  unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+  unroll<kPackets>([&](int p) __attribute__((always_inline)) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
     dots[p] = load(dot + p * kLanes<T>);
   });
   for (Index j = 0; j < count; ++j, scores += kPackets * kLanes<T>, slopes += kPackets * kLanes<T>) {
-    unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+    unroll<kPackets>([&](int p) __attribute__((always_inline)) {
       const auto weight = exp2(min(load(scores + p * kLanes<T>) - divisor[p], broadcast(largest)));
       store(scores + p * kLanes<T>, weight);
       store(slopes + p * kLanes<T>, weight * (load(slopes + p * kLanes<T>) - dots[p]));
@@ -89,9 +89,9 @@ template <class T>
     for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
       Packet<T> added[extent(rows)][extent(kSlicePackets)];
       multiply_tile<Left::row_major>(panel + j * lanes, lanes, slices, lanes, added);
-      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      unroll<rows>([&](int r) __attribute__((always_inline)) {
         T* row = to.data() + tile.row(j + r) * to.outerStride();
-        unroll<kSlicePackets>([&](auto p) __attribute__((always_inline)) {
+        unroll<kSlicePackets>([&](int p) __attribute__((always_inline)) {
           const Index at = c + p * kLanes<T>;
           if (at < to.cols()) store_row(row, at, to.cols(), load_row(row, at, to.cols()) + added[r][p]);
         });

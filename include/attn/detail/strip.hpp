@@ -55,22 +55,22 @@ template <int kPackets, class T>
                                   const Upcoming& upcoming) {
   constexpr int kWidth = kPackets * kLanes<T>;
   Packet<T> top[extent(kPackets)];
-  unroll<kPackets>([&](auto p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
+  unroll<kPackets>([&](int p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
   for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
     upcoming.fetch(j, rows, count);
     Packet<T> score[extent(rows)][extent(kPackets)];
     multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
     if (tile.bias != nullptr) {
-      unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+      unroll<rows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
         score[r][p] = score[r][p] + broadcast(tile.bias[j + r]);
       });
     }
-    unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+    unroll<rows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
       top[p] = max(top[p], score[r][p]);
       store(panel + (j + r) * kWidth + p * kLanes<T>, score[r][p]);
     });
   });
-  unroll<kPackets>([&](auto p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
+  unroll<kPackets>([&](int p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
 }
 
 /// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
@@ -81,12 +81,12 @@ enum class Maximum { running, fixed };
 template <int kPackets, Maximum kMaximum, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T* sum) {
   Packet<T> top[extent(kPackets)], total[extent(kPackets)];
-  unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+  unroll<kPackets>([&](int p) __attribute__((always_inline)) {
     top[p] = load(maximum + p * kLanes<T>);
     total[p] = broadcast(T(0));
   });
   for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
-    unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+    unroll<kPackets>([&](int p) __attribute__((always_inline)) {
       auto exponent = load(panel + p * kLanes<T>) - top[p];
       if constexpr (kMaximum == Maximum::fixed) exponent = min(exponent, broadcast(T(0)));
       const auto weight = exp2(exponent);
@@ -94,7 +94,7 @@ template <int kPackets, Maximum kMaximum, class T>
       store(panel + p * kLanes<T>, weight);
     });
   }
-  unroll<kPackets>([&](auto p) __attribute__((always_inline)) {
+  unroll<kPackets>([&](int p) __attribute__((always_inline)) {
     store(sum + p * kLanes<T>, load(sum + p * kLanes<T>) + total[p]);
   });
 }
@@ -108,7 +108,7 @@ template <int kPackets, class T>
     upcoming.fetch(c, rows, d_v);
     Packet<T> tile[extent(rows)][extent(kPackets)];
     multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
-    unroll<rows, kPackets>([&](auto r, auto p) __attribute__((always_inline)) {
+    unroll<rows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
       T* to = weighted + (c + r) * kWidth + p * kLanes<T>;
       store(to, multiply_add(load(to), load(correction + p * kLanes<T>), tile[r][p]));
     });
