@@ -4,7 +4,9 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_DATADIR}/cmake/attn)
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/attn DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.hpp")
-install(TARGETS attn EXPORT attnTargets INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(FILES ${PROJECT_SOURCE_DIR}/cmake/extern_templates.cpp DESTINATION ${package_dir})
+target_sources(attn_compiled INTERFACE $<INSTALL_INTERFACE:${package_dir}/extern_templates.cpp>)
+install(TARGETS attn attn_compiled EXPORT attnTargets INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT attnTargets NAMESPACE attn:: DESTINATION ${package_dir})
 
 configure_package_config_file(

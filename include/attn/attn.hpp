@@ -1,4 +1,5 @@
-/// attn: attention and its approximations. Includes everything; openmp.hpp only where OpenMP is on.
+/// attn: attention and its approximations. Includes everything; openmp.hpp only where OpenMP is on, extern_templates.hpp where a macro
+/// asks for it.
 #pragma once
 
 #include <attn/any_approximator.hpp>
@@ -24,4 +25,8 @@
 
 #ifdef _OPENMP
 #include <attn/openmp.hpp>
+#endif
+
+#if defined(ATTN_EXTERN_TEMPLATES) || defined(ATTN_INSTANTIATE_TEMPLATES)
+#include <attn/extern_templates.hpp>
 #endif

@@ -1,7 +1,7 @@
-/// What takes longest to compile, once in a program rather than in each of its source files. Where several files call attn, include
-/// this header in all of them, and in one more file that has nothing else, with ATTN_INSTANTIATE_TEMPLATES defined: there streamed
-/// products and attention() by every method are instantiated for float and double, and the registry of methods for all types. All
-/// files must be compiled for the same processor.
+/// What takes longest to compile, once in a program rather than in each of its source files. With ATTN_EXTERN_TEMPLATES defined for all
+/// of them, <attn/attn.hpp> includes this header, and one more file, with ATTN_INSTANTIATE_TEMPLATES defined, includes nothing else:
+/// there streamed products and attention() by every method are instantiated for float and double, and the registry of methods for all
+/// types. The CMake target attn::compiled brings the macro and that file. All files must be compiled for the same processor.
 #pragma once
 
 #include <attn/any_approximator.hpp>

@@ -1,6 +1,10 @@
 # The program that every consumer builds, and what attn must not do to the project that includes it.
 add_executable(consumer ${CMAKE_CURRENT_LIST_DIR}/main.cpp ${CMAKE_CURRENT_LIST_DIR}/other.cpp)
-target_link_libraries(consumer PRIVATE attn::attn)
+set(CONSUMER_LINKS attn::attn CACHE STRING "attn's target that the program links")
+target_link_libraries(consumer PRIVATE ${CONSUMER_LINKS})
+if(CONSUMER_LINKS STREQUAL "attn::compiled")
+  target_compile_definitions(consumer PRIVATE CONSUMER_COMPILED)
+endif()
 
 get_target_property(actual attn::attn ALIASED_TARGET)
 if(NOT actual)

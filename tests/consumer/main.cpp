@@ -10,6 +10,10 @@
 static_assert(EIGEN_MAJOR_VERSION == CONSUMER_EIGEN_MAJOR, "another Eigen than the one to be tested");
 #endif
 
+#if defined(CONSUMER_COMPILED) != defined(ATTN_EXTERN_TEMPLATES)
+#error attn::compiled alone should declare the templates that another file has
+#endif
+
 int main() {
   attn::Matrix<float> v(2, 1);
   v << 1.0f, 3.0f;
