@@ -5,15 +5,8 @@
 # Usage: bench/compile_time.sh [ROUNDS]      CXX, CXXFLAGS and EIGEN_CFLAGS as set, else c++, none and pkg-config's.
 set -euo pipefail
 
-rounds="${1:-7}"
-if ! [[ "$rounds" =~ ^[1-9][0-9]*$ ]]; then
-  echo "compile_time.sh: the number of rounds should be positive, not $rounds" >&2
-  exit 1
-fi
-eigen_cflags="${EIGEN_CFLAGS:-$(pkg-config --cflags eigen3)}"
-include="$(cd "$(dirname "${BASH_SOURCE[0]}")/../include" && pwd)"
-folder="$(mktemp -d)"
-trap 'rm -r "$folder"' EXIT
+# shellcheck source-path=SCRIPTDIR source=common/comparison.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/comparison.sh" "${1:-7}"
 
 cat >"$folder/eigen.cpp" <<'CPP'
 #include <Eigen/Core>
@@ -39,18 +32,14 @@ compile() {
   awk '{ print $1 + $2 }' <<<"$times" >>"$folder/$1.times"
 }
 
-median() {
-  sort -g "$folder/$1.times" | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2) + 1]) / 2 }'
-}
-
 for ((round = 0; round < rounds; ++round)); do
   for program in eigen attn nystrom compiled; do compile "$program"; done
 done
 
-eigen="$(median eigen)"
+eigen="$(median <"$folder/eigen.times")"
 printf '%-46s %8s %6s\n' "$("${CXX:-c++}" --version | head -n 1), $rounds rounds" seconds ratio
 report() {
-  awk -v name="$2" -v t="$(median "$1")" -v of="$eigen" 'BEGIN { printf "%-46s %8.2f %6.2f\n", name, t, t / of }'
+  awk -v name="$2" -v t="$(median <"$folder/$1.times")" -v of="$eigen" 'BEGIN { printf "%-46s %8.2f %6.2f\n", name, t, t / of }'
 }
 report eigen "#include <Eigen/Core>"
 report attn "#include <attn/attn.hpp>"

@@ -4,15 +4,8 @@
 # Usage: bench/instruction_sets.sh [ROUNDS]      CXX and EIGEN_CFLAGS as set, else c++ and pkg-config's.
 set -euo pipefail
 
-rounds="${1:-9}"
-if ! [[ "$rounds" =~ ^[1-9][0-9]*$ ]]; then
-  echo "instruction_sets.sh: the number of rounds should be positive, not $rounds" >&2
-  exit 1
-fi
-eigen_cflags="${EIGEN_CFLAGS:-$(pkg-config --cflags eigen3)}"
-include="$(cd "$(dirname "${BASH_SOURCE[0]}")/../include" && pwd)"
-folder="$(mktemp -d)"
-trap 'rm -r "$folder"' EXIT
+# shellcheck source-path=SCRIPTDIR source=common/comparison.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/comparison.sh" "${1:-9}"
 
 cat >"$folder/calls.cpp" <<'CPP'
 #include <attn/attn.hpp>
@@ -57,13 +50,12 @@ for ((round = 0; round < rounds; ++round)); do
 done
 
 # The median of call $2 compiled for target $1.
-median() {
-  awk -v call="$2" '$1 == call { print $2 }' "$folder/$1.times" | sort -g |
-    awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2) + 1]) / 2 }'
+median_of() {
+  awk -v call="$2" '$1 == call { print $2 }' "$folder/$1.times" | median
 }
 
 printf '%-26s %9s %9s %9s  %s\n' "d = 64; ms" "${targets[@]}" "ratios to native"
 head -n 3 "$folder/native.times" | while read -r call _; do
-  printf '%s %s %s %s\n' "$call" "$(median SSE2 "$call")" "$(median AVX2 "$call")" "$(median native "$call")" |
+  printf '%s %s %s %s\n' "$call" "$(median_of SSE2 "$call")" "$(median_of AVX2 "$call")" "$(median_of native "$call")" |
     awk '{ printf "%-26s %9.2f %9.2f %9.2f  %.2f %.2f\n", $1, $2, $3, $4, $2 / $4, $3 / $4 }'
 done

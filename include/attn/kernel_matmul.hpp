@@ -45,8 +45,7 @@ template <class T>
 const T* choose_center(const Sources<T>& in, Scratch& scratch) {
   constexpr Index kSampledKeys = 1024;
   const bool causal = in.mask.causal != Causal::none;
-  const Index step =
-      causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }) / kSampledKeys);
+  const Index step = causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), kept_keys(in)) / kSampledKeys);
   const std::span<T> center = scratch.array<T>(in.k.cols());
   std::fill(center.begin(), center.end(), T(0));
   Scratch temporary = scratch.nested();

@@ -59,8 +59,7 @@ struct SampledRows {
 /// choose(n, side, chosen) fills chosen with ascending numbers below n.
 template <class In, class Choose>
 SampledRows sample_rows(const In& in, Index m, Scratch& scratch, const Choose& choose) {
-  const auto keeps_q = [&](Index i) { return keeps_query(in, i); };
-  const auto keeps_k = [&](Index j) { return keeps_key(in, j); };
+  const auto keeps_q = kept_queries(in), keeps_k = kept_keys(in);
   const Index n_q = count_kept(in.q.rows(), keeps_q), n_k = count_kept(in.k.rows(), keeps_k);
   const Index m_q = std::min(m / 2, n_q), m_k = std::min(m - m_q, n_k);
   const SampledRows rows{scratch.array<Index>(m_q), scratch.array<Index>(m_k)};
@@ -211,8 +210,7 @@ namespace detail {
 /// Whether m landmarks are as many as the kept queries, or the kept keys.
 template <class In>
 bool covers(Index m, const In& in) {
-  return m >= count_kept(in.q.rows(), [&](Index i) { return keeps_query(in, i); }) ||
-         m >= count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); });
+  return m >= count_kept(in.q.rows(), kept_queries(in)) || m >= count_kept(in.k.rows(), kept_keys(in));
 }
 
 /// The landmarks of rows by a policy; one that reads matrices alone gets a copy of rows that are not in place.

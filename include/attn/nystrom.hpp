@@ -89,10 +89,8 @@ class Nystrom {
 
   /// The landmarks, and room for what is known of them.
   detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch, Context& context) const {
-    const auto keeps_q = [&](Index i) { return detail::keeps_query(in, i); };
-    const auto keeps_k = [&](Index j) { return detail::keeps_key(in, j); };
-    MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, keeps_q, scratch, context);
-    MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, keeps_k, scratch, context);
+    MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, detail::kept_queries(in), scratch, context);
+    MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, detail::kept_keys(in), scratch, context);
     return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.array<T>(q_land.rows())};
   }
 

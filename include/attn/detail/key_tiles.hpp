@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -21,18 +22,36 @@ namespace attn::detail {
 template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTilePackets * kLanes<T> * Index{sizeof(T)}));
 
-/// Whether the masks and the bias of a call keep key j.
+/// Which rows count: those that a mask keeps, without those of a bias of minus infinity. An empty span leaves all.
+template <class T>
+struct KeptRows {
+  std::span<const std::uint8_t> keep;
+  std::span<const T> bias;
+
+  bool operator()(Index row) const {
+    const auto at = static_cast<std::size_t>(row);
+    return (keep.empty() || keep[at] != 0) && (bias.empty() || bias[at] != -std::numeric_limits<T>::infinity());
+  }
+};
+
+template <class In>
+auto kept_keys(const In& in) {
+  return KeptRows<typename decltype(in.key_bias)::value_type>{in.mask.keep_key, in.key_bias};
+}
+
+template <class In>
+auto kept_queries(const In& in) {
+  return KeptRows<typename decltype(in.key_bias)::value_type>{in.mask.keep_query, {}};
+}
+
 template <class In>
 inline bool keeps_key(const In& in, Index j) {
-  using T = typename decltype(in.key_bias)::value_type;
-  const auto at = static_cast<std::size_t>(j);
-  return (in.mask.keep_key.empty() || in.mask.keep_key[at] != 0) &&
-         (in.key_bias.empty() || in.key_bias[at] != -std::numeric_limits<T>::infinity());
+  return kept_keys(in)(j);
 }
 
 template <class In>
 inline bool keeps_query(const In& in, Index i) {
-  return in.mask.keep_query.empty() || in.mask.keep_query[static_cast<std::size_t>(i)] != 0;
+  return kept_queries(in)(i);
 }
 
 template <class Keeps>

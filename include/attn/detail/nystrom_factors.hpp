@@ -100,8 +100,8 @@ void nystrom_backward(const Kernel& kernel, const Landmarks& landmarks, const In
                          {added, gradients.dk, gradients.dv}, context);                                                 // B
   dq_land += added;
   if constexpr (requires { landmarks.template scatter<T>(dq_land, [](Index) { return true; }, gradients.dq); }) {
-    landmarks.template scatter<T>(dq_land, [&](Index i) { return keeps_query(in, i); }, gradients.dq);
-    landmarks.template scatter<T>(dk_land, [&](Index j) { return keeps_key(in, j); }, gradients.dk);
+    landmarks.template scatter<T>(dq_land, kept_queries(in), gradients.dq);
+    landmarks.template scatter<T>(dk_land, kept_keys(in), gradients.dk);
   }
 }
 

@@ -27,8 +27,8 @@ struct ShiftFactors {
                Scratch& scratch)
       : scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
         rows(list_kept(in, scratch)),
-        q_land(landmarks.select<T>(in.q, [&](Index i) { return keeps_query(in, i); }, scratch, context)),
-        k_land(landmarks.select<T>(in.k, [&](Index j) { return keeps_key(in, j); }, scratch, context)),
+        q_land(landmarks.select<T>(in.q, kept_queries(in), scratch, context)),
+        k_land(landmarks.select<T>(in.k, kept_keys(in), scratch, context)),
         variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
         a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
@@ -88,7 +88,7 @@ struct ShiftFactors {
 
  private:
   static std::span<const Index> list_kept(const Sources<T>& in, Scratch& scratch) {
-    const std::span<Index> kept = scratch.array<Index>(count_kept(in.k.rows(), [&](Index j) { return keeps_key(in, j); }));
+    const std::span<Index> kept = scratch.array<Index>(count_kept(in.k.rows(), kept_keys(in)));
     std::size_t rank = 0;
     for (Index j = 0; j < in.k.rows(); ++j) {
       if (keeps_key(in, j)) kept[rank++] = j;
