@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # what these set is used where it is sourced
 # For scripts that compare programs: sets rounds from the first argument, include and eigen_cflags for the compiler, and
 # folder, which is removed at the end.
 rounds="$1"
