@@ -24,22 +24,22 @@ consteval std::size_t extent(Index n) {
   return static_cast<std::size_t>(n);
 }
 
+template <class Body, int... kI>
+[[gnu::always_inline]] inline void unroll(const Body& body, std::integer_sequence<int, kI...>) {
+  (body(kI), ...);
+}
+
 /// body(i) for i = 0 .. kCount-1, each a constant once it is inlined: an array indexed by them lives in registers. With loops that a
 /// pragma unrolls GCC 12 spills operands of the innermost loop, and attention takes 1 to 5 % longer.
 template <int kCount, class Body>
 [[gnu::always_inline]] inline void unroll(const Body& body) {
-  [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {
-    (body(kI), ...);
-  }
-  (std::make_integer_sequence<int, kCount>{});
+  unroll(body, std::make_integer_sequence<int, kCount>{});
 }
 
 /// body(r, p) over a tile of kRows x kPackets, unrolled.
 template <int kRows, int kPackets, class Body>
 [[gnu::always_inline]] inline void unroll(const Body& body) {
-  unroll<kRows>([&](int r) __attribute__((always_inline)) {
-    unroll<kPackets>([&](int p) __attribute__((always_inline)) { body(r, p); });
-  });
+  unroll<kRows * kPackets>([&](int i) __attribute__((always_inline)) { body(i / kPackets, i % kPackets); });
 }
 
 /// How the left operand of a tile lies in memory: element (row, l) at row * stride + l, or at row + l * stride.
