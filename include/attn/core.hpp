@@ -50,7 +50,7 @@ struct RidgeInverse {
     detail::Cholesky<T> factor(a, scratch, context);
     factor.solve(x);
     factor.solve(dx);
-    detail::gemm<T, detail::Left::row_major, detail::Right::transposed>(-1, dx, x, 0, da, context);
+    detail::gemm<T>(-1, dx, detail::transposed(x), 0, da, context);
   }
 };
 
@@ -93,8 +93,6 @@ void iterate_pinv(const ConstMatrixRef<T>& a, MatrixRef<T> z, int iterations, Co
 template <class T>
 void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& z, MatrixRef<T> dz, MatrixRef<T> da, int iterations,
                            Context& context) {
-  constexpr auto kRow = Left::row_major, kColumn = Left::column_major;
-  constexpr auto kPlain = Right::plain, kTransposed = Right::transposed;
   Scratch scratch = context.scratch();
   const Index m = a.rows();
   MatrixRef<T> iterates = scratch.matrix<T>(iterations * m, m);
@@ -117,14 +115,14 @@ void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& 
     e2.diagonal().array() += T(15);
     gemm<T>(-1, x, e2, 0, e3, context);
     e3.diagonal().array() += T(13);
-    gemm<T, kColumn, kPlain>(T(0.25), before, dz, 0, de, context);  // de3
-    gemm<T, kRow, kTransposed>(T(0.25), dz, e3, 0, next, context);
-    gemm<T, kRow, kTransposed>(-1, de, e2, 0, dx, context);
-    gemm<T, kColumn, kPlain>(-1, x, de, 0, e3, context);  // de2
-    gemm<T, kRow, kTransposed>(-1, e3, e1, 1, dx, context);
-    gemm<T, kColumn, kPlain>(1, x, e3, 1, dx, context);  // -de1
-    gemm<T, kRow, kTransposed>(1, dx, before, 1, da, context);
-    gemm<T, kColumn, kPlain>(1, a, dx, 1, next, context);
+    gemm<T>(T(0.25), transposed(before), dz, 0, de, context);  // de3
+    gemm<T>(T(0.25), dz, transposed(e3), 0, next, context);
+    gemm<T>(-1, de, transposed(e2), 0, dx, context);
+    gemm<T>(-1, transposed(x), de, 0, e3, context);  // de2
+    gemm<T>(-1, e3, transposed(e1), 1, dx, context);
+    gemm<T>(1, transposed(x), e3, 1, dx, context);  // -de1
+    gemm<T>(1, dx, transposed(before), 1, da, context);
+    gemm<T>(1, transposed(a), dx, 1, next, context);
     dz = next;
   }
 }
@@ -185,8 +183,8 @@ struct IterativePinv {
     MatrixRef<T> dy = scratch.matrix<T>(x.rows(), x.cols());
     invert<T>(a, z, context);
     dy = dx;
-    detail::gemm<T, detail::Left::row_major, detail::Right::transposed>(1, dy, x, 0, dz, context);
-    detail::gemm<T, detail::Left::column_major>(1, z, dy, 0, dx, context);
+    detail::gemm<T>(1, dy, detail::transposed(x), 0, dz, context);
+    detail::gemm<T>(1, detail::transposed(z), dy, 0, dx, context);
     invert_backward<T>(a, dz, da, context);
   }
 
@@ -252,8 +250,8 @@ struct PreconditionedPinv {
     detail::gemm<T>(1, z, scaled, 0, product, context);
     for (Index i = 0; i < m; ++i) dscale(i, 0) = detail::dot_product(&dx(i, 0), &product(i, 0), columns);
     dx.array().colwise() *= scale.col(0).array();
-    detail::gemm<T, detail::Left::row_major, detail::Right::transposed>(1, dx, scaled, 0, dz, context);
-    detail::gemm<T, detail::Left::column_major>(1, z, dx, 0, product, context);
+    detail::gemm<T>(1, dx, detail::transposed(scaled), 0, dz, context);
+    detail::gemm<T>(1, detail::transposed(z), dx, 0, product, context);
     for (Index i = 0; i < m; ++i) dscale(i, 0) += detail::dot_product(&x(i, 0), &product(i, 0), columns);
     dx = product.array().colwise() * scale.col(0).array();
     da.setZero();

@@ -54,9 +54,9 @@ namespace attn {
 #define ATTN_REGISTRY(T)                                   \
   ATTN_TEMPLATE std::span<const MethodEntry<T>> methods(); \
   ATTN_TEMPLATE AnyApproximator<T> make_approximator(std::string_view, const MethodOptions&);
-#define ATTN_GEMM(T, left, right)                                               \
-  ATTN_TEMPLATE void detail::gemm<T, detail::Left::left, detail::Right::right>( \
-      T, const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, T, MatrixRef<T>, Context&);
+#define ATTN_GEMM(T)                                                                                            \
+  ATTN_TEMPLATE void detail::gemm<T>(T, const detail::Operand<T>&, const detail::Operand<T>&, T, MatrixRef<T>, \
+                                     Context&);
 #define ATTN_ALL(T)                   \
   ATTN_PRODUCTS(T)                    \
   ATTN_KERNEL(SoftmaxKernel, T)       \
@@ -69,9 +69,7 @@ namespace attn {
   ATTN_METHOD(LiftedSoftmax, T)       \
   ATTN_METHOD(AnyApproximator, T)     \
   ATTN_REGISTRY(T)                    \
-  ATTN_GEMM(T, row_major, plain)      \
-  ATTN_GEMM(T, row_major, transposed) \
-  ATTN_GEMM(T, column_major, plain)
+  ATTN_GEMM(T)
 
 ATTN_ALL(float)
 ATTN_ALL(double)

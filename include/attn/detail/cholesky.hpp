@@ -50,13 +50,12 @@ class Cholesky {
     for (Index j = 0; j < l_.rows(); j += kBlock) {
       const Index n = width(j), below = l_.rows() - j - n;
       if (j > 0) {
-        gemm<T, Left::row_major, Right::transposed>(-1, l_.block(j, 0, n + below, j), l_.block(j, 0, n, j), 1,
-                                                    l_.block(j, j, n + below, n), context_);
+        gemm<T>(-1, l_.block(j, 0, n + below, j), transposed(l_.block(j, 0, n, j)), 1, l_.block(j, j, n + below, n), context_);
       }
       invert_factor<T>(l_.block(j, j, n, n), tolerance, inverse(j));
       MatrixRef<T> column = copy_.topLeftCorner(below, n);
       column = l_.block(j + n, j, below, n);
-      gemm<T, Left::row_major, Right::transposed>(1, column, inverse(j), 0, l_.block(j + n, j, below, n), context_);
+      gemm<T>(1, column, transposed(inverse(j)), 0, l_.block(j + n, j, below, n), context_);
     }
   }
 
@@ -66,14 +65,14 @@ class Cholesky {
     for (Index j = 0; j < m; j += kBlock) {
       const Index n = width(j);
       if (j > 0) gemm<T>(-1, l_.block(j, 0, n, j), x.topRows(j), 1, x.middleRows(j, n), context_);
-      multiply_block<Left::row_major>(j, x);
+      multiply_block(inverse(j), j, x);
     }
     for (Index j = last; j >= 0; j -= kBlock) {
       const Index n = width(j), below = m - j - n;
       if (below > 0) {
-        gemm<T, Left::column_major>(-1, l_.block(j + n, j, below, n), x.bottomRows(below), 1, x.middleRows(j, n), context_);
+        gemm<T>(-1, transposed(l_.block(j + n, j, below, n)), x.bottomRows(below), 1, x.middleRows(j, n), context_);
       }
-      multiply_block<Left::column_major>(j, x);
+      multiply_block(transposed(inverse(j)), j, x);
     }
   }
 
@@ -83,14 +82,13 @@ class Cholesky {
   Index width(Index j) const { return std::min(kBlock, l_.rows() - j); }
   MatrixRef<T> inverse(Index j) { return inverses_.block(j, 0, width(j), width(j)); }
 
-  /// Rows j .. of x, multiplied by the inverse of their diagonal block, or its transpose.
-  template <Left kLeft>
-  void multiply_block(Index j, MatrixRef<T> x) {
+  /// Rows j .. of x, multiplied by a: the inverse of their diagonal block, or its transpose.
+  void multiply_block(const Operand<T>& a, Index j, MatrixRef<T> x) {
     for (Index c = 0; c < x.cols(); c += kBlock) {
       MatrixRef<T> block = x.block(j, c, width(j), std::min(kBlock, x.cols() - c));
       MatrixRef<T> copy = copy_.topLeftCorner(block.rows(), block.cols());
       copy = block;
-      gemm<T, kLeft>(1, inverse(j), copy, 0, block, context_);
+      gemm<T>(1, a, copy, 0, block, context_);
     }
   }
 

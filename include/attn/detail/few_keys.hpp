@@ -41,8 +41,8 @@ struct FewKeys {
     const KeyTile<T> tile = reader.read(0, product.in.k.rows());
     const ConstMatrixRef<T> k(tile.k, tile.count, product.in.k.cols(), tile.k_stride),
         v(tile.v, tile.count, product.in.v.cols(), tile.v_stride);
-    const auto keys = Panels<T>::template pack<Right::transposed>(k, scratch);
-    const auto values = Panels<T>::template pack<Right::plain>(v, scratch);
+    const auto keys = Panels<T>::pack(transposed(k), scratch);
+    const auto values = Panels<T>::pack(v, scratch);
     const Index lanes = keys.packets * kLanes<T>;
     if (tile.bias == nullptr && lanes == tile.count) return {keys, values, nullptr};
     const std::span<T> bias = scratch.array<T>(lanes);

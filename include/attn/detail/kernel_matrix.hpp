@@ -77,7 +77,7 @@ void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const Const
   const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;
   const auto norms_from = copy_centered(x, origin, from, scratch), norms_to = copy_centered(y, origin, to, scratch);
   const T largest = parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity();
-  gemm<T, Left::row_major, Right::transposed>(scale, from, to, 0, out, context);
+  gemm<T>(scale, from, transposed(to), 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
     T* row = out.data() + i * out.outerStride();
     for (Index j = 0; j < out.cols(); ++j) {

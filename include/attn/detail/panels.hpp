@@ -1,9 +1,10 @@
-/// Right operands that several products share, packed once.
+/// Right operands of products, packed for the register tile, and the product with one.
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/gemm.hpp>
+#include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/register_tile.hpp>
 #include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
 
@@ -11,52 +12,140 @@
 
 namespace attn::detail {
 
-/// A right operand (depth, columns), packed for register tiles; its last packet is filled up with zeros.
+/// A matrix or the transpose of one: element (i, j) at data + i row_step + j column_step, one of which is 1.
+template <class T>
+struct Operand {
+  const T* data;
+  Index rows, cols, row_step, column_step;
+
+  Operand(const T* first, Index n_rows, Index n_cols, Index to_next_row, Index to_next_column)
+      : data(first), rows(n_rows), cols(n_cols), row_step(to_next_row), column_step(to_next_column) {}
+
+  template <RowMajorWithContiguousRows<T> M>
+  Operand(const M& m)  // NOLINT: implicit, as a view of it would be
+      : Operand(m.data(), m.rows(), m.cols(), row_stride(m.derived()), 1) {}
+
+  Operand some_rows(Range some) const { return {data + some.first * row_step, some.last - some.first, cols, row_step, column_step}; }
+};
+
+template <class M>
+Operand<typename M::Scalar> transposed(const M& m) {
+  return {m.data(), m.cols(), m.rows(), 1, row_stride(m.derived())};
+}
+
+template <class T>
+MatrixRef<T> rows_of(const MatrixRef<T>& m, Range rows) {
+  return {m.data() + rows.first * m.outerStride(), rows.last - rows.first, m.cols(), m.outerStride()};
+}
+
+/// What each row of a product is multiplied by: element i of data, or with step 0 one factor for all.
+template <class T>
+struct RowFactors {
+  const T* data;
+  Index step;
+};
+
+/// Some rows of c <- keep c + tile, whose rows hold width elements.
+template <class T>
+[[gnu::noinline]] void add_tile(const T* tile, Index rows, Index width, T keep, T* c, Index stride, Index columns) {
+  for (Index r = 0; r < rows; ++r, tile += width, c += stride) {
+    for (Index at = 0; at < columns; at += kLanes<T>) {
+      const auto x = load(tile + at);
+      store_row(c, at, columns, keep == 0 ? x : multiply_add(broadcast(keep), load_row(c, at, columns), x));
+    }
+  }
+}
+
+/// c <- keep c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is upcoming is fetched
+/// meanwhile.
+template <int kPackets, class T>
+[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T keep, MatrixRef<T> c,
+                                      const Upcoming& upcoming) {
+  constexpr int kRows = kPanelRows<kPackets>;
+  constexpr Index kWidth = kPackets * kLanes<T>;
+  alignas(64) T buffer[extent(kRows * kWidth)];
+  for (Index i = 0; i < a.rows; i += kRows) {
+    const Index rows = std::min<Index>(kRows, a.rows - i);
+    const bool stores = keep == 0 && c.cols() == kWidth && rows == kRows;
+    T* const to = c.data() + i * c.outerStride();
+    T* const out = stores ? to : buffer;
+    const Index out_stride = stores ? c.outerStride() : kWidth;
+    upcoming.fetch(i, kRows, a.rows);
+    Packet<T> tile[extent(kRows)][extent(kPackets)];
+    multiply_tile(a.data + i * a.row_step, rows, a.row_step, a.column_step, panel, a.cols, tile);
+    unroll<kRows>([&](int r) __attribute__((always_inline)) {
+      const auto x = broadcast(factor.data[(i + std::min<Index>(r, rows - 1)) * factor.step]);
+      unroll<kPackets>([&](int p) __attribute__((always_inline)) {
+        store_unaligned(out + r * out_stride + p * kLanes<T>, x * tile[r][p]);
+      });
+    });
+    if (!stores) add_tile<T>(buffer, rows, kWidth, keep, to, c.outerStride(), c.cols());
+  }
+}
+
+/// A right operand (depth, columns), packed; its last packet is filled up with zeros.
 template <class T>
 struct Panels {
   T* data;
   Index depth, packets;
 
-  template <Right kRight>
-  static Panels pack(const ConstMatrixRef<T>& b, Scratch& scratch) {
-    const Index depth = kRight == Right::plain ? b.rows() : b.cols(), columns = kRight == Right::plain ? b.cols() : b.rows();
-    const Index packets = (columns + kLanes<T> - 1) / kLanes<T>;
-    const Panels panels{scratch.array<T>(depth * packets * kLanes<T>).data(), depth, packets};
-    panels.for_each([&](Range strip, int count, T* panel) {
-      pack_right<kRight, T>(b, {0, depth}, {strip.first * kLanes<T>, std::min(columns, strip.last * kLanes<T>)}, count, panel);
-    });
+  static Panels pack(const Operand<T>& b, Scratch& scratch) {
+    const Index packets = (b.cols + kLanes<T> - 1) / kLanes<T>;
+    const Panels panels{scratch.array<T>(b.rows * packets * kLanes<T>).data(), b.rows, packets};
+    for (Index s = 0; s < panels.strips(); ++s) {
+      const Range strip = panels.strip(s);
+      for (Index p = strip.first; p < strip.last; ++p) {
+        pack_packet(b, p * kLanes<T>, panels.panel(strip) + (p - strip.first) * kLanes<T>, (strip.last - strip.first) * kLanes<T>);
+      }
+    }
     return panels;
   }
 
+  /// Strips of at most kPanelPackets packets of columns.
+  Index strips() const { return (packets + kPanelPackets - 1) / kPanelPackets; }
+
   /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at most kDepth terms
   /// at a time.
-  void multiply(const RowFactors<T>& factor, const ConstMatrixRef<T>& a, T keep, MatrixRef<T> c, Upcoming upcoming) const {
-    for_each([&](Range strip, int count, const T* panel) {
-      const Range columns{strip.first * kLanes<T>, std::min(c.cols(), strip.last * kLanes<T>)};
-      Index first = 0;
-      do {  // once even where there are no terms: their sum is 0
-        const Range terms{first, std::min(depth, first + kDepth)};
-        with_packets<kPanelPackets>(count, [&](auto width) {
-          multiply_panel<Left::row_major, width, T>(factor, a, terms, panel + first * count * kLanes<T>, first == 0 ? keep : T(1),
-                                                    c, {0, a.rows()}, columns, upcoming);
-        });
-        first = terms.last;
-        upcoming = {};
-      } while (first < depth);
-    });
+  void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c, Upcoming upcoming) const {
+    for (Index s = 0; s < strips(); ++s) {
+      multiply_strip(s, factor, a, keep, c, upcoming);
+      upcoming = {};
+    }
+  }
+
+  /// The same for the columns of one strip.
+  void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
+                      Upcoming upcoming) const {
+    const Range strip = this->strip(s);
+    const Index wide = strip.last - strip.first, column = strip.first * kLanes<T>;
+    const MatrixRef<T> to(c.data() + column, c.rows(), std::min(c.cols() - column, wide * kLanes<T>), c.outerStride());
+    Index first = 0;
+    do {  // once even where there are no terms: their sum is 0
+      const Index last = std::min(depth, first + kDepth);
+      const Operand<T> terms(a.data + first * a.column_step, a.rows, last - first, a.row_step, a.column_step);
+      with_packets<kPanelPackets>(static_cast<int>(wide), [&](auto width) {
+        multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? keep : T(1), to, upcoming);
+      });
+      first = last;
+      upcoming = {};
+    } while (first < depth);
   }
 
  private:
   static constexpr Index kDepth = 256;
 
-  /// body(packets, how many, panel)
-  template <class Body>
-  void for_each(const Body& body) const {
-    const Index strips = (packets + kPanelPackets - 1) / kPanelPackets;
-    for (Index s = 0; s < strips; ++s) {
-      const Range strip = nth_part(packets, strips, s);
-      body(strip, static_cast<int>(strip.last - strip.first), data + strip.first * kLanes<T> * depth);
+  Range strip(Index s) const { return nth_part(packets, strips(), s); }
+  T* panel(Range strip) const { return data + strip.first * kLanes<T> * depth; }
+
+  /// Columns column .. of b, kLanes of them, into rows of a panel that lie stride apart.
+  static void pack_packet(const Operand<T>& b, Index column, T* to, Index stride) {
+    if (b.column_step == 1) {
+      for (Index l = 0; l < b.rows; ++l) store(to + l * stride, load_row(b.data + l * b.row_step, column, b.cols));
+      return;
     }
+    const T* rows[kLanes<T>];
+    for (Index i = 0; i < kLanes<T>; ++i) rows[i] = column + i < b.cols ? b.data + (column + i) * b.column_step : nullptr;
+    pack_rows<T>(rows, b.rows, nullptr, T(1), to, stride);
   }
 };
 

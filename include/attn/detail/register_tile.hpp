@@ -4,6 +4,7 @@
 #include <attn/detail/simd.hpp>
 #include <attn/matrix.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <type_traits>
 #include <utility>
@@ -42,22 +43,17 @@ template <int kRows, int kPackets, class Body>
   unroll<kRows * kPackets>([&](int i) __attribute__((always_inline)) { body(i / kPackets, i % kPackets); });
 }
 
-/// How the left operand of a tile lies in memory: element (row, l) at row * stride + l, or at row + l * stride.
-enum class Left { row_major, column_major };
-
-/// tile[r][p] = sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps.
-/// b is a panel: row l holds kPackets packets, aligned, one row after another.
-template <Left kLeft, std::size_t kRowExtent, std::size_t kPacketExtent, class T>
-[[gnu::always_inline]] inline void multiply_tile(const T* a, Index stride, const T* b, Index depth,
-                                                 Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
-  constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
+/// tile[r][p] = sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps. Element (r, l) of a is at
+/// a + r row_step + l step. b is a panel: row l holds kPackets packets, aligned, one row after another. Where a has fewer rows than the
+/// tile, its last one stands for those that are missing: one kernel, unrolled once, serves the end of a matrix too.
+template <int kRows, int kPackets, class T>
+[[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b, Index depth,
+                                                 Packet<T> (&tile)[kRows][kPackets]) {
   unroll<kRows, kPackets>([&](int r, int p) __attribute__((always_inline)) { tile[r][p] = broadcast(T(0)); });
-  const T* row[kRowExtent];
-  unroll<kRows>([&](int r)
-                    __attribute__((always_inline)) { row[r] = kLeft == Left::row_major ? a + r * stride : a + r; });
-  const Index step = kLeft == Left::row_major ? 1 : stride;
+  const T* row[kRows];
+  unroll<kRows>([&](int r) __attribute__((always_inline)) { row[r] = a + std::min<Index>(r, rows - 1) * row_step; });
   for (Index l = 0, at = 0; l < depth; ++l, at += step) {
-    Packet<T> column[kPacketExtent];
+    Packet<T> column[kPackets];
     unroll<kPackets>([&](int p) __attribute__((always_inline)) { column[p] = load(b + p * kLanes<T>); });
     b += kPackets * kLanes<T>;
     unroll<kRows>([&](int r) __attribute__((always_inline)) {
@@ -68,22 +64,21 @@ template <Left kLeft, std::size_t kRowExtent, std::size_t kPacketExtent, class T
   }
 }
 
-/// body(std::integral_constant<int, packets>) for at most kMost packets.
+/// body(std::integral_constant<int, packets>) for 1 to kMost packets, at most 4.
 template <int kMost, class Body>
 inline void with_packets(int packets, const Body& body) {
-  if constexpr (kMost > 1) {
-    if (packets < kMost) return with_packets<kMost - 1>(packets, body);
+  static_assert(kMost == 3 || kMost == 4);
+  if (packets == 1) return body(std::integral_constant<int, 1>{});
+  if (packets == 2) return body(std::integral_constant<int, 2>{});
+  if constexpr (kMost == 4) {
+    if (packets == 4) return body(std::integral_constant<int, 4>{});
   }
-  body(std::integral_constant<int, kMost>{});
+  body(std::integral_constant<int, 3>{});
 }
 
-/// body(first, rows) over [0, n) in tiles of kTileRows rows, then of half as many, down to 1; rows is a std::integral_constant.
-template <int kRows = kTileRows, class Body>
-[[gnu::always_inline]] inline void for_each_tile(Index n, const Body& body, Index first = 0) {
-  for (; first + kRows <= n; first += kRows) body(first, std::integral_constant<int, kRows>{});
-  if constexpr (kRows > 1) {
-    if (first < n) for_each_tile<kRows / 2>(n, body, first);
-  }
+/// n rounded up to whole tiles of rows: what is written a tile at a time has room for so many.
+constexpr Index whole_tiles(Index n) {
+  return (n + kTileRows - 1) / kTileRows * kTileRows;
 }
 
 }  // namespace attn::detail

@@ -32,10 +32,10 @@ struct ShiftedPinv {
     pinv.invert<T>(a, z, context);
     gemm<T>(1, z, x, 0, once, context);
     donce = dx;
-    gemm<T, Left::column_major>(-delta, z, dx, 1, donce, context);
-    gemm<T, Left::row_major, Right::transposed>(1, donce, x, 0, dz, context);
-    gemm<T, Left::row_major, Right::transposed>(-delta, dx, once, 1, dz, context);
-    gemm<T, Left::column_major>(1, z, donce, 0, dx, context);
+    gemm<T>(-delta, transposed(z), dx, 1, donce, context);
+    gemm<T>(1, donce, transposed(x), 0, dz, context);
+    gemm<T>(-delta, dx, transposed(once), 1, dz, context);
+    gemm<T>(1, transposed(z), donce, 0, dx, context);
     pinv.invert_backward<T>(a, dz, da, context);
   }
 };

@@ -118,11 +118,11 @@ struct ShiftPanels {
   ShiftPanels(const ShiftFactors<T>& factors, Scratch& scratch)
       : scale(factors.scale * std::numbers::log2e_v<T>),
         half_square(scale * factors.scale / 2),
-        k_land(Panels<T>::template pack<Right::transposed>(factors.k_land, scratch)),
-        q_land(Panels<T>::template pack<Right::transposed>(factors.q_land, scratch)),
-        variance(Panels<T>::template pack<Right::transposed>(factors.variance, scratch)),
-        z(Panels<T>::template pack<Right::plain>(factors.z, scratch)),
-        values(Panels<T>::template pack<Right::plain>(factors.values, scratch)),
+        k_land(Panels<T>::pack(transposed(factors.k_land), scratch)),
+        q_land(Panels<T>::pack(transposed(factors.q_land), scratch)),
+        variance(Panels<T>::pack(transposed(factors.variance), scratch)),
+        z(Panels<T>::pack(factors.z, scratch)),
+        values(Panels<T>::pack(factors.values, scratch)),
         lse(scratch.array<T>(factors.z.rows())) {
     std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](T x) { return x * std::numbers::log2e_v<T>; });
   }

@@ -35,7 +35,7 @@ class BlockRunner {
       strip.queries = scratch.array<T>(kWidth * d).data();
       strip.query_bias = scratch.array<T>(kWidth).data();
       for (LaneState<T>* state : {&strip.recent, &strip.total}) {
-        *state = {scratch.array<T>(kWidth).data(), scratch.array<T>(kWidth).data(), scratch.array<T>(kWidth * d_v).data()};
+        *state = {scratch.array<T>(kWidth).data(), scratch.array<T>(kWidth).data(), scratch.array<T>(kWidth * whole_tiles(d_v)).data()};
       }
     }
   }
@@ -159,7 +159,7 @@ class BlockRunner {
                                                               : -strip.query_bias[i];
     }
     std::fill_n(state.sum, strip.lanes(), T(0));
-    std::fill_n(state.weighted, strip.lanes() * product_.in.v.cols(), T(0));
+    std::fill_n(state.weighted, strip.lanes() * whole_tiles(product_.in.v.cols()), T(0));
   }
 
   /// to <- factor times the rows of a strip; dropped queries become 0.

@@ -15,6 +15,7 @@
 #include <attn/detail/exp2.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
+#include <attn/detail/panels.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/register_tile.hpp>
 #include <attn/detail/streamed.hpp>
@@ -86,23 +87,19 @@ template <int kPackets, class T>
 template <class T>
 [[gnu::noinline]] void add_to_keys(const T* panel, Index lanes, const T* slices, const KeyTile<T>& tile, Index count, MatrixRef<T> to) {
   for (Index c = 0; c < to.cols(); c += kSliceWidth<T>, slices += lanes * kSliceWidth<T>) {
-    for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
-      Packet<T> added[extent(rows)][extent(kSlicePackets)];
-      multiply_tile<Left::row_major>(panel + j * lanes, lanes, slices, lanes, added);
-      unroll<rows>([&](int r) __attribute__((always_inline)) {
+    for (Index j = 0; j < count; j += kTileRows) {
+      Packet<T> added[extent(kTileRows)][extent(kSlicePackets)];
+      multiply_tile(panel + j * lanes, count - j, lanes, 1, slices, lanes, added);
+      unroll<kTileRows>([&](int r) __attribute__((always_inline)) {
+        if (j + r >= count) return;
         T* row = to.data() + tile.row(j + r) * to.outerStride();
         unroll<kSlicePackets>([&](int p) __attribute__((always_inline)) {
           const Index at = c + p * kLanes<T>;
           if (at < to.cols()) store_row(row, at, to.cols(), load_row(row, at, to.cols()) + added[r][p]);
         });
       });
-    });
+    }
   }
-}
-
-template <class T>
-MatrixRef<T> rows_of(const MatrixRef<T>& m, Range rows) {
-  return {m.data() + rows.first * m.outerStride(), rows.last - rows.first, m.cols(), m.outerStride()};
 }
 
 /// Where a task of the backward pass adds up: dq (n_q, d) of its keys, dk (n_k, d), dv (n_k, d_v) and dbias (n_k) of its queries.
@@ -128,7 +125,7 @@ class BackwardRunner {
     std::fill_n(ones_, kWidth, T(1));
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Lanes& strip : strips_) {
-      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.array<T>(kWidth * d).data();
+      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.array<T>(kWidth * whole_tiles(d)).data();
       for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.array<T>(kWidth).data();
       strip.douts = scratch.array<T>(kWidth * d_v).data();
       strip.query_rows = scratch.array<T>(slices_size<T>(d, kWidth)).data();
@@ -194,7 +191,7 @@ class BackwardRunner {
       store(strip.log_divisor + p, broadcast(product_.space.bias) * squares);
     }
     for (Index i = 0; i < lanes; ++i) set_statistics(strip, i);
-    std::fill_n(strip.dq, lanes * d, T(0));
+    std::fill_n(strip.dq, lanes * whole_tiles(d), T(0));
     std::fill_n(strip.slope_sum, lanes, T(0));
   }
 

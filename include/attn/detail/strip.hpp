@@ -32,7 +32,7 @@ template <class T>
 inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
 
 /// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and weighted (d_v rows)
-/// add up.
+/// add up. weighted has room for whole tiles.
 template <class T>
 struct LaneState {
   T *maximum, *sum, *weighted;
@@ -49,37 +49,43 @@ struct Strip {
   Index lanes() const { return packets * kLanes<T>; }
 };
 
-/// Scores of count keys for a strip, into a panel; their maximum into maximum.
+/// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum.
 template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
                                   const Upcoming& upcoming) {
   constexpr int kWidth = kPackets * kLanes<T>;
   Packet<T> top[extent(kPackets)];
   unroll<kPackets>([&](int p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
-  for_each_tile(count, [&](Index j, auto rows) __attribute__((always_inline)) {
-    upcoming.fetch(j, rows, count);
-    Packet<T> score[extent(rows)][extent(kPackets)];
-    multiply_tile<Left::row_major>(tile.k + j * tile.k_stride, tile.k_stride, queries, d, score);
+  for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kWidth) {
+    upcoming.fetch(j, kTileRows, count);
+    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    multiply_tile(tile.k + j * tile.k_stride, count - j, tile.k_stride, 1, queries, d, score);
     if (tile.bias != nullptr) {
-      unroll<rows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
-        score[r][p] = score[r][p] + broadcast(tile.bias[j + r]);
+      unroll<kTileRows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
+        score[r][p] = score[r][p] + broadcast(tile.bias[std::min(j + r, count - 1)]);
       });
     }
-    unroll<rows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
+    unroll<kTileRows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
       top[p] = max(top[p], score[r][p]);
-      store(panel + (j + r) * kWidth + p * kLanes<T>, score[r][p]);
+      store(panel + r * kWidth + p * kLanes<T>, score[r][p]);
     });
-  });
+  }
   unroll<kPackets>([&](int p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
 }
 
 /// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
 enum class Maximum { running, fixed };
 
-/// Turns a panel of scores into weights relative to maximum, and adds them to sum. A fixed maximum also limits scores
-/// that rounding lifts above it: where the last digit of |q|^2 is above 1, their weights could be any numbers.
-template <int kPackets, Maximum kMaximum, class T>
-[[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T* sum) {
+/// What no exponent of a weight is above, but for rounding.
+template <class T>
+T highest_exponent(Maximum maximum) {
+  return maximum == Maximum::fixed ? T(0) : std::numeric_limits<T>::infinity();
+}
+
+/// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where the maximum is
+/// fixed, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their weights could be any numbers).
+template <int kPackets, class T>
+[[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T limit, T* sum) {
   Packet<T> top[extent(kPackets)], total[extent(kPackets)];
   unroll<kPackets>([&](int p) __attribute__((always_inline)) {
     top[p] = load(maximum + p * kLanes<T>);
@@ -87,9 +93,7 @@ template <int kPackets, Maximum kMaximum, class T>
   });
   for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
     unroll<kPackets>([&](int p) __attribute__((always_inline)) {
-      auto exponent = load(panel + p * kLanes<T>) - top[p];
-      if constexpr (kMaximum == Maximum::fixed) exponent = min(exponent, broadcast(T(0)));
-      const auto weight = exp2(exponent);
+      const auto weight = exp2(min(load(panel + p * kLanes<T>) - top[p], broadcast(limit)));
       total[p] = total[p] + weight;
       store(panel + p * kLanes<T>, weight);
     });
@@ -99,20 +103,19 @@ template <int kPackets, Maximum kMaximum, class T>
   });
 }
 
-/// weighted <- correction weighted + v^T weights, over count keys.
+/// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
 template <int kPackets, class T>
 [[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count, const T* correction,
                                   T* weighted, const Upcoming& upcoming) {
-  constexpr int kWidth = kPackets * kLanes<T>;
-  for_each_tile(d_v, [&](Index c, auto rows) __attribute__((always_inline)) {
-    upcoming.fetch(c, rows, d_v);
-    Packet<T> tile[extent(rows)][extent(kPackets)];
-    multiply_tile<Left::column_major>(v + c, v_stride, weights, count, tile);
-    unroll<rows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
-      T* to = weighted + (c + r) * kWidth + p * kLanes<T>;
-      store(to, multiply_add(load(to), load(correction + p * kLanes<T>), tile[r][p]));
+  for (Index c = 0; c < d_v; c += kTileRows) {
+    upcoming.fetch(c, kTileRows, d_v);
+    Packet<T> tile[extent(kTileRows)][extent(kPackets)];
+    multiply_tile(v + c, d_v - c, 1, v_stride, weights, count, tile);
+    unroll<kTileRows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
+      store(weighted, multiply_add(load(weighted), load(correction + p * kLanes<T>), tile[r][p]));
+      weighted += kLanes<T>;
     });
-  });
+  }
 }
 
 /// Feeds strips with tiles of keys. One for each worker: it owns the panel of weights and a few rows of statistics.
@@ -136,16 +139,14 @@ class StripKernel {
     const Index seen_by_all = limit == kNoLimit ? count : tile.visible(limit);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
-      if (seen_by_all < count) hide_future(strip, tile, seen_by_all, count, limit);
-      raise_maximum(strip);
-      if (maximum_ == Maximum::fixed) {
-        weigh<packets, Maximum::fixed>(panel_, count, strip.state.maximum, strip.state.sum);
-      } else {
-        weigh<packets, Maximum::running>(panel_, count, strip.state.maximum, strip.state.sum);
-      }
-      if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values<packets>(strip, tile, count, limit);
-      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, strip.state.weighted, upcoming[1]);
     });
+    if (seen_by_all < count) hide_future(strip, tile, seen_by_all, count, limit);
+    raise_maximum(strip);
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      weigh<packets>(panel_, count, strip.state.maximum, highest_exponent<T>(maximum_), strip.state.sum);
+    });
+    if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values(strip, tile, count, limit);
+    add_weighted(strip, tile.v, tile.v_stride, count, upcoming[1]);
   }
 
   static constexpr Index kNoLimit = std::numeric_limits<Index>::max();
@@ -181,6 +182,12 @@ class StripKernel {
     }
   }
 
+  void add_weighted(const Strip<T>& strip, const T* v, Index v_stride, Index count, const Upcoming& upcoming) const {
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      add_values<packets>(v, v_stride, d_v_, panel_, count, correction_, strip.state.weighted, upcoming);
+    });
+  }
+
   /// Whether the values of keys that only some of a strip's queries see are finite: a weight of 0 then hides them.
   bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
     auto zero = broadcast(T(0));
@@ -193,7 +200,6 @@ class StripKernel {
 
   /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see them.
   /// A query that sees only finite ones gets the bits that it would get from add_values.
-  template <int kPackets>
   void add_seen_values(const Strip<T>& strip, const KeyTile<T>& tile, Index count, Index limit) const {
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
@@ -201,7 +207,7 @@ class StripKernel {
         finite_values_[j * d_v_ + c] = std::isfinite(x) ? x : T(0);
       }
     }
-    add_values<kPackets>(finite_values_, d_v_, d_v_, panel_, count, correction_, strip.state.weighted, {});
+    add_weighted(strip, finite_values_, d_v_, count, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];

@@ -26,7 +26,7 @@ class Upcoming {
   /// The share of all rows that falls to steps [first, first + count) of a loop of so many steps.
   [[gnu::always_inline]] inline void fetch(Index first, Index count, Index steps) const {
     if (memory_.rows == 0) return;
-    const Index last = memory_.rows * (first + count) / steps;
+    const Index last = memory_.rows * std::min(first + count, steps) / steps;
     for (Index row = memory_.rows * first / steps; row < last; ++row) fetch_row(row);
   }
 
