@@ -22,18 +22,19 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
 
   # GCC 12's AVX-512 intrinsics read a variable that they leave uninitialised on purpose (GCC bug 105593), so that there any
   # reduction or product of Eigen's warns. Only where that is so is the warning off.
+  set(CMAKE_REQUIRED_FLAGS "-O3 -Wall -Werror")
   if(ATTN_NATIVE AND ATTN_HAS_MARCH_NATIVE)
-    set(CMAKE_REQUIRED_FLAGS "-O3 -march=native -Wall -Werror")
-    set(CMAKE_REQUIRED_LIBRARIES Eigen3::Eigen)
-    check_cxx_source_compiles("
-      #include <Eigen/Core>
-      double sum(const Eigen::VectorXd& v) { return v.sum(); }
-      int main() {}" ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
-    unset(CMAKE_REQUIRED_FLAGS)
-    unset(CMAKE_REQUIRED_LIBRARIES)
-    if(NOT ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
-      target_compile_options(attn_own_settings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
-    endif()
+    string(APPEND CMAKE_REQUIRED_FLAGS " -march=native")
+  endif()
+  set(CMAKE_REQUIRED_LIBRARIES Eigen3::Eigen)
+  check_cxx_source_compiles("
+    #include <Eigen/Core>
+    double sum(const Eigen::VectorXd& v) { return v.sum(); }
+    int main() {}" ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
+  unset(CMAKE_REQUIRED_FLAGS)
+  unset(CMAKE_REQUIRED_LIBRARIES)
+  if(NOT ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
+    target_compile_options(attn_own_settings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
   endif()
 endif()
 

@@ -14,8 +14,8 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -160,14 +160,12 @@ std::span<const MethodEntry<T>> methods() {
 /// The method of that name. Throws std::invalid_argument with the names that there are.
 template <class T>
 AnyApproximator<T> make_approximator(std::string_view name, const MethodOptions& options = {}) {
-  std::ostringstream names;
+  std::string names;
   for (const MethodEntry<T>& method : methods<T>()) {
     if (method.name == name) return method.make(options);
-    names << (names.tellp() > 0 ? ", " : "") << method.name;
+    names.append(names.empty() ? "" : ", ").append(method.name);
   }
-  detail::refuse("make_approximator", "no method is called \"", name, "\"; there are ", names.str());
+  detail::refuse("make_approximator", "no method is called \"", name, "\"; there are ", std::string_view(names));
 }
-
-static_assert(Approximator<AnyApproximator<float>>);
 
 }  // namespace attn

@@ -47,12 +47,25 @@ concept Executor = std::movable<E> && requires(E& e, Index n, const TaskRef& tas
 
 namespace detail {
 
-/// Grow-only stack of memory. The same sequence of requests finds the same blocks again, so it allocates at most once.
+/// Grow-only stack of memory, a list of blocks. The same sequence of requests finds the same blocks again, so it allocates at most once.
 class Arena {
+  struct Block;
+
  public:
   struct Mark {
-    std::size_t block = 0, used = 0, total = 0;
+    Block* block = nullptr;  ///< null: before the first
+    std::size_t used = 0, total = 0;
   };
+
+  Arena() = default;
+  Arena(Arena&& other) noexcept { *this = std::move(other); }
+  Arena& operator=(Arena&& other) noexcept {
+    std::swap(first_, other.first_);
+    std::swap(top_, other.top_);
+    std::swap(peak_, other.peak_);
+    return *this;
+  }
+  ~Arena() { drop(first_); }
 
   Mark mark() const { return top_; }
   void release(Mark mark) { top_ = mark; }
@@ -62,18 +75,17 @@ class Arena {
 
   /// Makes room for any requests of so many bytes together. Nothing may be taken.
   void reserve(std::size_t bytes) {
-    if (bytes == 0 || (!blocks_.empty() && blocks_.front().size >= bytes)) return;
-    Block block = allocate(bytes);
-    blocks_.clear();
-    blocks_.push_back(std::move(block));
+    if (bytes == 0 || (first_ != nullptr && first_->size >= bytes)) return;
+    replace(first_, bytes);
   }
 
-  /// 64-byte aligned memory, valid until a mark taken before is released. Throws std::bad_alloc, and is then as it was. Not inlined: the
-  /// many places that take memory would grow by a tenth.
-  [[gnu::noinline]] std::byte* take(std::size_t bytes) {
-    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    if (blocks_.empty() || blocks_[top_.block].size - top_.used < bytes) next_block(bytes);
-    std::byte* p = blocks_[top_.block].data.get() + top_.used;
+  /// 64-byte aligned memory for n objects of size bytes each, valid until a mark taken before is released. Throws std::bad_alloc, and is
+  /// then as it was. Not inlined: the many places that take memory would grow by a tenth.
+  [[gnu::noinline]] std::byte* take(Index n, std::size_t size) {
+    if (n < 0 || static_cast<std::size_t>(n) > static_cast<std::size_t>(PTRDIFF_MAX) / size) throw std::bad_alloc();
+    const std::size_t bytes = (static_cast<std::size_t>(n) * size + kAlignment - 1) / kAlignment * kAlignment;
+    if (top_.block == nullptr || top_.block->size - top_.used < bytes) next_block(bytes);
+    std::byte* p = top_.block->data() + top_.used;
     top_.used += bytes;
     top_.total += bytes;
     peak_ = std::max(peak_, top_.total);
@@ -81,45 +93,47 @@ class Arena {
   }
 
   /// What all blocks hold together.
-  std::size_t bytes() const {
-    std::size_t total = 0;
-    for (const Block& block : blocks_) total += block.size;
-    return total;
-  }
+  std::size_t bytes() const { return bytes_from(first_); }
 
  private:
   static constexpr std::size_t kAlignment = 64, kSmallestBlock = std::size_t{1} << 16;
 
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{kAlignment}); }
-  };
-  struct Block {
-    std::unique_ptr<std::byte[], Free> data;
-    std::size_t size = 0;
+  /// Heads memory of so many bytes.
+  struct alignas(kAlignment) Block {
+    Block* next;
+    std::size_t size;
+
+    std::byte* data() { return reinterpret_cast<std::byte*>(this + 1); }
   };
 
-  static Block allocate(std::size_t bytes) {
+  static std::size_t bytes_from(const Block* block) {
+    std::size_t total = 0;
+    for (; block != nullptr; block = block->next) total += block->size;
+    return total;
+  }
+
+  static void drop(Block* block) {
+    while (block != nullptr) ::operator delete(std::exchange(block, block->next), std::align_val_t{kAlignment});
+  }
+
+  /// Puts one block in the place of all from the given one on.
+  static void replace(Block*& block, std::size_t bytes) {
     const std::size_t size = std::max(bytes, kSmallestBlock);
-    return {std::unique_ptr<std::byte[], Free>(static_cast<std::byte*>(::operator new[](size, std::align_val_t{kAlignment}))), size};
+    if (size > static_cast<std::size_t>(PTRDIFF_MAX) - sizeof(Block)) throw std::bad_alloc();
+    void* memory = ::operator new(sizeof(Block) + size, std::align_val_t{kAlignment});
+    drop(block);
+    block = new (memory) Block{nullptr, size};
   }
 
   /// Moves on to the next block. A missing one is made; one that is too small, and all after it, become one, which is as large as
   /// they are together, so that whatever fitted the blocks before fits them now.
   void next_block(std::size_t bytes) {
-    const std::size_t next = blocks_.empty() ? 0 : top_.block + 1;
-    if (next == blocks_.size()) {
-      blocks_.push_back(allocate(bytes));
-    } else if (blocks_[next].size < bytes) {
-      std::size_t following = 0;
-      for (std::size_t i = next; i < blocks_.size(); ++i) following += blocks_[i].size;
-      Block block = allocate(std::max(bytes, following));
-      blocks_.resize(next);
-      blocks_.push_back(std::move(block));
-    }
+    Block*& next = top_.block == nullptr ? first_ : top_.block->next;
+    if (next == nullptr || next->size < bytes) replace(next, std::max(bytes, bytes_from(next)));
     top_ = {next, 0, top_.total};
   }
 
-  std::vector<Block> blocks_;
+  Block* first_ = nullptr;
   Mark top_;
   std::size_t peak_ = 0;
 };
@@ -163,27 +177,31 @@ class Scratch {
 
   /// n elements, 64-byte aligned, uninitialised.
   template <class T>
-    requires std::is_trivially_destructible_v<T>
+    requires std::is_trivially_default_constructible_v<T> && std::is_trivially_destructible_v<T>
   std::span<T> array(Index n) {
-    if (n < 0 || static_cast<std::size_t>(n) > static_cast<std::size_t>(PTRDIFF_MAX) / sizeof(T)) throw std::bad_alloc();
-    T* data = reinterpret_cast<T*>(arena_.take(static_cast<std::size_t>(n) * sizeof(T)));
-    std::uninitialized_default_construct_n(data, n);
-    return {data, static_cast<std::size_t>(n)};
+    return {elements<T>(n), static_cast<std::size_t>(n)};
   }
 
-  /// n objects, each constructed from args. Never destroyed, so they must not need to be.
+  /// The first of them.
+  template <class T>
+    requires std::is_trivially_default_constructible_v<T> && std::is_trivially_destructible_v<T>
+  T* elements(Index n) {
+    return reinterpret_cast<T*>(arena_.take(n, sizeof(T)));
+  }
+
+  /// n objects, each constructed from args; the first of them. Never destroyed, so they must not need to be.
   template <class T, class... Args>
     requires std::is_trivially_destructible_v<T>
-  std::span<T> make(Index n, Args&... args) {
-    T* data = reinterpret_cast<T*>(arena_.take(static_cast<std::size_t>(n) * sizeof(T)));
+  T* make(Index n, Args&... args) {
+    T* data = reinterpret_cast<T*>(arena_.take(n, sizeof(T)));
     for (Index i = 0; i < n; ++i) std::construct_at(data + i, args...);
-    return {data, static_cast<std::size_t>(n)};
+    return data;
   }
 
   /// A (rows, cols) matrix without padding, uninitialised.
   template <class T>
-  MatrixRef<T> matrix(Index rows, Index cols) {
-    return {array<T>(rows * cols).data(), rows, cols, cols};
+  [[gnu::noinline]] MatrixRef<T> matrix(Index rows, Index cols) {
+    return {elements<T>(rows * cols), rows, cols, cols};
   }
 
  private:
@@ -203,6 +221,12 @@ class Context {
   template <class E>
     requires(!std::same_as<E, Context> && Executor<E>)
   explicit Context(E executor) : executor_(std::make_unique<Holder<E>>(std::move(executor))) {}
+
+  /// Takes the executor and the memory of another.
+  Context(Context&&) = default;
+  /// Takes the executor and the memory of another.
+  Context& operator=(Context&&) = default;
+  [[gnu::noinline]] ~Context() = default;  // it contains others, whose destruction would be inlined into this one's
 
   /// Threads that may work at once, at least 1.
   int workers() { return std::max(1, executor_->workers()); }

@@ -4,6 +4,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/cholesky.hpp>
+#include <attn/detail/elementwise.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/matrix.hpp>
@@ -37,7 +38,7 @@ struct RidgeInverse {
   template <class T>
   void apply(MatrixRef<T> a, MatrixRef<T> x, Context& context) const {
     Scratch scratch = context.scratch();
-    a.diagonal().array() += static_cast<T>(gamma);
+    detail::add_to_diagonal(a, static_cast<T>(gamma));
     detail::Cholesky<T>(a, scratch, context).solve(x);
   }
   /// @}
@@ -46,7 +47,7 @@ struct RidgeInverse {
   template <class T>
   void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
     Scratch scratch = context.scratch();
-    a.diagonal().array() += static_cast<T>(gamma);
+    detail::add_to_diagonal(a, static_cast<T>(gamma));
     detail::Cholesky<T> factor(a, scratch, context);
     factor.solve(x);
     factor.solve(dx);
@@ -77,14 +78,14 @@ void iterate_pinv(const ConstMatrixRef<T>& a, MatrixRef<T> z, int iterations, Co
   auto az = scratch.matrix<T>(m, m), even = scratch.matrix<T>(m, m), odd = scratch.matrix<T>(m, m);
   for (int i = 0; i < iterations; ++i) {
     gemm<T>(1, a, z, 0, az, context);
-    even = -az;
-    even.diagonal().array() += T(7);
+    set_scaled(even, -1, az);
+    add_to_diagonal(even, 7);
     gemm<T>(-1, az, even, 0, odd, context);
-    odd.diagonal().array() += T(15);
+    add_to_diagonal(odd, 15);
     gemm<T>(-1, az, odd, 0, even, context);
-    even.diagonal().array() += T(13);
+    add_to_diagonal(even, 13);
     gemm<T>(T(0.25), z, even, 0, odd, context);
-    z = odd;
+    set_scaled(z, 1, odd);
   }
 }
 
@@ -109,12 +110,12 @@ void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& 
   for (int i = iterations - 1; i >= 0; --i) {
     const MatrixRef<T> before = iterate(i);
     gemm<T>(1, a, before, 0, x, context);
-    e1 = -x;
-    e1.diagonal().array() += T(7);
+    set_scaled(e1, -1, x);
+    add_to_diagonal(e1, 7);
     gemm<T>(-1, x, e1, 0, e2, context);
-    e2.diagonal().array() += T(15);
+    add_to_diagonal(e2, 15);
     gemm<T>(-1, x, e2, 0, e3, context);
-    e3.diagonal().array() += T(13);
+    add_to_diagonal(e3, 13);
     gemm<T>(T(0.25), transposed(before), dz, 0, de, context);  // de3
     gemm<T>(T(0.25), dz, transposed(e3), 0, next, context);
     gemm<T>(-1, de, transposed(e2), 0, dx, context);
@@ -123,7 +124,7 @@ void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& 
     gemm<T>(1, transposed(x), e3, 1, dx, context);  // -de1
     gemm<T>(1, dx, transposed(before), 1, da, context);
     gemm<T>(1, transposed(a), dx, 1, next, context);
-    dz = next;
+    set_scaled(dz, 1, next);
   }
 }
 
@@ -160,8 +161,8 @@ struct IterativePinv {
   /// z (m, m) <- what stands for the inverse of a (m, m).
   template <class T>
   void invert(const ConstMatrixRef<T>& a, MatrixRef<T> z, Context& context) const {
-    z = a.transpose();
-    z /= detail::largest_row_sum<T>(a) * detail::largest_row_sum<T>(z);
+    detail::set_transposed(z, 1, a);
+    detail::set_scaled(z, 1 / (detail::largest_row_sum<T>(a) * detail::largest_row_sum<T>(z)), z);
     detail::iterate_pinv<T>(a, z, iterations, context);
   }
 
@@ -170,7 +171,7 @@ struct IterativePinv {
     Scratch scratch = context.scratch();
     MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), old = scratch.matrix<T>(x.rows(), x.cols());
     invert<T>(a, z, context);
-    old = x;
+    detail::set_scaled(old, 1, x);
     detail::gemm<T>(1, z, old, 0, x, context);
   }
   /// @}
@@ -265,7 +266,7 @@ struct PreconditionedPinv {
   /// a <- P = s (a + gamma I) s, scale <- s = D^-1/2 with D the row sums.
   template <class T>
   void precondition(MatrixRef<T> a, MatrixRef<T> scale) const {
-    a.diagonal().array() += static_cast<T>(gamma);
+    detail::add_to_diagonal(a, static_cast<T>(gamma));
     for (Index i = 0; i < a.rows(); ++i) scale(i, 0) = 1 / std::sqrt(detail::largest_row_sum<T>(a.row(i)));
     for (Index i = 0; i < a.rows(); ++i) a.row(i).array() *= scale(i, 0) * scale.col(0).transpose().array();
   }
@@ -285,7 +286,5 @@ struct PreconditionedPinv {
     }
   }
 };
-
-static_assert(Core<RidgeInverse, float> && Core<IterativePinv, float> && Core<PreconditionedPinv, float>);
 
 }  // namespace attn

@@ -95,6 +95,4 @@ using SoftmaxAttention = ExactAttention<T, SoftmaxKernel>;
 template <class T>
 using GaussianAttention = ExactAttention<T, GaussianKernel>;
 
-static_assert(Approximator<SoftmaxAttention<float>> && Approximator<GaussianAttention<float>>);
-
 }  // namespace attn

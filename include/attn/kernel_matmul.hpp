@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <limits>
 #include <memory>
 #include <numbers>
@@ -49,7 +50,7 @@ const T* choose_center(const Sources<T>& in, Scratch& scratch) {
   const std::span<T> center = scratch.array<T>(in.k.cols());
   std::fill(center.begin(), center.end(), T(0));
   Scratch temporary = scratch.nested();
-  T* buffer = temporary.array<T>(in.k.cols()).data();
+  T* buffer = temporary.elements<T>(in.k.cols());
   Index sampled = 0, until_next = 0;
   for (Index j = 0; j < in.k.rows() && sampled * step < in.k.rows(); ++j) {
     if (!keeps_key(in, j) || until_next-- > 0) continue;
@@ -70,9 +71,13 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   check_finite(kMatmulName, "scale", parameters.scale);
   check_finite(kMatmulName, "bias", parameters.bias);
   const bool bounded = parameters.bounded() && in.key_bias.empty();
-  const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
+  const T* center = nullptr;
+  if constexpr (!std::same_as<Kernel, SoftmaxKernel>) {  // which has no bias; what it does not need is not compiled
+    const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
+    if (is_gaussian) center = choose_center(in, scratch);
+  }
   return {.in = in,
-          .space = {.center = is_gaussian ? choose_center(in, scratch) : nullptr,
+          .space = {.center = center,
                     .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
                     .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
                     .bias_origin = choose_bias_origin(in)},
@@ -97,13 +102,11 @@ void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& f
   for (std::size_t i = 0; i < into.sum.size(); ++i) {
     const T top = std::max(into.maximum[i], from.maximum[i]);
     const T keep = std::exp2(into.maximum[i] - top), add = std::exp2(from.maximum[i] - top);
-    const Index row = static_cast<Index>(i);
     into.maximum[i] = top;
     into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
-    for (Index c = 0; c < into.weighted.cols(); ++c) {
-      T& x = into.weighted.data()[row * into.weighted.outerStride() + c];
-      x = x * keep + from.weighted.data()[row * from.weighted.outerStride() + c] * add;
-    }
+    T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
+    detail::scale_row(keep, row, row, into.weighted.cols());
+    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row, into.weighted.cols());
   }
 }
 
@@ -118,7 +121,8 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
   for (std::size_t i = 0; i < states.sum.size(); ++i) {
     const T factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
-    out.row(static_cast<Index>(i)) = factor * states.weighted.row(static_cast<Index>(i));
+    const Index row = static_cast<Index>(i);
+    detail::scale_row(factor, states.weighted.data() + row * states.weighted.outerStride(), out.data() + row * out.outerStride(), out.cols());
   }
 }
 
@@ -128,26 +132,23 @@ namespace detail {
 template <class T>
 void run_partial(const Product<T>& product, const RowStates<T>& states, Context& context, Scratch& scratch) {
   const Index blocks = product.partition.blocks, splits = product.partition.splits;
-  const std::span<RowStates<T>> parts = scratch.make<RowStates<T>>(splits, states);
-  for (std::size_t s = 1; s < parts.size(); ++s) {
+  RowStates<T>* const parts = scratch.make<RowStates<T>>(splits, states);
+  for (Index s = 1; s < splits; ++s) {
     std::construct_at(&parts[s], make_states<T>(states.weighted.rows(), states.weighted.cols(), scratch));
   }
-  const auto runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
+  BlockRunner<T>* const runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
   context.for_each(blocks * splits, [&](Index item, int worker) {
     const Index split = item % splits;
-    runners[static_cast<std::size_t>(worker)].partial_block(item / splits, nth_part(product.in.k.rows(), splits, split),
-                                                            parts[static_cast<std::size_t>(split)]);
+    runners[worker].partial_block(item / splits, nth_part(product.in.k.rows(), splits, split), parts[split]);
   });
-  for (std::size_t s = 1; s < parts.size(); ++s) merge(states, parts[s]);
+  for (Index s = 1; s < splits; ++s) merge(states, parts[s]);
 }
 
 /// out <- all blocks, each finished by one task. Under a causal mask the last blocks cost most, so they come first.
 template <class Runner, class T>
-void run_blocks(const Product<T>& product, std::span<Runner> runners, const ResultRows<T>& out, std::span<T> lse,
-                Context& context) {
+void run_blocks(const Product<T>& product, Runner* runners, const ResultRows<T>& out, std::span<T> lse, Context& context) {
   const Index blocks = product.partition.blocks;
-  context.for_each(
-      blocks, [&](Index item, int worker) { runners[static_cast<std::size_t>(worker)].finish_block(blocks - 1 - item, out, lse); });
+  context.for_each(blocks, [&](Index item, int worker) { runners[worker].finish_block(blocks - 1 - item, out, lse); });
 }
 
 /// out <- the rows of a product whose keys are not cut into splits.
@@ -243,23 +244,25 @@ void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradie
   const Sources<T>& in = product.in;
   const BackwardPartition partition = BackwardPartition::of(in.q.rows(), in.k.rows());
   const Index query_parts = partition.query_parts, key_parts = partition.key_parts;
-  const std::span<MatrixRef<T>> dq = scratch.make<MatrixRef<T>>(key_parts, gradients.dq);
-  const std::span<MatrixRef<T>> dk = scratch.make<MatrixRef<T>>(query_parts, gradients.dk);
-  const std::span<MatrixRef<T>> dv = scratch.make<MatrixRef<T>>(query_parts, gradients.dv);
+  const auto parts_of = [&](Index parts, const MatrixRef<T>& whole) {
+    return std::span<MatrixRef<T>>(scratch.make<MatrixRef<T>>(parts, whole), static_cast<std::size_t>(parts));
+  };
+  const std::span<MatrixRef<T>> dq = parts_of(key_parts, gradients.dq), dk = parts_of(query_parts, gradients.dk),
+                                dv = parts_of(query_parts, gradients.dv);
   const MatrixRef<T> bias_column(dbias.data(), static_cast<Index>(dbias.size()), 1, 1);
-  const std::span<MatrixRef<T>> bias = scratch.make<MatrixRef<T>>(query_parts, bias_column);
+  const std::span<MatrixRef<T>> bias = parts_of(query_parts, bias_column);
   for (std::size_t p = 1; p < dq.size(); ++p) std::construct_at(&dq[p], scratch.matrix<T>(in.q.rows(), in.q.cols()));
   for (std::size_t p = 1; p < dk.size(); ++p) {
     std::construct_at(&dk[p], scratch.matrix<T>(in.k.rows(), in.k.cols()));
     std::construct_at(&dv[p], scratch.matrix<T>(in.v.rows(), in.v.cols()));
     std::construct_at(&bias[p], scratch.matrix<T>(bias_column.rows(), 1));
   }
-  const auto runners = scratch.make<BackwardRunner<T>>(context.workers(), product, seeds, scratch);
+  BackwardRunner<T>* const runners = scratch.make<BackwardRunner<T>>(context.workers(), product, seeds, scratch);
   context.for_each(key_parts * query_parts, [&](Index item, int worker) {
     const auto key = static_cast<std::size_t>(item / query_parts), query = static_cast<std::size_t>(item % query_parts);
-    runners[static_cast<std::size_t>(worker)].run(nth_part(product.partition.strips, query_parts, item % query_parts),
-                                                  nth_part(in.k.rows(), key_parts, item / query_parts),
-                                                  {dq[key], dk[query], dv[query], {bias[query].data(), dbias.size()}});
+    runners[worker].run(nth_part(product.partition.strips, query_parts, item % query_parts),
+                        nth_part(in.k.rows(), key_parts, item / query_parts),
+                        {dq[key], dk[query], dv[query], {bias[query].data(), dbias.size()}});
   });
   add_parts<T>(gradients.dq, dq.subspan(1), context);
   add_parts<T>(gradients.dk, dk.subspan(1), context);

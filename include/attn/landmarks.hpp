@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/elementwise.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/upcoming.hpp>
@@ -193,8 +194,6 @@ struct UniformSample {
   }
 };
 
-static_assert(JointLandmarks<StridedSample, float> && JointLandmarks<UniformSample, float>);
-
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
 /// says which rows of x count, at least num_landmarks of them. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
 /// to that by the rows that they come from; without it they are constants in the backward pass.
@@ -253,15 +252,16 @@ struct SegmentMeans {
   MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch, Context& context) const {
     const Index n = detail::count_kept(x.rows(), keeps), buffer_size = kRowsAtOnce * x.cols();
     MatrixRef<T> means = scratch.matrix<T>(num_landmarks, x.cols());
-    means.setZero();
+    detail::set_zero(means);
     Scratch temporary = scratch.nested();
     const std::span<const Index> starts = first_rows(x.rows(), n, keeps, temporary);
     const std::span<T> buffers = temporary.array<T>(context.workers() * buffer_size);
     context.for_each(num_landmarks, [&](Index j, int worker) {
       const detail::Range segment = detail::segment(n, num_landmarks, j);
       const Index length = segment.last - segment.first;
-      add_kept_rows(x, keeps, starts[static_cast<std::size_t>(j)], length, buffers.data() + worker * buffer_size, means.row(j).data());
-      means.row(j) /= static_cast<T>(length);
+      T* mean = means.data() + j * means.cols();
+      add_kept_rows(x, keeps, starts[static_cast<std::size_t>(j)], length, buffers.data() + worker * buffer_size, mean);
+      for (Index c = 0; c < means.cols(); ++c) mean[c] /= static_cast<T>(length);
     });
     return means;
   }
@@ -311,7 +311,5 @@ struct SegmentMeans {
   static constexpr Index kRowsAtOnce = 8;
   static constexpr Index kRowsAhead = 32;  // measured: 16 waits longer for memory, 64 no less
 };
-
-static_assert(SplitLandmarks<SegmentMeans, float>);
 
 }  // namespace attn

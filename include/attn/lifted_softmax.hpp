@@ -98,7 +98,7 @@ class LiftedSoftmax {
   std::span<const T> log_weights(const detail::Sources<T>& in, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
     Scratch temporary = scratch.nested();
-    T* buffer = temporary.array<T>(in.k.cols()).data();
+    T* buffer = temporary.elements<T>(in.k.cols());
     const T half_scale = static_cast<T>(scale(in)) / 2;
     for (Index j = 0; j < in.k.rows(); ++j) {
       const auto at = static_cast<std::size_t>(j);
@@ -126,7 +126,5 @@ class LiftedSoftmax<T, Landmarks, Inverse> : public detail::Widened<T, LiftedSof
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
-
-static_assert(Approximator<LiftedSoftmax<float>>);
 
 }  // namespace attn

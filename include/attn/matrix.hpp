@@ -61,8 +61,9 @@ class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eige
   using Map = Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
  public:
-  /// View of (rows, cols) elements at data, row_stride elements from row to row.
-  ConstMatrixRef(const T* data, Index rows, Index cols, Index row_stride)
+  /// View of (rows, cols) elements at data, row_stride elements from row to row. Not inlined: Eigen's checks of it would be compiled
+  /// wherever a view is made.
+  [[gnu::noinline]] ConstMatrixRef(const T* data, Index rows, Index cols, Index row_stride)
       : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
   /// View of m, which must outlive it.
@@ -82,7 +83,7 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
 
  public:
   /// View of (rows, cols) elements at data, row_stride elements from row to row.
-  MatrixRef(T* data, Index rows, Index cols, Index row_stride)
+  [[gnu::noinline]] MatrixRef(T* data, Index rows, Index cols, Index row_stride)
       : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
   /// View of m, which must outlive it.

@@ -165,16 +165,20 @@ SingularValues leading_singular_values(const A& a, Index count, const SubspaceIt
   const double tolerance = std::max(options.tolerance, 16.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
   Matrix<T> x = detail::random_signs<T>(a.cols(), columns, options.seed), y(a.rows(), columns);
   detail::orthonormalize(x);
-  SingularValues found{.values = Eigen::VectorXd::Zero(count)};
+  SingularValues found;
+  found.values.setZero(count);
+  // Generic, and so compiled where they are called alone.
+  const auto settled = [&](const auto& values) { return (values - found.values).cwiseAbs().maxCoeff() <= tolerance * values[0]; };
+  const auto is_finite = [](const auto& values) { return values.allFinite(); };
   while (!found.converged && found.iterations < options.max_iterations) {
     a.apply(x, y, context);
     detail::orthonormalize(y);
     a.apply_transpose(y, x, context);
     const Eigen::VectorXd values = detail::orthonormalize(x).head(count);
-    found.converged = (values - found.values).cwiseAbs().maxCoeff() <= tolerance * values[0];
+    found.converged = settled(values);
     found.values = values;
     ++found.iterations;
-    if (!values.allFinite()) break;
+    if (!is_finite(values)) break;
   }
   return found;
 }
@@ -212,16 +216,19 @@ double spectral_norm_lower_bound(const A& a, Index num_probes, std::uint64_t see
 }
 
 /// sigma_1 / sigma_r of the r leading singular values given, in descending order: infinite if the last is 0.
-inline double condition_number(const Eigen::VectorXd& values) {
-  return values[0] / values[values.size() - 1];
+template <class Values>
+double condition_number(const Eigen::DenseBase<Values>& values) {
+  return values.derived()[0] / values.derived()[values.size() - 1];
 }
 
 /// exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j: r for r equal singular values, 1 for a single one. Given
 /// only the leading values it is the effective rank of that part. Roy and Vetterli 2007.
-inline double effective_rank(const Eigen::VectorXd& values) {
+template <class Values>
+double effective_rank(const Eigen::DenseBase<Values>& values) {
+  const double sum = values.sum();
   double entropy = 0;
-  for (const double sigma : values) {
-    const double p = sigma / values.sum();
+  for (Index i = 0; i < values.size(); ++i) {
+    const double p = values.derived()[i] / sum;
     if (p > 0) entropy -= p * std::log(p);
   }
   return std::exp(entropy);

@@ -97,8 +97,9 @@ class Widened {
   }
 
  private:
-  /// saved may be null.
-  void run(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const {
+  /// saved: a pointer or nullptr.
+  template <class SavedPointer>
+  void run(const Inputs<T>& in, MatrixRef<T> out, Context& context, SavedPointer saved) const {
     check(kName, in, out);
     Scratch scratch = context.scratch();
     method_.run(widened_sources(in, scratch), ResultRows<float>(out), context, saved);

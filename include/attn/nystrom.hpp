@@ -13,6 +13,7 @@
 
 #include <span>
 #include <string_view>
+#include <type_traits>
 
 namespace attn {
 
@@ -70,21 +71,18 @@ class Nystrom {
     inverse_.check(kName);
   }
 
-  /// saved may be null.
-  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+  /// saved: a pointer, or nullptr itself, with which nothing of saving is compiled.
+  template <class SavedPointer>
+  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, SavedPointer saved) const {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
     std::span<T> lse{};
-    if (saved != nullptr) {
-      saved->exact = exact;
-      saved->lse.resize(static_cast<std::size_t>(in.q.rows()));
-      lse = saved->lse;
-    }
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) lse = saved->reset(in.q.rows(), exact);
     if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
     Scratch scratch = context.scratch();
     const detail::NystromFactors<T> factors = select(in, scratch, context);
     multiply(in, factors, out, lse, context);
-    if (saved != nullptr) saved->keep(factors);
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(factors);
   }
 
   /// The landmarks, and room for what is known of them.
@@ -102,7 +100,7 @@ class Nystrom {
     MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()), a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());
     detail::multiply<Kernel, T>(kernel_, Sources{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, f.lse_land, context);  // B v
     detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);                                             // A
-    values = f.sums;
+    detail::set_scaled(values, 1, f.sums);
     inverse_.apply(a, values, context);                                                                               // Z (B v)
     detail::multiply<Kernel, T>(kernel_, Sources{in.q, f.k_land, values, queries_only(in.mask)}, out, lse, context);  // F Z (B v)
   }
@@ -123,7 +121,5 @@ class Nystrom<T, Landmarks, Inverse, Kernel> : public detail::Widened<T, Nystrom
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
-
-static_assert(Approximator<Nystrom<float>>);
 
 }  // namespace attn

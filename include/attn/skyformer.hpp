@@ -122,6 +122,4 @@ class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<flo
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
 
-static_assert(Approximator<Skyformer<float>>);
-
 }  // namespace attn

@@ -144,6 +144,4 @@ class ShiftedNystrom<T, Landmarks, Kernel> : public detail::Widened<T, ShiftedNy
       : detail::Widened<T, Wide>(Wide(landmarks, shift, kernel)) {}
 };
 
-static_assert(Approximator<ShiftedNystrom<float>>);
-
 }  // namespace attn

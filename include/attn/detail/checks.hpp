@@ -4,9 +4,13 @@
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdio>
 #include <functional>
-#include <sstream>
+#include <initializer_list>
 #include <stdexcept>
 #include <string_view>
 #include <type_traits>
@@ -14,13 +18,40 @@
 
 namespace attn::detail {
 
+/// A piece of an error's text: words or a number.
+struct Part {
+  Part(const char* text) : Part(std::string_view(text)) {}                                  // NOLINT: implicit, to be listed
+  Part(std::string_view text) : words(text.data()), length(static_cast<int>(text.size())) {}  // NOLINT
+  Part(double x) : real(x), length(kReal) {}                                                // NOLINT
+  Part(std::integral auto x) : integer(static_cast<long long>(x)), length(kInteger) {}      // NOLINT: signed, or a count of something
+
+  /// Writes it to text, as far as it fits, and returns its length. A stream would do the same, but takes the compiler longer.
+  int print(char* text, std::size_t size) const {
+    if (length == kReal) return std::snprintf(text, size, "%g", real);
+    if (length == kInteger) return std::snprintf(text, size, "%lld", integer);
+    return std::snprintf(text, size, "%.*s", length, words);
+  }
+
+  static constexpr int kReal = -1, kInteger = -2;
+  union {
+    const char* words;
+    double real;
+    long long integer;
+  };
+  int length;
+};
+
+[[noreturn, gnu::noinline]] inline void refuse_with(std::initializer_list<Part> parts) {
+  char text[1024] = {};
+  std::size_t used = 0;
+  for (const Part& part : parts) used = std::min(sizeof text - 1, used + static_cast<std::size_t>(part.print(text + used, sizeof text - used)));
+  throw std::invalid_argument(text);
+}
+
 /// Throws std::invalid_argument("<who>: <parts>").
 template <class... Parts>
 [[noreturn]] void refuse(std::string_view who, const Parts&... parts) {
-  std::ostringstream text;
-  text << who << ": ";
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
+  refuse_with({who, ": ", parts...});
 }
 
 template <class M>

@@ -59,12 +59,13 @@ class FewKeysRunner {
   FewKeysRunner(const Product<T>& product, const FewKeys<T>& few, Scratch& scratch)
       : product_(product),
         few_(few),
-        scores_(scratch.matrix<T>(kWidth, few.keys.packets * kLanes<T>)),
-        queries_(scratch.matrix<T>(kWidth, product.in.q.cols())),
-        results_(scratch.matrix<T>(kWidth, product.in.v.cols())),
-        lanes_(scratch.array<T>(kLanes<T> * kLanes<T>).data()) {
-    for (T** row : {&maximum_, &sum_, &query_bias_, &factor_}) *row = scratch.array<T>(kWidth).data();
-    scores_.setZero();
+        width_(few.keys.packets * kLanes<T>),
+        scores_(scratch.elements<T>(kWidth * width_)),
+        queries_(scratch.elements<T>(kWidth * product.in.q.cols())),
+        results_(scratch.elements<T>(kWidth * product.in.v.cols())),
+        lanes_(scratch.elements<T>(kLanes<T> * kLanes<T>)) {
+    for (T** row : {&maximum_, &sum_, &query_bias_, &factor_}) *row = scratch.elements<T>(kWidth);
+    std::fill_n(scores_, kWidth * width_, T(0));
   }
 
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
@@ -83,47 +84,48 @@ class FewKeysRunner {
   }
 
   void finish_rows(Range rows, const ResultRows<T>& out, std::span<T> lse) {
-    const Index count = rows.last - rows.first;
+    const Index count = rows.last - rows.first, d_v = out.cols();
     const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
                    results = Upcoming::of(out.memory(), rows);
-    const MatrixRef<T> weights = scores_.topRows(count);
-    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, weights, next_queries);
+    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_}, next_queries);
     weigh();
     product_.set_factors(maximum_, sum_, query_bias_, kWidth, factor_);
-    MatrixRef<T> to =
-        out.in_place() ? MatrixRef<T>(out.matrix().middleRows(rows.first, count)) : MatrixRef<T>(results_.topRows(count));
-    few_.values.multiply({factor_, 1}, weights, 0, to, results);
+    const MatrixRef<T> to = out.in_place() ? rows_of(out.matrix(), rows) : MatrixRef<T>(results_, count, d_v, d_v);
+    few_.values.multiply({factor_, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
       const bool keeps = keeps_query(product_.in, rows.first + i);
-      if (!keeps) to.row(i).setZero();
-      out.finish_row(rows.first + i, to.row(i).data());
+      T* row = to.data() + i * to.outerStride();
+      if (!keeps) std::fill_n(row, d_v, T(0));
+      out.finish_row(rows.first + i, row);
       if (!lse.empty())
         lse[static_cast<std::size_t>(rows.first + i)] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
     }
   }
 
   /// The queries, relative to the center; sets their bias.
-  ConstMatrixRef<T> read_queries(Range rows) {
-    const bool as_they_are = product_.in.q.in_place() && product_.space.center == nullptr;
-    const ConstMatrixRef<T> queries =
-        as_they_are ? ConstMatrixRef<T>(product_.in.q.matrix().middleRows(rows.first, rows.last - rows.first)) : copy_queries(rows);
+  Operand<T> read_queries(Range rows) {
+    const TokenRows<T>& q = product_.in.q;
+    const Index d = q.cols(), count = rows.last - rows.first;
+    Operand<T> queries(queries_, count, d, d, 1);
+    if (q.in_place() && product_.space.center == nullptr) {
+      queries = {q.data() + rows.first * q.outerStride(), count, d, q.outerStride(), 1};
+    } else {
+      copy_queries(rows.first, count);
+    }
     std::fill_n(query_bias_, kWidth, T(0));
-    if (product_.space.bias == 0) return queries;
-    for (Index i = 0; i < queries.rows(); ++i) {
-      query_bias_[i] = -product_.space.bias * squared_norm(queries.data() + i * queries.outerStride(), queries.cols());
+    for (Index i = 0; i < count && product_.space.bias != 0; ++i) {
+      query_bias_[i] = -product_.space.bias * squared_norm(queries.data + i * queries.row_step, d);
     }
     return queries;
   }
 
-  ConstMatrixRef<T> copy_queries(Range rows) {
-    const Index d = queries_.cols(), count = rows.last - rows.first;
+  void copy_queries(Index first, Index count) {
+    const Index d = product_.in.q.cols();
     for (Index i = 0; i < count; ++i) {
-      T* to = queries_.data() + i * d;
-      product_.in.q.copy_row(rows.first + i, to);
-      if (product_.space.center == nullptr) continue;
-      for (Index c = 0; c < d; c += kLanes<T>) store_row(to, c, d, load_row(to, c, d) - load_row(product_.space.center, c, d));
+      T* to = queries_ + i * d;
+      product_.in.q.copy_row(first + i, to);
+      if (product_.space.center != nullptr) add_row(T(-1), product_.space.center, to, d);
     }
-    return queries_.topRows(count);
   }
 
   /// Turns scores into weights relative to a maximum of each row, and sums them.
@@ -132,20 +134,16 @@ class FewKeysRunner {
     for (Index first = 0; first < kWidth; first += kLanes<T>) {
       if (product_.maximum == Maximum::fixed) {
         set_fixed_maxima(first);
-        for (Index i = first; i < first + kLanes<T>; i += kRows) weigh_rows<Maximum::fixed>(i);
       } else {
         set_maxima(first);
-        for (Index i = first; i < first + kLanes<T>; i += kRows) weigh_rows<Maximum::running>(i);
       }
+      for (Index i = 0; i < kLanes<T>; i += kRows) weigh_rows(first, i);
       store(sum_ + first, reduce_rows([](auto a, auto b) { return a + b; }));
     }
   }
 
   void add_bias() {
-    for (Index i = 0; i < kWidth; ++i) {
-      T* row = scores_.data() + i * scores_.cols();
-      for (Index j = 0; j < scores_.cols(); j += kLanes<T>) store(row + j, load(row + j) + load(few_.bias + j));
-    }
+    for (Index i = 0; i < kWidth; ++i) add_row(T(1), few_.bias, scores_ + i * width_, width_);
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
@@ -154,52 +152,46 @@ class FewKeysRunner {
   }
 
   void set_maxima(Index first) {
-    for (Index i = first; i < first + kLanes<T>; i += kRows) {
-      Packet<T> top[extent(kRows)];
-      unroll<kRows>([&](int r) __attribute__((always_inline)) { top[r] = broadcast(kNoMaximum<T>); });
-      const T* row = scores_.data() + i * scores_.cols();
-      for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
-        unroll<kRows>([&](int r) __attribute__((always_inline)) { top[r] = max(top[r], load(row + r * scores_.cols() + j)); });
-      }
-      keep_lanes(i % kLanes<T>, top);
+    for (Index i = 0; i < kLanes<T>; ++i) {
+      const T* row = scores_ + (first + i) * width_;
+      auto top = broadcast(kNoMaximum<T>);
+      for (Index j = 0; j < width_; j += kLanes<T>) top = max(top, load(row + j));
+      store(lanes_ + i * kLanes<T>, top);
     }
     store(maximum_ + first, reduce_rows([](auto a, auto b) { return max(a, b); }));
   }
 
-  /// Of rows i to i + kRows. No score is above a fixed maximum but by rounding (see weigh).
-  template <Maximum kMaximum>
-  void weigh_rows(Index i) {
+  /// Of rows first + i to first + i + kRows.
+  void weigh_rows(Index first, Index i) {
+    const auto limit = broadcast(highest_exponent<T>(product_.maximum));
     Packet<T> total[extent(kRows)];
-    unroll<kRows>([&](int r) __attribute__((always_inline)) { total[r] = broadcast(T(0)); });
-    T* row = scores_.data() + i * scores_.cols();
-    for (Index j = 0; j < scores_.cols(); j += kLanes<T>) {
-      unroll<kRows>([&](int r) __attribute__((always_inline)) {
-        T* to = row + r * scores_.cols() + j;
-        auto exponent = load(to) - broadcast(maximum_[i + r]);
-        if constexpr (kMaximum == Maximum::fixed) exponent = min(exponent, broadcast(T(0)));
-        const auto weight = exp2(exponent);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) total[r] = broadcast(T(0));
+    T* row = scores_ + (first + i) * width_;
+    for (Index j = 0; j < width_; j += kLanes<T>) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const auto weight = exp2(min(load(row + r * width_ + j) - broadcast(maximum_[first + i + r]), limit));
         total[r] = total[r] + weight;
-        store(to, weight);
-      });
+        store(row + r * width_ + j, weight);
+      }
     }
-    keep_lanes(i % kLanes<T>, total);
-  }
-
-  void keep_lanes(Index row, const Packet<T> (&rows)[extent(kRows)]) {
-    unroll<kRows>([&](int r) __attribute__((always_inline)) { store(lanes_ + (row + r) * kLanes<T>, rows[r]); });
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) store(lanes_ + (i + r) * kLanes<T>, total[r]);
   }
 
   /// Lane i: the lanes kept of row i, combined.
   template <class Op>
   Packet<T> reduce_rows(const Op& op) const {
     Packet<T> rows[extent(kLanes<T>)];
-    unroll<kLanes<T>>([&](int r) __attribute__((always_inline)) { rows[r] = load(lanes_ + r * kLanes<T>); });
+    for (int r = 0; r < kLanes<T>; ++r) rows[r] = load(lanes_ + r * kLanes<T>);
     return reduce(rows, op);
   }
 
   const Product<T>& product_;
   const FewKeys<T>& few_;
-  MatrixRef<T> scores_, queries_, results_;
+  Index width_;  ///< elements between two rows of scores
+  T *scores_, *queries_, *results_;
   T *lanes_, *maximum_, *sum_, *query_bias_, *factor_;
 };
 

@@ -8,6 +8,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -25,6 +26,25 @@ std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, MatrixRe
     norms[static_cast<std::size_t>(i)] = squared_norm(row, x.cols());
   }
   return norms;
+}
+
+/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest, from the first row of y where that changes nothing, as for a
+/// Gaussian.
+template <class T>
+void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
+                   Context& context) {
+  Scratch scratch = context.scratch();
+  MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
+  const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;
+  const auto norms_from = copy_centered(x, origin, from, scratch), norms_to = copy_centered(y, origin, to, scratch);
+  gemm<T>(scale, from, transposed(to), 0, out, context);
+  for (Index i = 0; i < out.rows(); ++i) {
+    T* row = out.data() + i * out.outerStride();
+    for (Index j = 0; j < out.cols(); ++j) {
+      row[j] -= bias * (norms_from[static_cast<std::size_t>(i)] + norms_to[static_cast<std::size_t>(j)]);
+      row[j] = std::min(row[j], largest);
+    }
+  }
 }
 
 /// The largest of n elements.
@@ -70,22 +90,14 @@ template <ScoreKernel Kernel, class T>
 void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
                    Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());
-  const T scale = static_cast<T>(parameters.scale * std::numbers::log2e),
-          bias = static_cast<T>(parameters.bias * std::numbers::log2e);
-  Scratch scratch = context.scratch();
-  MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
-  const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;
-  const auto norms_from = copy_centered(x, origin, from, scratch), norms_to = copy_centered(y, origin, to, scratch);
-  const T largest = parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity();
-  gemm<T>(scale, from, transposed(to), 0, out, context);
-  for (Index i = 0; i < out.rows(); ++i) {
-    T* row = out.data() + i * out.outerStride();
-    for (Index j = 0; j < out.cols(); ++j) {
-      row[j] -= bias * (norms_from[static_cast<std::size_t>(i)] + norms_to[static_cast<std::size_t>(j)]);
-      row[j] = std::min(row[j], largest);
-    }
-    weigh_row(row, out.cols(), parameters.rows);
+  const T scale = static_cast<T>(parameters.scale * std::numbers::log2e);
+  if constexpr (std::same_as<Kernel, SoftmaxKernel>) {  // has no bias
+    gemm<T>(scale, x, transposed(y), 0, out, context);
+  } else {
+    const T bias = static_cast<T>(parameters.bias * std::numbers::log2e);
+    biased_scores(scale, bias, parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity(), x, y, out, context);
   }
+  for (Index i = 0; i < out.rows(); ++i) weigh_row(out.data() + i * out.outerStride(), out.cols(), parameters.rows);
 }
 
 }  // namespace attn::detail

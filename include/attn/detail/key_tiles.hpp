@@ -93,15 +93,15 @@ struct KeySpace {
 template <class T>
 class KeyReader {
  public:
-  KeyReader(const Sources<T>& in, const KeySpace<T>& space, Scratch& scratch)
+  [[gnu::noinline]] KeyReader(const Sources<T>& in, const KeySpace<T>& space, Scratch& scratch)
       : in_(in),
         space_(space),
         drops_keys_(!in.mask.keep_key.empty() || !in.key_bias.empty()),
-        k_(drops_keys_ || space.center != nullptr || !in.k.in_place() ? scratch.array<T>(kTileKeys<T> * in.k.cols()).data()
+        k_(drops_keys_ || space.center != nullptr || !in.k.in_place() ? scratch.elements<T>(kTileKeys<T> * in.k.cols())
                                                                       : nullptr),
-        v_(drops_keys_ || !in.v.in_place() ? scratch.array<T>(kTileKeys<T> * in.v.cols()).data() : nullptr),
-        bias_(space.bias != 0 || !in.key_bias.empty() ? scratch.array<T>(kTileKeys<T>).data() : nullptr),
-        rows_(drops_keys_ ? scratch.array<Index>(kTileKeys<T>).data() : nullptr) {}
+        v_(drops_keys_ || !in.v.in_place() ? scratch.elements<T>(kTileKeys<T> * in.v.cols()) : nullptr),
+        bias_(space.bias != 0 || !in.key_bias.empty() ? scratch.elements<T>(kTileKeys<T>) : nullptr),
+        rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
   /// The kept keys among rows [first, last), at most kTileKeys of them.
   KeyTile<T> read(Index first, Index last) const {

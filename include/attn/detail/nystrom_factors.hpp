@@ -32,6 +32,13 @@ struct NystromSaved {
   std::vector<T> lse_land{}, lse{};
   bool exact = false;
 
+  /// For a forward pass of n queries; returns where it is to write lse.
+  std::span<T> reset(Index n, bool is_exact) {
+    exact = is_exact;
+    lse.resize(static_cast<std::size_t>(n));
+    return lse;
+  }
+
   void keep(const NystromFactors<T>& factors) {
     q_land = factors.q_land;
     k_land = factors.k_land;

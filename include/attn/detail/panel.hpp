@@ -9,29 +9,38 @@
 
 namespace attn::detail {
 
+/// The count first elements of a packet from memory, fewer than it has lanes; fill in the others. Not inlined, and so compiled once.
+template <class T>
+[[gnu::noinline]] Packet<T> load_some(const T* from, Index count, T fill) {
+  alignas(64) T lanes[kLanes<T>];
+  for (Index i = 0; i < kLanes<T>; ++i) lanes[i] = i < count ? from[i] : fill;
+  return load(lanes);
+}
+
+/// The count first lanes of a packet, to memory.
+template <class T>
+[[gnu::noinline]] void store_some(T* to, Index count, Packet<T> x) {
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, x);
+  for (Index i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
 /// Lanes [first, first + kLanes) of a row of length d, beyond it what fills them; a null row is all zeros.
 template <class T>
 inline Packet<T> load_row(const T* row, Index first, Index d, T fill = 0) {
   if (row == nullptr) return broadcast(T(0));
-  if (first + kLanes<T> <= d) return load_unaligned(row + first);
-  alignas(64) T lanes[kLanes<T>];
-  std::fill_n(lanes, kLanes<T>, fill);
-  std::copy(row + first, row + d, lanes);
-  return load(lanes);
+  return first + kLanes<T> <= d ? load_unaligned(row + first) : load_some(row + first, d - first, fill);
 }
 
 template <class T>
 inline void store_row(T* row, Index first, Index d, Packet<T> x) {
   if (row == nullptr) return;
-  if (first + kLanes<T> <= d) return store_unaligned(row + first, x);
-  alignas(64) T lanes[kLanes<T>];
-  store(lanes, x);
-  std::copy(lanes, lanes + (d - first), row + first);
+  first + kLanes<T> <= d ? store_unaligned(row + first, x) : store_some(row + first, d - first, x);
 }
 
 /// a.b of rows of length d.
 template <class T>
-inline T dot_product(const T* a, const T* b, Index d) {
+[[gnu::noinline]] T dot_product(const T* a, const T* b, Index d) {
   auto products = broadcast(T(0));
   for (Index first = 0; first < d; first += kLanes<T>)
     products = multiply_add(load_row(a, first, d), load_row(b, first, d), products);
@@ -40,10 +49,16 @@ inline T dot_product(const T* a, const T* b, Index d) {
 
 /// to <- to + factor row, of length d.
 template <class T>
-inline void add_row(T factor, const T* row, T* to, Index d) {
+[[gnu::noinline]] void add_row(T factor, const T* row, T* to, Index d) {
   for (Index first = 0; first < d; first += kLanes<T>) {
     store_row(to, first, d, multiply_add(broadcast(factor), load_row(row, first, d), load_row(to, first, d)));
   }
+}
+
+/// to <- factor row, of length d.
+template <class T>
+[[gnu::noinline]] void scale_row(T factor, const T* row, T* to, Index d) {
+  for (Index first = 0; first < d; first += kLanes<T>) store_row(to, first, d, broadcast(factor) * load_row(row, first, d));
 }
 
 /// to <- to + rows, one after another, of length d.

@@ -73,12 +73,12 @@ template <int kPackets, class T>
     upcoming.fetch(i, kRows, a.rows);
     Packet<T> tile[extent(kRows)][extent(kPackets)];
     multiply_tile(a.data + i * a.row_step, rows, a.row_step, a.column_step, panel, a.cols, tile);
-    unroll<kRows>([&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
       const auto x = broadcast(factor.data[(i + std::min<Index>(r, rows - 1)) * factor.step]);
-      unroll<kPackets>([&](int p) __attribute__((always_inline)) {
-        store_unaligned(out + r * out_stride + p * kLanes<T>, x * tile[r][p]);
-      });
-    });
+#pragma GCC unroll 4
+      for (int p = 0; p < kPackets; ++p) store_unaligned(out + r * out_stride + p * kLanes<T>, x * tile[r][p]);
+    }
     if (!stores) add_tile<T>(buffer, rows, kWidth, keep, to, c.outerStride(), c.cols());
   }
 }
@@ -91,7 +91,7 @@ struct Panels {
 
   static Panels pack(const Operand<T>& b, Scratch& scratch) {
     const Index packets = (b.cols + kLanes<T> - 1) / kLanes<T>;
-    const Panels panels{scratch.array<T>(b.rows * packets * kLanes<T>).data(), b.rows, packets};
+    const Panels panels{scratch.elements<T>(b.rows * packets * kLanes<T>), b.rows, packets};
     for (Index s = 0; s < panels.strips(); ++s) {
       const Range strip = panels.strip(s);
       for (Index p = strip.first; p < strip.last; ++p) {
@@ -106,7 +106,7 @@ struct Panels {
 
   /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at most kDepth terms
   /// at a time.
-  void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c, Upcoming upcoming) const {
+  [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c, Upcoming upcoming) const {
     for (Index s = 0; s < strips(); ++s) {
       multiply_strip(s, factor, a, keep, c, upcoming);
       upcoming = {};

@@ -39,7 +39,7 @@ struct Product {
 
   /// log2 of the factor between sums of weights relative to a maximum and those of kappa. query_bias: -bias |q|^2, what log2 kappa
   /// has beyond the score.
-  T absolute_maximum(T relative, T sum, T query_bias) const {
+  [[gnu::noinline]] T absolute_maximum(T relative, T sum, T query_bias) const {
     if (maximum == Maximum::fixed) return 0;
     if (sum == 0) return kNoMaximum<T>;
     const T absolute = relative + query_bias + std::numbers::log2e_v<T> * space.bias_origin;
@@ -47,7 +47,7 @@ struct Product {
   }
 
   /// What the weighted sums of so many queries, a multiple of kLanes, are multiplied by at the end.
-  void set_factors(const T* relative, const T* sum, const T* query_bias, Index lanes, T* factor) const {
+  [[gnu::noinline]] void set_factors(const T* relative, const T* sum, const T* query_bias, Index lanes, T* factor) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {
       if (rows == Rows::normalized) {  // a row without keys has sum 0 and weighted 0, and stays 0
         store(factor + p, broadcast(T(1)) / max(load(sum + p), broadcast(std::numeric_limits<T>::min())));
@@ -59,7 +59,7 @@ struct Product {
   }
 
   /// log sum_j kappa_ij of a query; -infinity where it is dropped.
-  T log_sum(bool keeps, T relative, T sum, T query_bias) const {
+  [[gnu::noinline]] T log_sum(bool keeps, T relative, T sum, T query_bias) const {
     return keeps ? row_log_sum(absolute_maximum(relative, sum, query_bias), sum) : -std::numeric_limits<T>::infinity();
   }
 };

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <type_traits>
-#include <utility>
 
 namespace attn::detail {
 
@@ -25,43 +24,38 @@ consteval std::size_t extent(Index n) {
   return static_cast<std::size_t>(n);
 }
 
-template <class Body, int... kI>
-[[gnu::always_inline]] inline void unroll(const Body& body, std::integer_sequence<int, kI...>) {
-  (body(kI), ...);
-}
-
-/// body(i) for i = 0 .. kCount-1, each a constant once it is inlined: an array indexed by them lives in registers. With loops that a
-/// pragma unrolls GCC 12 spills operands of the innermost loop, and attention takes 1 to 5 % longer.
-template <int kCount, class Body>
-[[gnu::always_inline]] inline void unroll(const Body& body) {
-  unroll(body, std::make_integer_sequence<int, kCount>{});
-}
-
-/// body(r, p) over a tile of kRows x kPackets, unrolled.
-template <int kRows, int kPackets, class Body>
-[[gnu::always_inline]] inline void unroll(const Body& body) {
-  unroll<kRows * kPackets>([&](int i) __attribute__((always_inline)) { body(i / kPackets, i % kPackets); });
-}
-
-/// tile[r][p] = sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps. Element (r, l) of a is at
+/// tile[r][p] += sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps. Element (r, l) of a is at
 /// a + r row_step + l step. b is a panel: row l holds kPackets packets, aligned, one row after another. Where a has fewer rows than the
-/// tile, its last one stands for those that are missing: one kernel, unrolled once, serves the end of a matrix too.
-template <int kRows, int kPackets, class T>
-[[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b, Index depth,
-                                                 Packet<T> (&tile)[kRows][kPackets]) {
-  unroll<kRows, kPackets>([&](int r, int p) __attribute__((always_inline)) { tile[r][p] = broadcast(T(0)); });
-  const T* row[kRows];
-  unroll<kRows>([&](int r) __attribute__((always_inline)) { row[r] = a + std::min<Index>(r, rows - 1) * row_step; });
+/// tile, its last one stands for those that are missing: one kernel serves the end of a matrix too. All loops over the tile are unrolled,
+/// here and where it is used, so that it lives in registers.
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+[[gnu::always_inline]] inline void add_product(const T* a, Index rows, Index row_step, Index step, const T* b, Index depth,
+                                               Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+  constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
+  const T* row[kRowExtent];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = a + std::min<Index>(r, rows - 1) * row_step;
   for (Index l = 0, at = 0; l < depth; ++l, at += step) {
-    Packet<T> column[kPackets];
-    unroll<kPackets>([&](int p) __attribute__((always_inline)) { column[p] = load(b + p * kLanes<T>); });
+    Packet<T> column[kPacketExtent];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPackets; ++p) column[p] = load(b + p * kLanes<T>);
     b += kPackets * kLanes<T>;
-    unroll<kRows>([&](int r) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
       const auto x = broadcast(row[r][at]);
-      unroll<kPackets>([&](int p)
-                           __attribute__((always_inline)) { tile[r][p] = multiply_add(x, column[p], tile[r][p]); });
-    });
+#pragma GCC unroll 4
+      for (int p = 0; p < kPackets; ++p) tile[r][p] = multiply_add(x, column[p], tile[r][p]);
+    }
   }
+}
+
+/// tile = the product of add_product.
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+[[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b, Index depth,
+                                                 Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+#pragma GCC unroll 32
+  for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i) tile[i / kPacketExtent][i % kPacketExtent] = broadcast(T(0));
+  add_product(a, rows, row_step, step, b, depth, tile);
 }
 
 /// body(std::integral_constant<int, packets>) for 1 to kMost packets, at most 4.

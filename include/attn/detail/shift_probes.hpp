@@ -63,7 +63,7 @@ T fit_gate(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFactor
   MatrixRef<T> plain = scratch.matrix<T>(r, in.v.cols());
   const T one = 1;
   found.multiply_values({&one, 0}, plain);
-  T* buffer = scratch.array<T>(in.v.cols()).data();
+  T* buffer = scratch.elements<T>(in.v.cols());
   const std::span<T> along = scratch.array<T>(r), size = scratch.array<T>(r);
   T total_along = 0, total_size = 0, squares = 0;
   for (Index j = 0; j < r; ++j) {

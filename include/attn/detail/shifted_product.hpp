@@ -34,8 +34,7 @@ struct ShiftSaved {
   T delta = 0;
 
   void reset(Index n, bool exact) {
-    nystrom.lse.resize(static_cast<std::size_t>(n));
-    nystrom.exact = exact;
+    nystrom.reset(n, exact);
     for (std::vector<T>* rows : {&scale, &shift}) rows->assign(exact ? 0 : nystrom.lse.size(), T(0));
     delta = 0;
   }
@@ -52,7 +51,7 @@ void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const Shif
                    const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
-  T* buffer = scratch.array<T>(in.v.cols()).data();
+  T* buffer = scratch.elements<T>(in.v.cols());
   multiply<SoftmaxKernel, T>(kernel, {in.q, factors.k_land, factors.values, queries_only(in.mask)}, product, {}, context);
   for (const Index row : factors.rows) {
     add_row(delta, in.v.row(row, buffer), product.row(row).data(), product.cols());
@@ -78,7 +77,7 @@ void add_row_shift(T gate, const Sources<T>& in, const ShiftFactors<T>& factors,
     for (std::size_t i = 0; i < scale.size(); ++i) scale[i] = 1 - gate + gate * rows.stretch[i];
     MatrixRef<T> product = scratch.matrix<T>(rows.f.rows(), out.cols());
     rows.multiply_values({scale.data(), 1}, product);
-    T* buffer = scratch.array<T>(in.v.cols()).data();
+    T* buffer = scratch.elements<T>(in.v.cols());
     for (std::size_t i = 0; i < ranks.size(); ++i) {
       const Index row = factors.rows[static_cast<std::size_t>(ranks[i])];
       const T shift = gate * rows.added(i);

@@ -28,34 +28,38 @@ class BlockRunner {
       : product_(product),
         reader_(product.in, product.space, scratch),
         kernel_(product.in.q.cols(), product.in.v.cols(), product.maximum, scratch),
-        rows_(scratch.array<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols())).data()),
-        strips_(scratch.array<Lanes>(product.partition.most_strips_a_block())) {
+        rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
+        strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
-    for (Lanes& strip : strips_) {
-      strip.queries = scratch.array<T>(kWidth * d).data();
-      strip.query_bias = scratch.array<T>(kWidth).data();
+    for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
+      Lanes& strip = strips_[s];
+      strip.queries = scratch.elements<T>(kWidth * d);
+      strip.query_bias = scratch.elements<T>(kWidth);
       for (LaneState<T>* state : {&strip.recent, &strip.total}) {
-        *state = {scratch.array<T>(kWidth).data(), scratch.array<T>(kWidth).data(), scratch.array<T>(kWidth * whole_tiles(d_v)).data()};
+        *state = {scratch.elements<T>(kWidth), scratch.elements<T>(kWidth), scratch.elements<T>(kWidth * whole_tiles(d_v))};
       }
     }
   }
 
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
   void finish_block(Index block, const ResultRows<T>& out, std::span<T> lse) {
-    stream(block, {0, product_.in.k.rows()}, out.memory(), [&](const Lanes& strip) {
+    stream(block, {0, product_.in.k.rows()}, out.memory());
+    for (Index s = 0; s < count_; ++s) {
+      const Lanes& strip = strips_[s];
       alignas(64) T factor[extent(kWidth)];
       product_.set_factors(strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), factor);
       write_rows(strip, factor, out);
-      if (lse.empty()) return;
-      for (Index i = 0; i < strip.count; ++i) {
+      for (Index i = 0; i < strip.count && !lse.empty(); ++i) {
         lse[at(strip, i)] = product_.log_sum(keeps(strip, i), strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
       }
-    });
+    }
   }
 
   /// states <- the rows of a block for some keys, to be merged.
   void partial_block(Index block, Range keys, const RowStates<T>& states) {
-    stream(block, keys, MemoryRows::of(states.weighted), [&](const Lanes& strip) {
+    stream(block, keys, MemoryRows::of(states.weighted));
+    for (Index s = 0; s < count_; ++s) {
+      const Lanes& strip = strips_[s];
       alignas(64) T factor[extent(kWidth)];
       std::fill_n(factor, kWidth, T(1));
       for (Index i = 0; i < strip.count; ++i) {
@@ -65,7 +69,7 @@ class BlockRunner {
         states.sum[at(strip, i)] = keeps(strip, i) ? strip.total.sum[i] : T(0);
       }
       write_rows(strip, factor, states.weighted);
-    });
+    }
   }
 
  private:
@@ -89,41 +93,36 @@ class BlockRunner {
   static std::size_t at(const Lanes& strip, Index i) { return static_cast<std::size_t>(strip.first + i); }
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
 
-  /// Feeds the strips of a block with keys, then calls done(strip) for each. to: where done writes the strips' rows.
-  template <class Done>
-  void stream(Index block, Range keys, const MemoryRows& to, const Done& done) {
-    Range strips = product_.partition.strips_of_block(block);
-    const std::span<Lanes> block_strips = strips_.first(static_cast<std::size_t>(strips.last - strips.first));
-    for (Lanes& strip : block_strips) load_queries(strip, strips.first++);
-    stream_chunks(block_strips, keys, to);
-    for (const Lanes& strip : block_strips) done(strip);
-  }
-
-  void stream_chunks(std::span<Lanes> strips, Range keys, const MemoryRows& to) {
-    const Index limit = product_.limit(strips.back().rows().last - 1);
+  /// Feeds the strips of a block with keys. to: where their rows will be written.
+  void stream(Index block, Range keys, const MemoryRows& to) {
+    const Range strips = product_.partition.strips_of_block(block);
+    count_ = strips.last - strips.first;
+    for (Index s = 0; s < count_; ++s) load_queries(strips_[s], strips.first + s);
+    const Index limit = product_.limit(strips_[count_ - 1].rows().last - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
-    for (Lanes& strip : strips) reset(strip, strip.total);
+    for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].total);
     for (Range chunk{keys.first, 0}; chunk.first < keys.last; chunk.first = chunk.last) {
       chunk.last = std::min(keys.last, chunk.first + kChunkKeys);
       if (chunk.first == keys.first) {
-        stream_chunk(strips, &Lanes::total, chunk, keys.last, to);
+        stream_chunk(&Lanes::total, chunk, keys.last, to);
         continue;
       }
-      for (Lanes& strip : strips) reset(strip, strip.recent);
-      stream_chunk(strips, &Lanes::recent, chunk, keys.last, to);
-      for (Lanes& strip : strips) merge_lanes(strip.total, strip.recent, strip.lanes(), product_.in.v.cols());
+      for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].recent);
+      stream_chunk(&Lanes::recent, chunk, keys.last, to);
+      for (Index s = 0; s < count_; ++s) merge_lanes(strips_[s].total, strips_[s].recent, strips_[s].lanes(), product_.in.v.cols());
     }
   }
 
   /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or the next
   /// keys, has fetched them for all; with the last tile come the rows of the results.
-  void stream_chunk(std::span<Lanes> strips, LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
+  void stream_chunk(LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
     for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
       tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
       const KeyTile<T> read = reader_.read(tile.first, tile.last);
       const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};
       std::array<Upcoming, 2> upcoming{Upcoming::of(product_.in.v.memory(), tile), Upcoming::of(product_.in.k.memory(), next)};
-      for (Lanes& strip : strips) {
+      for (Index s = 0; s < count_; ++s) {
+        const Lanes& strip = strips_[s];
         if (tile.last == end) upcoming[1] = Upcoming::of(to, strip.rows());
         kernel_.add(strip.with(strip.*state), read, product_.limit(strip.first), upcoming);
         upcoming = {};
@@ -152,7 +151,7 @@ class BlockRunner {
     }
   }
 
-  void reset(const Lanes& strip, const LaneState<T>& state) const {
+  [[gnu::noinline]] void reset(const Lanes& strip, const LaneState<T>& state) const {
     for (Index i = 0; i < strip.lanes(); ++i) {
       state.maximum[i] = product_.maximum == Maximum::running ? kNoMaximum<T>
                          : std::isnan(strip.query_bias[i])    ? T(0)  // its scores are NaN where it sees a key
@@ -182,7 +181,8 @@ class BlockRunner {
   KeyReader<T> reader_;
   StripKernel<T> kernel_;
   T* rows_;  ///< kLanes rows of q or of the results, where they are not in place
-  std::span<Lanes> strips_;
+  Lanes* strips_;
+  Index count_ = 0;  ///< strips of the current block
 };
 
 }  // namespace attn::detail

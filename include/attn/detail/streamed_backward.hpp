@@ -70,16 +70,18 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, T largest) {
   Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
-  unroll<kPackets>([&](int p) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
     dots[p] = load(dot + p * kLanes<T>);
-  });
+  }
   for (Index j = 0; j < count; ++j, scores += kPackets * kLanes<T>, slopes += kPackets * kLanes<T>) {
-    unroll<kPackets>([&](int p) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPackets; ++p) {
       const auto weight = exp2(min(load(scores + p * kLanes<T>) - divisor[p], broadcast(largest)));
       store(scores + p * kLanes<T>, weight);
       store(slopes + p * kLanes<T>, weight * (load(slopes + p * kLanes<T>) - dots[p]));
-    });
+    }
   }
 }
 
@@ -90,14 +92,16 @@ template <class T>
     for (Index j = 0; j < count; j += kTileRows) {
       Packet<T> added[extent(kTileRows)][extent(kSlicePackets)];
       multiply_tile(panel + j * lanes, count - j, lanes, 1, slices, lanes, added);
-      unroll<kTileRows>([&](int r) __attribute__((always_inline)) {
-        if (j + r >= count) return;
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        if (j + r >= count) break;
         T* row = to.data() + tile.row(j + r) * to.outerStride();
-        unroll<kSlicePackets>([&](int p) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kSlicePackets; ++p) {
           const Index at = c + p * kLanes<T>;
           if (at < to.cols()) store_row(row, at, to.cols(), load_row(row, at, to.cols()) + added[r][p]);
-        });
-      });
+        }
+      }
     }
   }
 }
@@ -117,19 +121,19 @@ class BackwardRunner {
       : product_(product),
         seeds_(seeds),
         reader_(product.in, product.space, scratch),
-        scores_(scratch.array<T>(kTileKeys<T> * kWidth).data()),
-        slopes_(scratch.array<T>(kTileKeys<T> * kWidth).data()),
-        ones_(scratch.array<T>(kWidth).data()),
-        unused_(scratch.array<T>(kWidth).data()),
+        scores_(scratch.elements<T>(kTileKeys<T> * kWidth)),
+        slopes_(scratch.elements<T>(kTileKeys<T> * kWidth)),
+        ones_(scratch.elements<T>(kWidth)),
+        unused_(scratch.elements<T>(kWidth)),
         strips_(scratch.array<Lanes>(kBlockStrips)) {
     std::fill_n(ones_, kWidth, T(1));
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Lanes& strip : strips_) {
-      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.array<T>(kWidth * whole_tiles(d)).data();
-      for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.array<T>(kWidth).data();
-      strip.douts = scratch.array<T>(kWidth * d_v).data();
-      strip.query_rows = scratch.array<T>(slices_size<T>(d, kWidth)).data();
-      strip.dout_rows = scratch.array<T>(slices_size<T>(d_v, kWidth)).data();
+      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kWidth * whole_tiles(d));
+      for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kWidth);
+      strip.douts = scratch.elements<T>(kWidth * d_v);
+      strip.query_rows = scratch.elements<T>(slices_size<T>(d, kWidth));
+      strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kWidth));
     }
   }
 

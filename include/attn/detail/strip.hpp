@@ -10,7 +10,7 @@
 ///   for each column c of v:                              in registers, 8 (or 4) columns by 3 packets of queries at a time
 ///     weighted[c] = correction weighted[c] + sum_j v[j][c] weight[j]
 ///
-/// Both products are multiply_tile: k row by row against the queries' panel, v column by column against the weights' panel. Neither k
+/// Both products are register tiles: k row by row against the queries' panel, v column by column against the weights' panel. Neither k
 /// nor v is packed; scores and weights of a tile live in one panel that stays in L1.
 #pragma once
 
@@ -53,24 +53,28 @@ struct Strip {
 template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
                                   const Upcoming& upcoming) {
-  constexpr int kWidth = kPackets * kLanes<T>;
   Packet<T> top[extent(kPackets)];
-  unroll<kPackets>([&](int p) __attribute__((always_inline)) { top[p] = broadcast(kNoMaximum<T>); });
-  for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kWidth) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) top[p] = broadcast(kNoMaximum<T>);
+  for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
     upcoming.fetch(j, kTileRows, count);
     Packet<T> score[extent(kTileRows)][extent(kPackets)];
-    multiply_tile(tile.k + j * tile.k_stride, count - j, tile.k_stride, 1, queries, d, score);
-    if (tile.bias != nullptr) {
-      unroll<kTileRows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
-        score[r][p] = score[r][p] + broadcast(tile.bias[std::min(j + r, count - 1)]);
-      });
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const auto bias = broadcast(tile.bias == nullptr ? T(0) : tile.bias[std::min(j + r, count - 1)]);
+#pragma GCC unroll 4
+      for (int p = 0; p < kPackets; ++p) score[r][p] = bias;
     }
-    unroll<kTileRows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
-      top[p] = max(top[p], score[r][p]);
-      store(panel + r * kWidth + p * kLanes<T>, score[r][p]);
-    });
+    add_product(tile.k + j * tile.k_stride, count - j, tile.k_stride, 1, queries, d, score);
+#pragma GCC unroll 32
+    for (int i = 0; i < kTileRows * kPackets; ++i) {
+      const auto x = score[i / kPackets][i % kPackets];
+      top[i % kPackets] = max(top[i % kPackets], x);
+      store(panel + i * kLanes<T>, x);
+    }
   }
-  unroll<kPackets>([&](int p) __attribute__((always_inline)) { store(maximum + p * kLanes<T>, top[p]); });
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) store(maximum + p * kLanes<T>, top[p]);
 }
 
 /// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
@@ -87,20 +91,21 @@ T highest_exponent(Maximum maximum) {
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T limit, T* sum) {
   Packet<T> top[extent(kPackets)], total[extent(kPackets)];
-  unroll<kPackets>([&](int p) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) {
     top[p] = load(maximum + p * kLanes<T>);
     total[p] = broadcast(T(0));
-  });
+  }
   for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
-    unroll<kPackets>([&](int p) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPackets; ++p) {
       const auto weight = exp2(min(load(panel + p * kLanes<T>) - top[p], broadcast(limit)));
       total[p] = total[p] + weight;
       store(panel + p * kLanes<T>, weight);
-    });
+    }
   }
-  unroll<kPackets>([&](int p) __attribute__((always_inline)) {
-    store(sum + p * kLanes<T>, load(sum + p * kLanes<T>) + total[p]);
-  });
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) store(sum + p * kLanes<T>, load(sum + p * kLanes<T>) + total[p]);
 }
 
 /// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
@@ -111,10 +116,11 @@ template <int kPackets, class T>
     upcoming.fetch(c, kTileRows, d_v);
     Packet<T> tile[extent(kTileRows)][extent(kPackets)];
     multiply_tile(v + c, d_v - c, 1, v_stride, weights, count, tile);
-    unroll<kTileRows, kPackets>([&](int r, int p) __attribute__((always_inline)) {
-      store(weighted, multiply_add(load(weighted), load(correction + p * kLanes<T>), tile[r][p]));
-      weighted += kLanes<T>;
-    });
+#pragma GCC unroll 32
+    for (int i = 0; i < kTileRows * kPackets; ++i, weighted += kLanes<T>) {
+      const auto correct = load(correction + i % kPackets * kLanes<T>);
+      store(weighted, multiply_add(load(weighted), correct, tile[i / kPackets][i % kPackets]));
+    }
   }
 }
 
@@ -126,10 +132,10 @@ class StripKernel {
       : d_(d),
         d_v_(d_v),
         maximum_(maximum),
-        panel_(scratch.array<T>(kTileKeys<T> * kWidth).data()),
-        tile_maximum_(scratch.array<T>(kWidth).data()),
-        correction_(scratch.array<T>(kWidth).data()),
-        finite_values_(scratch.array<T>(kTileKeys<T> * d_v).data()) {}
+        panel_(scratch.elements<T>(kTileKeys<T> * kWidth)),
+        tile_maximum_(scratch.elements<T>(kWidth)),
+        correction_(scratch.elements<T>(kWidth)),
+        finite_values_(scratch.elements<T>(kTileKeys<T> * d_v)) {}
 
   /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
   /// and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first product and during the second.

@@ -89,7 +89,7 @@ class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index 
     return buffer;
   }
 
-  void copy_row(Index i, T* to) const {
+  [[gnu::noinline]] void copy_row(Index i, T* to) const {
     const T* from = row(i, to);
     if (from != to) std::copy_n(from, this->cols_, to);
   }

@@ -16,7 +16,7 @@ class Upcoming {
   Upcoming() = default;
 
   /// The given rows of m, as far as m has them.
-  static Upcoming of(const MemoryRows& m, Range rows) {
+  [[gnu::noinline]] static Upcoming of(const MemoryRows& m, Range rows) {
     Upcoming upcoming;
     if (rows.first >= std::min(rows.last, m.rows)) return upcoming;
     upcoming.memory_ = {m.row(rows.first), std::min(rows.last, m.rows) - rows.first, m.row_bytes, m.stride_bytes};
@@ -25,21 +25,20 @@ class Upcoming {
 
   /// The share of all rows that falls to steps [first, first + count) of a loop of so many steps.
   [[gnu::always_inline]] inline void fetch(Index first, Index count, Index steps) const {
-    if (memory_.rows == 0) return;
-    const Index last = memory_.rows * std::min(first + count, steps) / steps;
-    for (Index row = memory_.rows * first / steps; row < last; ++row) fetch_row(row);
+    if (memory_.rows != 0) fetch({memory_.rows * first / steps, memory_.rows * std::min(first + count, steps) / steps});
   }
 
   /// All rows.
-  void fetch() const {
-    for (Index row = 0; row < memory_.rows; ++row) fetch_row(row);
-  }
+  void fetch() const { fetch({0, memory_.rows}); }
 
  private:
   static constexpr Index kLine = 64;
 
-  [[gnu::always_inline]] inline void fetch_row(Index row) const {
-    for (Index byte = 0; byte < memory_.row_bytes; byte += kLine) __builtin_prefetch(memory_.row(row) + byte, 0, 2);
+  /// Not inlined: all kernels call it.
+  [[gnu::noinline]] void fetch(Range rows) const {
+    for (Index row = rows.first; row < rows.last; ++row) {
+      for (Index byte = 0; byte < memory_.row_bytes; byte += kLine) __builtin_prefetch(memory_.row(row) + byte, 0, 2);
+    }
   }
 
   MemoryRows memory_{};
