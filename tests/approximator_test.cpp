@@ -24,12 +24,14 @@ constexpr bool kEveryMethodIsOne = Approximator<attn::SoftmaxAttention<T>> && Ap
                                    Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> &&
                                    Approximator<attn::Skyformer<T>> && Approximator<attn::LiftedSoftmax<T>> &&
                                    Approximator<attn::AnyApproximator<T>>;
-static_assert(kEveryMethodIsOne<float> && kEveryMethodIsOne<double> && kEveryMethodIsOne<Eigen::half> && kEveryMethodIsOne<Eigen::bfloat16>);
+static_assert(kEveryMethodIsOne<float> && kEveryMethodIsOne<double>);
+static_assert(kEveryMethodIsOne<Eigen::half> && kEveryMethodIsOne<Eigen::bfloat16>);
 static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>>);
 template <class T>
 constexpr bool kEveryPartIsOne =
     attn::Core<attn::RidgeInverse, T> && attn::Core<attn::IterativePinv, T> && attn::Core<attn::PreconditionedPinv, T> &&
-    attn::JointLandmarks<attn::UniformSample, T> && attn::JointLandmarks<attn::StridedSample, T> && attn::SplitLandmarks<attn::SegmentMeans, T>;
+    attn::JointLandmarks<attn::UniformSample, T> && attn::JointLandmarks<attn::StridedSample, T> &&
+    attn::SplitLandmarks<attn::SegmentMeans, T>;
 static_assert(kEveryPartIsOne<float> && kEveryPartIsOne<double>);
 static_assert(!Approximator<int> && !Approximator<attn::SoftmaxKernel>);
 static_assert(std::is_trivially_copyable_v<attn::SoftmaxAttention<float>>);

@@ -122,7 +122,8 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
     const T factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
     const Index row = static_cast<Index>(i);
-    detail::scale_row(factor, states.weighted.data() + row * states.weighted.outerStride(), out.data() + row * out.outerStride(), out.cols());
+    const T* weighted = states.weighted.data() + row * states.weighted.outerStride();
+    detail::scale_row(factor, weighted, out.data() + row * out.outerStride(), out.cols());
   }
 }
 

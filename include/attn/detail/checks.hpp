@@ -20,10 +20,12 @@ namespace attn::detail {
 
 /// A piece of an error's text: words or a number.
 struct Part {
-  Part(const char* text) : Part(std::string_view(text)) {}                                  // NOLINT: implicit, to be listed
-  Part(std::string_view text) : words(text.data()), length(static_cast<int>(text.size())) {}  // NOLINT
-  Part(double x) : real(x), length(kReal) {}                                                // NOLINT
-  Part(std::integral auto x) : integer(static_cast<long long>(x)), length(kInteger) {}      // NOLINT: signed, or a count of something
+  // NOLINTBEGIN: implicit, to be listed
+  Part(const char* text) : Part(std::string_view(text)) {}
+  Part(std::string_view text) : words(text.data()), length(static_cast<int>(text.size())) {}
+  Part(double x) : real(x), length(kReal) {}
+  Part(std::integral auto x) : integer(static_cast<long long>(x)), length(kInteger) {}  // signed, or a count of something
+  // NOLINTEND
 
   /// Writes it to text, as far as it fits, and returns its length. A stream would do the same, but takes the compiler longer.
   int print(char* text, std::size_t size) const {
@@ -44,7 +46,9 @@ struct Part {
 [[noreturn, gnu::noinline]] inline void refuse_with(std::initializer_list<Part> parts) {
   char text[1024] = {};
   std::size_t used = 0;
-  for (const Part& part : parts) used = std::min(sizeof text - 1, used + static_cast<std::size_t>(part.print(text + used, sizeof text - used)));
+  for (const Part& part : parts) {
+    used = std::min(sizeof text - 1, used + static_cast<std::size_t>(part.print(text + used, sizeof text - used)));
+  }
   throw std::invalid_argument(text);
 }
 

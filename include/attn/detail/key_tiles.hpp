@@ -10,7 +10,6 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numbers>

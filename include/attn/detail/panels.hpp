@@ -25,7 +25,9 @@ struct Operand {
   Operand(const M& m)  // NOLINT: implicit, as a view of it would be
       : Operand(m.data(), m.rows(), m.cols(), row_stride(m.derived()), 1) {}
 
-  Operand some_rows(Range some) const { return {data + some.first * row_step, some.last - some.first, cols, row_step, column_step}; }
+  Operand some_rows(Range some) const {
+    return {data + some.first * row_step, some.last - some.first, cols, row_step, column_step};
+  }
 };
 
 template <class M>
@@ -106,7 +108,8 @@ struct Panels {
 
   /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at most kDepth terms
   /// at a time.
-  [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c, Upcoming upcoming) const {
+  [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
+                                  Upcoming upcoming) const {
     for (Index s = 0; s < strips(); ++s) {
       multiply_strip(s, factor, a, keep, c, upcoming);
       upcoming = {};
