@@ -65,4 +65,12 @@ concept ScoreKernel = std::copyable<K> && requires(const K& kernel, Eigen::Index
 
 static_assert(ScoreKernel<SoftmaxKernel> && ScoreKernel<GaussianKernel>);
 
+namespace detail {
+
+/// Whether a kernel may have a bias: for one that has none, what a bias needs is not compiled.
+template <ScoreKernel Kernel>
+inline constexpr bool kMayHaveBias = !std::same_as<Kernel, SoftmaxKernel>;
+
+}  // namespace detail
+
 }  // namespace attn

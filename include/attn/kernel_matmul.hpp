@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <concepts>
 #include <limits>
 #include <memory>
 #include <numbers>
@@ -72,7 +71,7 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   check_finite(kMatmulName, "bias", parameters.bias);
   const bool bounded = parameters.bounded() && in.key_bias.empty();
   const T* center = nullptr;
-  if constexpr (!std::same_as<Kernel, SoftmaxKernel>) {  // which has no bias; what it does not need is not compiled
+  if constexpr (kMayHaveBias<Kernel>) {
     const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
     if (is_gaussian) center = choose_center(in, scratch);
   }

@@ -8,7 +8,6 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <concepts>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -91,11 +90,11 @@ void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const Const
                    Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());
   const T scale = static_cast<T>(parameters.scale * std::numbers::log2e);
-  if constexpr (std::same_as<Kernel, SoftmaxKernel>) {  // has no bias
-    gemm<T>(scale, x, transposed(y), 0, out, context);
-  } else {
+  if constexpr (kMayHaveBias<Kernel>) {
     const T bias = static_cast<T>(parameters.bias * std::numbers::log2e);
     biased_scores(scale, bias, parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity(), x, y, out, context);
+  } else {
+    gemm<T>(scale, x, transposed(y), 0, out, context);
   }
   for (Index i = 0; i < out.rows(); ++i) weigh_row(out.data() + i * out.outerStride(), out.cols(), parameters.rows);
 }
