@@ -153,7 +153,7 @@ class Difference {
   /// Of operators of one shape.
   Difference(A a, B b) : a_(std::move(a)), b_(std::move(b)) {
     if (a_.rows() == b_.rows() && a_.cols() == b_.cols()) return;
-    detail::refuse("difference", "a is ", a_.rows(), " x ", a_.cols(), ", b is ", b_.rows(), " x ", b_.cols());
+    detail::refuse("difference", "a is %td x %td, b is %td x %td", a_.rows(), a_.cols(), b_.rows(), b_.cols());
   }
 
   Index rows() const { return a_.rows(); }

@@ -215,7 +215,7 @@ class Scratch {
 class Context {
  public:
   /// Serial: everything runs on the calling thread.
-  Context() : Context(Serial{}) {}
+  Context() = default;
 
   /// Runs parallel parts on the executor, which the context keeps: Context{OpenMP{.threads = 2}}.
   template <class E>
@@ -229,13 +229,12 @@ class Context {
   [[gnu::noinline]] ~Context() = default;  // it contains others, whose destruction would be inlined into this one's
 
   /// Threads that may work at once, at least 1.
-  int workers() { return std::max(1, executor_->workers()); }
+  int workers() { return executor_ == nullptr ? 1 : std::max(1, executor_->workers()); }
 
   /// task(item, worker) for every item in [0, n), on the executor. The task must not throw.
   template <std::invocable<Index, int> F>
   void for_each(Index n, F&& task) {
-    if (n == 1) return void(task(Index{0}, 0));  // not worth waking anyone
-    if (n > 0) executor_->run(n, TaskRef(task));
+    run(n, TaskRef(task));
   }
 
   /// task(item, context) for every item in [0, n), on the executor, with a serial context of each worker: for tasks
@@ -272,13 +271,6 @@ class Context {
   }
 
  private:
-  struct Serial {
-    int workers() const { return 1; }
-    void run(Index n, const TaskRef& task) const {
-      for (Index item = 0; item < n; ++item) task(item, 0);
-    }
-  };
-
   struct AnyExecutor {
     AnyExecutor() = default;
     AnyExecutor(const AnyExecutor&) = delete;
@@ -296,7 +288,13 @@ class Context {
     E executor;
   };
 
-  std::unique_ptr<AnyExecutor> executor_;
+  /// A single item is not worth waking anyone.
+  [[gnu::noinline]] void run(Index n, const TaskRef& task) {
+    if (executor_ != nullptr && n > 1) return executor_->run(n, task);
+    for (Index item = 0; item < n; ++item) task(item, 0);
+  }
+
+  std::unique_ptr<AnyExecutor> executor_;  ///< null: serial
   detail::Arena arena_;
   std::vector<Context> of_workers_;
 };

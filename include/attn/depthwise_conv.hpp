@@ -28,7 +28,7 @@ void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::size_t ta
   check_shape(who, name, other, v.rows(), v.cols());
   check_length(who, "keep_key", mask.keep_key.size(), "v", v.rows());
   check_length(who, "keep_query", mask.keep_query.size(), "v", v.rows());
-  if (taps % 2 == 0) refuse(who, "filter has ", taps, " taps, should be odd");
+  if (taps % 2 == 0) refuse(who, "filter has %zu taps, should be odd", taps);
 }
 
 /// body(i) for each of n rows, some at a time on each worker.
@@ -88,7 +88,7 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
   detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
   detail::check_apart<T>(kName, "dv", dv, "v", v);
   detail::check_apart<T>(kName, "dv", dv, "dout", dout);
-  if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has ", dfilter.size(), " entries, filter has ", filter.size());
+  if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has %zu entries, filter has %zu", dfilter.size(), filter.size());
   const auto taps = static_cast<Index>(filter.size());
   detail::for_each_row(v.rows(), context, [&](Index j) {
     if (!detail::keeps_row(mask.keep_key, j)) return;

@@ -66,11 +66,11 @@ class ExactAttention {
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     detail::check_kernel(kName, kernel_);
-    std::span<T> lse{};
+    T* lse = nullptr;
     if (saved != nullptr) {
       const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
       saved->lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
-      lse = saved->lse;
+      lse = detail::data_or_null<T>(saved->lse);
     }
     detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
   }

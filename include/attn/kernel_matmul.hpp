@@ -98,15 +98,7 @@ template <class T>
 void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& from) {
   detail::check_states("merge", into, from.weighted.rows(), from.weighted.cols());
   detail::check_states("merge", from, into.weighted.rows(), into.weighted.cols());
-  for (std::size_t i = 0; i < into.sum.size(); ++i) {
-    const T top = std::max(into.maximum[i], from.maximum[i]);
-    const T keep = std::exp2(into.maximum[i] - top), add = std::exp2(from.maximum[i] - top);
-    into.maximum[i] = top;
-    into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
-    T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
-    detail::scale_row(keep, row, row, into.weighted.cols());
-    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row, into.weighted.cols());
-  }
+  detail::merge_rows(into, from);
 }
 
 /// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in kernel_matmul.
@@ -116,14 +108,7 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
             std::type_identity_t<std::span<T>> lse = {}) {
   detail::check_states("finish", states, out.rows(), out.cols());
   detail::check_length("finish", "lse", lse.size(), "out", out.rows());
-  const Rows rows = score_parameters(kernel, d).rows;
-  for (std::size_t i = 0; i < states.sum.size(); ++i) {
-    const T factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
-    if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
-    const Index row = static_cast<Index>(i);
-    const T* weighted = states.weighted.data() + row * states.weighted.outerStride();
-    detail::scale_row(factor, weighted, out.data() + row * out.outerStride(), out.cols());
-  }
+  detail::finish_rows(score_parameters(kernel, d).rows, states, out, detail::data_or_null(lse));
 }
 
 namespace detail {
@@ -141,19 +126,19 @@ void run_partial(const Product<T>& product, const RowStates<T>& states, Context&
     const Index split = item % splits;
     runners[worker].partial_block(item / splits, nth_part(product.in.k.rows(), splits, split), parts[split]);
   });
-  for (Index s = 1; s < splits; ++s) merge(states, parts[s]);
+  for (Index s = 1; s < splits; ++s) merge_rows(states, parts[s]);
 }
 
 /// out <- all blocks, each finished by one task. Under a causal mask the last blocks cost most, so they come first.
 template <class Runner, class T>
-void run_blocks(const Product<T>& product, Runner* runners, const ResultRows<T>& out, std::span<T> lse, Context& context) {
+void run_blocks(const Product<T>& product, Runner* runners, const ResultRows<T>& out, T* lse, Context& context) {
   const Index blocks = product.partition.blocks;
   context.for_each(blocks, [&](Index item, int worker) { runners[worker].finish_block(blocks - 1 - item, out, lse); });
 }
 
 /// out <- the rows of a product whose keys are not cut into splits.
 template <class T>
-void run_whole(const Product<T>& product, const ResultRows<T>& out, std::span<T> lse, Context& context, Scratch& scratch) {
+void run_whole(const Product<T>& product, const ResultRows<T>& out, T* lse, Context& context, Scratch& scratch) {
   if (FewKeys<T>::suits(product)) {
     const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
     return run_blocks(product, scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch), out, lse, context);
@@ -161,16 +146,16 @@ void run_whole(const Product<T>& product, const ResultRows<T>& out, std::span<T>
   run_blocks(product, scratch.make<BlockRunner<T>>(context.workers(), product, scratch), out, lse, context);
 }
 
-/// kernel_matmul, once its arguments are checked.
+/// kernel_matmul, once its arguments are checked; lse may be null.
 template <ScoreKernel Kernel, class T>
-void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, std::span<T> lse, Context& context) {
+void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, T* lse, Context& context) {
   Scratch scratch = context.scratch();
-  const Product<T> product = make_product(kernel, in, lse.empty() ? Maximum::fixed : Maximum::running, context.workers(), scratch);
+  const Product<T> product = make_product(kernel, in, lse == nullptr ? Maximum::fixed : Maximum::running, context.workers(), scratch);
   if (product.partition.splits == 1) return run_whole(product, out, lse, context, scratch);
   const MatrixRef<T> weighted = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   const RowStates<T> states{scratch.array<T>(out.rows()), scratch.array<T>(out.rows()), weighted};
   run_partial(product, states, context, scratch);
-  finish(kernel, states, in.q.cols(), weighted, lse);
+  finish_rows(product.rows, states, weighted, lse);
   for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, weighted.data() + i * weighted.outerStride());
 }
 
@@ -194,7 +179,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
                    std::type_identity_t<std::span<T>> lse, Context& context) {
   detail::check(detail::kMatmulName, in, out);
   detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
-  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, lse, context);
+  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::data_or_null(lse), context);
 }
 
 /// The same without log-sums.
@@ -305,7 +290,7 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
       detail::make_product(kernel, detail::sources(in), detail::Maximum::running, context.workers(), scratch);
   const bool normalized = product.rows == Rows::normalized;
   if (normalized && lse.empty())
-    detail::refuse(kName, "lse is empty, should have ", in.q.rows(), " entries, for rows are normalized");
+    detail::refuse(kName, "lse is empty, should have %td entries, for rows are normalized", in.q.rows());
   const detail::Seeds<T> seeds{dout, normalized ? lse : std::span<const T>{},
                                normalized ? detail::row_dots<T>(out, dout, scratch) : std::span<const T>{}};
   if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());

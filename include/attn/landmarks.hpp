@@ -44,11 +44,10 @@ enum class Side : std::uint64_t { queries, keys };
 
 /// Turns ascending ranks among the kept rows into row numbers.
 template <class Keeps>
-void ranks_to_rows(std::span<Index> ranks, const Keeps& keeps) {
-  Index row = 0, rank = 0;
-  for (Index& wanted : ranks) {
-    while (!keeps(row) || rank < wanted) rank += keeps(row++) ? 1 : 0;
-    wanted = row;
+void ranks_to_rows(Index* ranks, Index count, const Keeps& keeps) {
+  for (Index i = 0, row = 0, rank = 0; i < count; ++i) {
+    while (!keeps(row) || rank < ranks[i]) rank += keeps(row++) ? 1 : 0;
+    ranks[i] = row;
   }
 }
 
@@ -66,8 +65,8 @@ SampledRows sample_rows(const In& in, Index m, Scratch& scratch, const Choose& c
   const SampledRows rows{scratch.array<Index>(m_q), scratch.array<Index>(m_k)};
   choose(n_q, Side::queries, rows.from_q);
   choose(n_k, Side::keys, rows.from_k);
-  ranks_to_rows(rows.from_q, keeps_q);
-  ranks_to_rows(rows.from_k, keeps_k);
+  ranks_to_rows(rows.from_q.data(), m_q, keeps_q);
+  ranks_to_rows(rows.from_k.data(), m_k, keeps_k);
   return rows;
 }
 
@@ -254,13 +253,13 @@ struct SegmentMeans {
     MatrixRef<T> means = scratch.matrix<T>(num_landmarks, x.cols());
     detail::set_zero(means);
     Scratch temporary = scratch.nested();
-    const std::span<const Index> starts = first_rows(x.rows(), n, keeps, temporary);
-    const std::span<T> buffers = temporary.array<T>(context.workers() * buffer_size);
+    const Index* const starts = first_rows(x.rows(), n, keeps, temporary);
+    T* const buffers = temporary.elements<T>(context.workers() * buffer_size);
     context.for_each(num_landmarks, [&](Index j, int worker) {
       const detail::Range segment = detail::segment(n, num_landmarks, j);
       const Index length = segment.last - segment.first;
       T* mean = means.data() + j * means.cols();
-      add_kept_rows(x, keeps, starts[static_cast<std::size_t>(j)], length, buffers.data() + worker * buffer_size, mean);
+      add_kept_rows(x, keeps, starts[j], length, buffers + worker * buffer_size, mean);
       for (Index c = 0; c < means.cols(); ++c) mean[c] /= static_cast<T>(length);
     });
     return means;
@@ -284,10 +283,10 @@ struct SegmentMeans {
  private:
   /// The first row of each segment of the n kept ones.
   template <class Keeps>
-  std::span<const Index> first_rows(Index rows, Index n, const Keeps& keeps, Scratch& scratch) const {
-    const std::span<Index> starts = scratch.array<Index>(num_landmarks);
-    for (Index j = 0; j < num_landmarks; ++j) starts[static_cast<std::size_t>(j)] = detail::segment(n, num_landmarks, j).first;
-    if (n < rows) detail::ranks_to_rows(starts, keeps);
+  const Index* first_rows(Index rows, Index n, const Keeps& keeps, Scratch& scratch) const {
+    Index* const starts = scratch.elements<Index>(num_landmarks);
+    for (Index j = 0; j < num_landmarks; ++j) starts[j] = detail::segment(n, num_landmarks, j).first;
+    if (n < rows) detail::ranks_to_rows(starts, num_landmarks, keeps);
     return starts;
   }
 
@@ -304,7 +303,7 @@ struct SegmentMeans {
         ++found;
         --count;
       }
-      detail::add_rows<T>({rows, static_cast<std::size_t>(found)}, sum, x.cols());
+      detail::add_rows(rows, found, sum, x.cols());
     }
   }
 

@@ -80,7 +80,7 @@ class LiftedSoftmax {
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
     if (!(std::isfinite(scale(in)) && scale(in) > 0))
-      detail::refuse(kName, "scale is ", scale(in), ", should be positive and finite");
+      detail::refuse(kName, "scale is %g, should be positive and finite", scale(in));
   }
 
   template <class In>

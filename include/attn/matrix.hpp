@@ -38,6 +38,12 @@ Index row_stride(const M& m) {
   }
 }
 
+/// Where the elements of x are, null if there are none.
+template <class T>
+T* data_or_null(std::span<T> x) {
+  return x.empty() ? nullptr : x.data();
+}
+
 }  // namespace detail
 
 /// An Eigen object whose rows lie contiguously in memory, so that it can be viewed without a copy: a Matrix, a Map, Ref or Block of

@@ -23,8 +23,7 @@ template <class A, class E>
 void check_same_shape(std::string_view who, const Eigen::MatrixBase<A>& approximation,
                       const Eigen::MatrixBase<E>& exact) {
   if (approximation.rows() == exact.rows() && approximation.cols() == exact.cols()) return;
-  refuse(who, "approximation is ", approximation.rows(), " x ", approximation.cols(), ", exact is ", exact.rows(),
-         " x ", exact.cols());
+  refuse(who, "approximation is %td x %td, exact is %td x %td", approximation.rows(), approximation.cols(), exact.rows(), exact.cols());
 }
 
 /// difference / size, and 0 where nothing differs from nothing.
@@ -143,7 +142,7 @@ Eigen::VectorXd orthonormalize(Matrix<T>& x) {
 inline void check_subspace(std::string_view who, Index rows, Index cols, Index count,
                            const SubspaceIteration& options) {
   check_at_least(who, "count", static_cast<double>(count), 1);
-  if (count > std::min(rows, cols)) refuse(who, "count is ", count, ", the operator is ", rows, " x ", cols);
+  if (count > std::min(rows, cols)) refuse(who, "count is %td, the operator is %td x %td", count, rows, cols);
   check_at_least(who, "tolerance", options.tolerance, 0);
   check_at_least(who, "max_iterations", options.max_iterations, 1);
   check_at_least(who, "oversampling", static_cast<double>(options.oversampling), 0);

@@ -98,11 +98,11 @@ struct HeadInputs {
 template <class T>
 void check_view(const char* name, const HeadsView<T>& x) {
   if (x.batch < 0 || x.heads < 1 || x.length < 1 || x.dim < 1) {
-    refuse(kMultiHeadName, name, " is ", x.batch, " x ", x.heads, " x ", x.length, " x ", x.dim,
-           " (batch, heads, length, dim), should be at least 0 x 1 x 1 x 1");
+    refuse(kMultiHeadName, "%s is %td x %td x %td x %td (batch, heads, length, dim), should be at least 0 x 1 x 1 x 1", name, x.batch,
+           x.heads, x.length, x.dim);
   }
   if (x.row_stride < x.dim) {
-    refuse(kMultiHeadName, name, ".row_stride is ", x.row_stride, ", should be at least its dim of ", x.dim);
+    refuse(kMultiHeadName, "%s.row_stride is %td, should be at least its dim of %td", name, x.row_stride, x.dim);
   }
 }
 
@@ -117,23 +117,23 @@ void check_disjoint(const char* name, const HeadsView<T>& x) {
   for (const auto& [stride, count] : steps) {
     if (count <= 1) continue;
     if (stride < span) {
-      refuse(kMultiHeadName, name, " overlaps itself: its batch_stride is ", x.batch_stride, ", its head_stride ",
-             x.head_stride, ", its row_stride ", x.row_stride);
+      refuse(kMultiHeadName, "%s overlaps itself: its batch_stride is %td, its head_stride %td, its row_stride %td", name,
+             x.batch_stride, x.head_stride, x.row_stride);
     }
     span += (count - 1) * stride;
   }
 }
 
 inline void check_count(const char* name, Index count, const char* of, Index wanted) {
-  if (count != wanted) refuse(kMultiHeadName, name, " is ", count, ", ", of, " is ", wanted);
+  if (count != wanted) refuse(kMultiHeadName, "%s is %td, %s is %td", name, count, of, wanted);
 }
 
 /// The number of masks, and the shapes of one head with each of them.
 template <class T>
 void check_masks(const HeadInputs<T>& in, const HeadsView<const T>& out) {
   if (in.masks.size() > 1 && static_cast<Index>(in.masks.size()) != in.q.batch) {
-    refuse(kMultiHeadName, "masks has ", in.masks.size(), " entries, should have none, one, or one for each of the ",
-           in.q.batch, " batch items");
+    refuse(kMultiHeadName, "masks has %zu entries, should have none, one, or one for each of the %td batch items", in.masks.size(),
+           in.q.batch);
   }
   for (Index b = 0; b < in.different_items(); ++b) {
     check_inputs(kMultiHeadName, in(b, 0));
@@ -154,7 +154,7 @@ void check_heads(const HeadInputs<T>& in, const HeadsView<const T>& out) {
   check_count("v.heads", in.v.heads, "k.heads", in.k.heads);
   check_count("out.heads", out.heads, "q.heads", in.q.heads);
   if (in.q.heads % in.k.heads != 0) {
-    refuse(kMultiHeadName, "q has ", in.q.heads, " heads, k has ", in.k.heads, ", which do not divide them");
+    refuse(kMultiHeadName, "q has %td heads, k has %td, which do not divide them", in.q.heads, in.k.heads);
   }
   check_masks(in, out);
 }
@@ -165,8 +165,8 @@ void check_gradient(const char* name, const HeadsView<T>& gradient, const char* 
   check_view(name, gradient);
   check_disjoint(name, gradient);
   if (gradient.batch != x.batch || gradient.heads != x.heads || gradient.length != x.length || gradient.dim != x.dim) {
-    refuse(kMultiHeadName, name, " is ", gradient.batch, " x ", gradient.heads, " x ", gradient.length, " x ", gradient.dim, ", ", of,
-           " is ", x.batch, " x ", x.heads, " x ", x.length, " x ", x.dim);
+    refuse(kMultiHeadName, "%s is %td x %td x %td x %td, %s is %td x %td x %td x %td", name, gradient.batch, gradient.heads,
+           gradient.length, gradient.dim, of, x.batch, x.heads, x.length, x.dim);
   }
 }
 
@@ -175,8 +175,8 @@ void check_gradients(const HeadInputs<T>& in, const HeadsView<const T>& out, con
                      const HeadGradients<T>& gradients) {
   check_view("dout", dout);
   if (dout.batch != out.batch || dout.heads != out.heads || dout.length != out.length || dout.dim != out.dim) {
-    refuse(kMultiHeadName, "dout is ", dout.batch, " x ", dout.heads, " x ", dout.length, " x ", dout.dim, ", out is ", out.batch,
-           " x ", out.heads, " x ", out.length, " x ", out.dim);
+    refuse(kMultiHeadName, "dout is %td x %td x %td x %td, out is %td x %td x %td x %td", dout.batch, dout.heads, dout.length,
+           dout.dim, out.batch, out.heads, out.length, out.dim);
   }
   check_gradient<T>("dq", gradients.dq, "q", in.q);
   check_gradient<T>("dk", gradients.dk, "k", in.k);
@@ -191,9 +191,9 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
     if (a.supports(in)) continue;
     std::string_view name = A::kName;
     if constexpr (requires { name = a.name(); }) name = a.name();
-    refuse(kMultiHeadName, name, " does not support batch item ", b, ": ", in.q.rows(), " queries, ", in.k.rows(),
-           " keys", in.mask.causal == Causal::none ? "" : ", causal", in.mask.keep_key.empty() ? "" : ", keep_key",
-           in.mask.keep_query.empty() ? "" : ", keep_query");
+    refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s", static_cast<int>(name.size()),
+           name.data(), b, in.q.rows(), in.k.rows(), in.mask.causal == Causal::none ? "" : ", causal",
+           in.mask.keep_key.empty() ? "" : ", keep_key", in.mask.keep_query.empty() ? "" : ", keep_query");
   }
 }
 
@@ -281,7 +281,7 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
   detail::check_heads<T>(inputs, out);
   detail::check_gradients<T>(inputs, out, dout, gradients);
   if (static_cast<Index>(saved.size()) != q.batch * q.heads) {
-    detail::refuse(detail::kMultiHeadName, "saved is of ", saved.size(), " heads, there are ", q.batch * q.heads);
+    detail::refuse(detail::kMultiHeadName, "saved is of %zu heads, there are %td", saved.size(), q.batch * q.heads);
   }
   if (q.batch == 0) return;
   const Index group = q.heads / k.heads;

@@ -76,7 +76,7 @@ class Nystrom {
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, SavedPointer saved) const {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
-    std::span<T> lse{};
+    T* lse = nullptr;
     if constexpr (!std::is_null_pointer_v<SavedPointer>) lse = saved->reset(in.q.rows(), exact);
     if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
     Scratch scratch = context.scratch();
@@ -89,12 +89,12 @@ class Nystrom {
   detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch, Context& context) const {
     MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, detail::kept_queries(in), scratch, context);
     MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, detail::kept_keys(in), scratch, context);
-    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.array<T>(q_land.rows())};
+    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.elements<T>(q_land.rows())};
   }
 
-  /// out <- F Z (B v); lse, unless empty, <- the log-sums of F's rows.
+  /// out <- F Z (B v); lse, unless null, <- the log-sums of F's rows.
   void multiply(const detail::Sources<T>& in, const detail::NystromFactors<T>& f, const detail::ResultRows<T>& out,
-                std::span<T> lse, Context& context) const {
+                T* lse, Context& context) const {
     using Sources = detail::Sources<T>;
     Scratch scratch = context.scratch();
     MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()), a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());

@@ -99,7 +99,7 @@ class Skyformer {
     detail::solve_landmarks<T>(kernel_, inverse_, land, sums, a, values.leftCols(d_v + 1), context);
     if (kernel_.rows == Rows::raw) {
       const detail::Sources<T> queries{in.q, land, values.leftCols(d_v), queries_only(in.mask)};
-      return detail::multiply<GaussianKernel, T>(kernel_, queries, out, {}, context);
+      return detail::multiply<GaussianKernel, T>(kernel_, queries, out, nullptr, context);
     }
     values.col(d_v + 1) = values.col(d_v).cwiseAbs();
     detail::divide_rows(kernel_, in, land, values, out, context);

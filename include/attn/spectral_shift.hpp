@@ -91,14 +91,13 @@ class ShiftedNystrom {
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
     if (saved != nullptr) saved->reset(in.q.rows(), exact);
     if (!exact) return shift(in, out, context, saved);
-    const std::span<T> lse = saved != nullptr ? std::span<T>(saved->nystrom.lse) : std::span<T>{};
-    detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    detail::multiply<Kernel, T>(kernel_, in, out, saved != nullptr ? saved->nystrom.lse.data() : nullptr, context);
   }
 
   void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
     detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
-    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse});
+    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse.data()});
     if (shift_.mode == ShiftMode::paper) {
       const T delta = factors.paper_shift(context);
       factors.subtract_twice_inverted(delta, context);
@@ -120,7 +119,7 @@ class ShiftedNystrom {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
     if (in.q.rows() != in.k.rows())
-      detail::refuse(kName, "q has ", in.q.rows(), " rows, k has ", in.k.rows(), ", should be as many");
+      detail::refuse(kName, "q has %td rows, k has %td, should be as many", in.q.rows(), in.k.rows());
     if (!detail::same_masks(in)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");
     detail::check_kernel(kName, kernel_);
     detail::check_landmarks(kName, landmarks_);

@@ -6,11 +6,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <concepts>
+#include <cstdarg>
 #include <cstddef>
 #include <cstdio>
 #include <functional>
-#include <initializer_list>
 #include <stdexcept>
 #include <string_view>
 #include <type_traits>
@@ -18,54 +17,26 @@
 
 namespace attn::detail {
 
-/// A piece of an error's text: words or a number.
-struct Part {
-  // NOLINTBEGIN: implicit, to be listed
-  Part(const char* text) : Part(std::string_view(text)) {}
-  Part(std::string_view text) : words(text.data()), length(static_cast<int>(text.size())) {}
-  Part(double x) : real(x), length(kReal) {}
-  Part(std::integral auto x) : integer(static_cast<long long>(x)), length(kInteger) {}  // signed, or a count of something
-  // NOLINTEND
-
-  /// Writes it to text, as far as it fits, and returns its length. A stream would do the same, but takes the compiler longer.
-  int print(char* text, std::size_t size) const {
-    if (length == kReal) return std::snprintf(text, size, "%g", real);
-    if (length == kInteger) return std::snprintf(text, size, "%lld", integer);
-    return std::snprintf(text, size, "%.*s", length, words);
-  }
-
-  static constexpr int kReal = -1, kInteger = -2;
-  union {
-    const char* words;
-    double real;
-    long long integer;
-  };
-  int length;
-};
-
-[[noreturn, gnu::noinline]] inline void refuse_with(std::initializer_list<Part> parts) {
-  char text[1024] = {};
-  std::size_t used = 0;
-  for (const Part& part : parts) {
-    used = std::min(sizeof text - 1, used + static_cast<std::size_t>(part.print(text + used, sizeof text - used)));
-  }
+/// Throws std::invalid_argument("<who>: <text>"), the text as printf formats it. A stream would do the same, but takes the compiler longer.
+[[noreturn, gnu::noinline, gnu::format(printf, 2, 3)]] inline void refuse(std::string_view who, const char* format, ...) {
+  char text[1024];
+  const int printed = std::snprintf(text, sizeof text, "%.*s: ", static_cast<int>(who.size()), who.data());
+  const std::size_t used = std::min(sizeof text - 1, static_cast<std::size_t>(printed));
+  std::va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text + used, sizeof text - used, format, arguments);
+  va_end(arguments);
   throw std::invalid_argument(text);
-}
-
-/// Throws std::invalid_argument("<who>: <parts>").
-template <class... Parts>
-[[noreturn]] void refuse(std::string_view who, const Parts&... parts) {
-  refuse_with({who, ": ", parts...});
 }
 
 template <class M>
 void check_not_empty(std::string_view who, const char* name, const M& m) {
-  if (m.rows() == 0 || m.cols() == 0) refuse(who, name, " is empty (", m.rows(), " x ", m.cols(), ")");
+  if (m.rows() == 0 || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
 }
 
 inline void check_length(std::string_view who, const char* name, std::size_t entries, const char* of, Index rows) {
   if (entries != 0 && entries != static_cast<std::size_t>(rows)) {
-    refuse(who, name, " has ", entries, " entries, ", of, " has ", rows, " rows");
+    refuse(who, "%s has %zu entries, %s has %td rows", name, entries, of, rows);
   }
 }
 
@@ -75,8 +46,8 @@ void check_inputs(std::string_view who, const Inputs<T>& in) {
   check_not_empty(who, "q", in.q);
   check_not_empty(who, "k", in.k);
   check_not_empty(who, "v", in.v);
-  if (in.q.cols() != in.k.cols()) refuse(who, "q has ", in.q.cols(), " columns, k has ", in.k.cols());
-  if (in.k.rows() != in.v.rows()) refuse(who, "k has ", in.k.rows(), " rows, v has ", in.v.rows());
+  if (in.q.cols() != in.k.cols()) refuse(who, "q has %td columns, k has %td", in.q.cols(), in.k.cols());
+  if (in.k.rows() != in.v.rows()) refuse(who, "k has %td rows, v has %td", in.k.rows(), in.v.rows());
   check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows());
   check_length(who, "keep_query", in.mask.keep_query.size(), "q", in.q.rows());
   check_length(who, "key_bias", in.key_bias.size(), "k", in.k.rows());
@@ -84,12 +55,12 @@ void check_inputs(std::string_view who, const Inputs<T>& in) {
 
 template <class T>
 void check_shape(std::string_view who, const char* name, const MatrixRef<T>& m, Index rows, Index cols) {
-  if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
+  if (m.rows() != rows || m.cols() != cols) refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
 }
 
 template <class T>
 void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>& m, Index rows, Index cols) {
-  if (m.rows() != rows || m.cols() != cols) refuse(who, name, " is ", m.rows(), " x ", m.cols(), ", should be ", rows, " x ", cols);
+  if (m.rows() != rows || m.cols() != cols) refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
 }
 
 /// Whether two views share an element. Their rows are walked only where their memory may meet, as that of two heads'
@@ -116,7 +87,7 @@ bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
 template <class T>
 void check_apart(std::string_view who, const char* name, const MatrixRef<T>& result, const char* other_name,
                  const std::type_identity_t<ConstMatrixRef<T>>& other) {
-  if (overlap<T>(result, other)) refuse(who, name, " overlaps ", other_name);
+  if (overlap<T>(result, other)) refuse(who, "%s overlaps %s", name, other_name);
 }
 
 template <class T>
@@ -158,16 +129,16 @@ void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
 /// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.
 inline void check_saved(std::string_view who, const char* what, Index saved, Index expected) {
   if (saved != expected) {
-    refuse(who, "saved holds ", saved, " ", what, ", should hold ", expected, ": it is not of a forward pass of these inputs");
+    refuse(who, "saved holds %td %s, should hold %td: it is not of a forward pass of these inputs", saved, what, expected);
   }
 }
 
 inline void check_finite(std::string_view who, const char* name, double value) {
-  if (!std::isfinite(value)) refuse(who, name, " is ", value, ", should be finite");
+  if (!std::isfinite(value)) refuse(who, "%s is %g, should be finite", name, value);
 }
 
 inline void check_at_least(std::string_view who, const char* name, double value, double least) {
-  if (!(value >= least)) refuse(who, name, " is ", value, ", should be at least ", least);
+  if (!(value >= least)) refuse(who, "%s is %g, should be at least %g", name, value, least);
 }
 
 template <class In>
@@ -194,7 +165,7 @@ inline void check_kernel(std::string_view who, const SoftmaxKernel& kernel) {
 
 inline void check_kernel(std::string_view who, const GaussianKernel& kernel) {
   if (kernel.bandwidth && !(std::isfinite(*kernel.bandwidth) && *kernel.bandwidth > 0)) {
-    refuse(who, "bandwidth is ", *kernel.bandwidth, ", should be positive and finite");
+    refuse(who, "bandwidth is %g, should be positive and finite", *kernel.bandwidth);
   }
 }
 

@@ -43,7 +43,7 @@ void divide_rows(const GaussianKernel& kernel, const Sources<T>& in, const Const
   MatrixRef<T> parts = scratch.matrix<T>(std::min(kDividedRows, out.rows()), d_v + 2);
   for (Index first = 0; first < out.rows(); first += kDividedRows) {
     const Range rows{first, std::min(first + kDividedRows, out.rows())};
-    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values), MatrixRef<T>(parts.topRows(rows.last - first)), {},
+    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values), MatrixRef<T>(parts.topRows(rows.last - first)), nullptr,
                                 context);
     for (Index i = first; i < rows.last; ++i) {
       auto part = parts.row(i - first);

@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <span>
 
 namespace attn::detail {
 
@@ -45,10 +44,10 @@ struct FewKeys {
     const auto values = Panels<T>::pack(v, scratch);
     const Index lanes = keys.packets * kLanes<T>;
     if (tile.bias == nullptr && lanes == tile.count) return {keys, values, nullptr};
-    const std::span<T> bias = scratch.array<T>(lanes);
-    std::fill(bias.begin(), bias.end(), -std::numeric_limits<T>::infinity());
-    for (Index j = 0; j < tile.count; ++j) bias[static_cast<std::size_t>(j)] = tile.bias != nullptr ? tile.bias[j] : T(0);
-    return {keys, values, bias.data()};
+    T* const bias = scratch.elements<T>(lanes);
+    for (Index j = 0; j < tile.count; ++j) bias[j] = tile.bias != nullptr ? tile.bias[j] : T(0);
+    std::fill_n(bias + tile.count, lanes - tile.count, -std::numeric_limits<T>::infinity());
+    return {keys, values, bias};
   }
 };
 
@@ -63,13 +62,16 @@ class FewKeysRunner {
         scores_(scratch.elements<T>(kWidth * width_)),
         queries_(scratch.elements<T>(kWidth * product.in.q.cols())),
         results_(scratch.elements<T>(kWidth * product.in.v.cols())),
-        lanes_(scratch.elements<T>(kLanes<T> * kLanes<T>)) {
-    for (T** row : {&maximum_, &sum_, &query_bias_, &factor_}) *row = scratch.elements<T>(kWidth);
+        lanes_(scratch.elements<T>(kWidth * kLanes<T>)),
+        maximum_(scratch.elements<T>(4 * kWidth)),
+        sum_(maximum_ + kWidth),
+        query_bias_(sum_ + kWidth),
+        factor_(query_bias_ + kWidth) {
     std::fill_n(scores_, kWidth * width_, T(0));
   }
 
-  /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
-  void finish_block(Index block, const ResultRows<T>& out, std::span<T> lse) {
+  /// out (n_q, d_v) <- the finished rows of a block; lse, unless null, their log-sums.
+  void finish_block(Index block, const ResultRows<T>& out, T* lse) {
     const Range strips = product_.partition.strips_of_block(block);
     for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, lse);
   }
@@ -83,7 +85,7 @@ class FewKeysRunner {
     return {packets.first * kLanes<T>, std::min(packets.last * kLanes<T>, product_.in.q.rows())};
   }
 
-  void finish_rows(Range rows, const ResultRows<T>& out, std::span<T> lse) {
+  void finish_rows(Range rows, const ResultRows<T>& out, T* lse) {
     const Index count = rows.last - rows.first, d_v = out.cols();
     const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
                    results = Upcoming::of(out.memory(), rows);
@@ -97,8 +99,7 @@ class FewKeysRunner {
       T* row = to.data() + i * to.outerStride();
       if (!keeps) std::fill_n(row, d_v, T(0));
       out.finish_row(rows.first + i, row);
-      if (!lse.empty())
-        lse[static_cast<std::size_t>(rows.first + i)] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
+      if (lse != nullptr) lse[rows.first + i] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
     }
   }
 
@@ -131,15 +132,9 @@ class FewKeysRunner {
   /// Turns scores into weights relative to a maximum of each row, and sums them.
   void weigh() {
     if (few_.bias != nullptr) add_bias();
-    for (Index first = 0; first < kWidth; first += kLanes<T>) {
-      if (product_.maximum == Maximum::fixed) {
-        set_fixed_maxima(first);
-      } else {
-        set_maxima(first);
-      }
-      for (Index i = 0; i < kLanes<T>; i += kRows) weigh_rows(first, i);
-      store(sum_ + first, reduce_rows([](auto a, auto b) { return a + b; }));
-    }
+    for (Index i = 0; i < kWidth; ++i) maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
+    for (Index i = 0; i < kWidth; i += kRows) weigh_rows(i);
+    for (Index i = 0; i < kWidth; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
   }
 
   void add_bias() {
@@ -147,52 +142,39 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  void set_fixed_maxima(Index first) {
-    for (Index i = first; i < first + kLanes<T>; ++i) maximum_[i] = std::isnan(query_bias_[i]) ? T(0) : -query_bias_[i];
+  T fixed_maximum(Index i) const { return std::isnan(query_bias_[i]) ? T(0) : -query_bias_[i]; }
+
+  T score_maximum(Index i) const {
+    auto top = broadcast(kNoMaximum<T>);
+    for (Index j = 0; j < width_; j += kLanes<T>) top = max(top, load(scores_ + i * width_ + j));
+    return largest(top);
   }
 
-  void set_maxima(Index first) {
-    for (Index i = 0; i < kLanes<T>; ++i) {
-      const T* row = scores_ + (first + i) * width_;
-      auto top = broadcast(kNoMaximum<T>);
-      for (Index j = 0; j < width_; j += kLanes<T>) top = max(top, load(row + j));
-      store(lanes_ + i * kLanes<T>, top);
-    }
-    store(maximum_ + first, reduce_rows([](auto a, auto b) { return max(a, b); }));
-  }
-
-  /// Of rows first + i to first + i + kRows.
-  void weigh_rows(Index first, Index i) {
+  /// kRows rows from the given one on, and the sums of each in lanes.
+  void weigh_rows(Index first) {
     const auto limit = broadcast(highest_exponent<T>(product_.maximum));
     Packet<T> total[extent(kRows)];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) total[r] = broadcast(T(0));
-    T* row = scores_ + (first + i) * width_;
+    T* row = scores_ + first * width_;
     for (Index j = 0; j < width_; j += kLanes<T>) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto weight = exp2(min(load(row + r * width_ + j) - broadcast(maximum_[first + i + r]), limit));
+        const auto weight = exp2(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
         total[r] = total[r] + weight;
         store(row + r * width_ + j, weight);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store(lanes_ + (i + r) * kLanes<T>, total[r]);
-  }
-
-  /// Lane i: the lanes kept of row i, combined.
-  template <class Op>
-  Packet<T> reduce_rows(const Op& op) const {
-    Packet<T> rows[extent(kLanes<T>)];
-    for (int r = 0; r < kLanes<T>; ++r) rows[r] = load(lanes_ + r * kLanes<T>);
-    return reduce(rows, op);
+    for (int r = 0; r < kRows; ++r) store(lanes_ + (first + r) * kLanes<T>, total[r]);
   }
 
   const Product<T>& product_;
   const FewKeys<T>& few_;
   Index width_;  ///< elements between two rows of scores
   T *scores_, *queries_, *results_;
-  T *lanes_, *maximum_, *sum_, *query_bias_, *factor_;
+  T* lanes_;  ///< of each row, kLanes partial sums of its weights
+  T *maximum_, *sum_, *query_bias_, *factor_;
 };
 
 }  // namespace attn::detail

@@ -16,10 +16,11 @@ void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T keep, MatrixRef<T
   Scratch scratch = context.scratch();
   const Panels<T> panels = Panels<T>::pack(b, scratch);
   const Index blocks = (c.rows() + kBlockRows - 1) / kBlockRows, strips = panels.strips();
-  const auto multiply = [&](Index item, int) {
+  const auto multiply_item = [&](Index item, int) {
     const Range rows = nth_part(c.rows(), blocks, item / strips);
     panels.multiply_strip(item % strips, {&scale, 0}, a.some_rows(rows), keep, rows_of(c, rows), {});
   };
+  const TaskRef multiply(multiply_item);
   if (c.rows() * c.cols() * a.cols >= kWorthSharing) return context.for_each(blocks * strips, multiply);
   for (Index item = 0; item < blocks * strips; ++item) multiply(item, 0);
 }

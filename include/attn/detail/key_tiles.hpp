@@ -22,26 +22,25 @@ template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTilePackets * kLanes<T> * Index{sizeof(T)}));
 static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
 
-/// Which rows count: those that a mask keeps, without those of a bias of minus infinity. An empty span leaves all.
+/// Which rows count: those that a mask keeps, without those of a bias of minus infinity. Null leaves all.
 template <class T>
 struct KeptRows {
-  std::span<const std::uint8_t> keep;
-  std::span<const T> bias;
+  const std::uint8_t* keep;
+  const T* bias;
 
   bool operator()(Index row) const {
-    const auto at = static_cast<std::size_t>(row);
-    return (keep.empty() || keep[at] != 0) && (bias.empty() || bias[at] != -std::numeric_limits<T>::infinity());
+    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || bias[row] != -std::numeric_limits<T>::infinity());
   }
 };
 
 template <class In>
 auto kept_keys(const In& in) {
-  return KeptRows<typename decltype(in.key_bias)::value_type>{in.mask.keep_key, in.key_bias};
+  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_key), data_or_null(in.key_bias)};
 }
 
 template <class In>
 auto kept_queries(const In& in) {
-  return KeptRows<typename decltype(in.key_bias)::value_type>{in.mask.keep_query, {}};
+  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_query), nullptr};
 }
 
 template <class In>
@@ -138,8 +137,7 @@ class KeyReader {
     for (Index j = 0; j < tile.count; ++j) {
       T* to = k_ + j * d;
       in_.k.copy_row(tile.row(j), to);
-      if (space_.center == nullptr) continue;
-      for (Index c = 0; c < d; ++c) to[c] -= space_.center[c];
+      if (space_.center != nullptr) add_row(T(-1), space_.center, to, d);
     }
     tile.k = k_;
     tile.k_stride = d;
@@ -150,7 +148,7 @@ class KeyReader {
       T bias = 0;
       if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
       if (!in_.key_bias.empty())
-        bias += std::numbers::log2e_v<T> * (in_.key_bias[static_cast<std::size_t>(tile.row(j))] - space_.bias_origin);
+        bias += std::numbers::log2e_v<T> * (in_.key_bias.data()[tile.row(j)] - space_.bias_origin);
       bias_[j] = bias;
     }
   }

@@ -21,7 +21,7 @@ namespace attn::detail {
 template <class T>
 struct NystromFactors {
   MatrixRef<T> q_land, k_land, sums;
-  std::span<T> lse_land;
+  T* lse_land;
 };
 
 /// What a backward pass needs of the forward pass: copies of the factors, and lse, the log-sums of F's rows (n_q). exact: the method
@@ -33,17 +33,17 @@ struct NystromSaved {
   bool exact = false;
 
   /// For a forward pass of n queries; returns where it is to write lse.
-  std::span<T> reset(Index n, bool is_exact) {
+  T* reset(Index n, bool is_exact) {
     exact = is_exact;
     lse.resize(static_cast<std::size_t>(n));
-    return lse;
+    return lse.data();
   }
 
   void keep(const NystromFactors<T>& factors) {
     q_land = factors.q_land;
     k_land = factors.k_land;
     sums = factors.sums;
-    lse_land.assign(factors.lse_land.begin(), factors.lse_land.end());
+    lse_land.assign(factors.lse_land, factors.lse_land + factors.q_land.rows());
   }
 
   /// Throws std::invalid_argument when it is not of inputs like these.

@@ -5,7 +5,6 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <span>
 
 namespace attn::detail {
 
@@ -25,16 +24,20 @@ template <class T>
   for (Index i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-/// Lanes [first, first + kLanes) of a row of length d, beyond it what fills them; a null row is all zeros.
+/// Lanes [first, first + kLanes) of a row of length d, beyond it what fills them.
 template <class T>
 inline Packet<T> load_row(const T* row, Index first, Index d, T fill = 0) {
-  if (row == nullptr) return broadcast(T(0));
   return first + kLanes<T> <= d ? load_unaligned(row + first) : load_some(row + first, d - first, fill);
+}
+
+/// The same of a row that may be null, which is all zeros.
+template <class T>
+inline Packet<T> load_row_if(const T* row, Index first, Index d) {
+  return row == nullptr ? broadcast(T(0)) : load_row(row, first, d);
 }
 
 template <class T>
 inline void store_row(T* row, Index first, Index d, Packet<T> x) {
-  if (row == nullptr) return;
   first + kLanes<T> <= d ? store_unaligned(row + first, x) : store_some(row + first, d - first, x);
 }
 
@@ -42,36 +45,42 @@ inline void store_row(T* row, Index first, Index d, Packet<T> x) {
 template <class T>
 [[gnu::noinline]] T dot_product(const T* a, const T* b, Index d) {
   auto products = broadcast(T(0));
-  for (Index first = 0; first < d; first += kLanes<T>)
-    products = multiply_add(load_row(a, first, d), load_row(b, first, d), products);
-  return sum(products);
+  Index c = 0;
+  for (; c + kLanes<T> <= d; c += kLanes<T>) products = multiply_add(load_unaligned(a + c), load_unaligned(b + c), products);
+  T total = sum(products);
+  for (; c < d; ++c) total += a[c] * b[c];
+  return total;
 }
 
 /// to <- to + factor row, of length d.
 template <class T>
 [[gnu::noinline]] void add_row(T factor, const T* row, T* to, Index d) {
-  for (Index first = 0; first < d; first += kLanes<T>) {
-    store_row(to, first, d, multiply_add(broadcast(factor), load_row(row, first, d), load_row(to, first, d)));
+  Index c = 0;
+  for (; c + kLanes<T> <= d; c += kLanes<T>) {
+    store_unaligned(to + c, multiply_add(broadcast(factor), load_unaligned(row + c), load_unaligned(to + c)));
   }
+  for (; c < d; ++c) to[c] += factor * row[c];
 }
 
 /// to <- factor row, of length d.
 template <class T>
 [[gnu::noinline]] void scale_row(T factor, const T* row, T* to, Index d) {
-  for (Index first = 0; first < d; first += kLanes<T>) store_row(to, first, d, broadcast(factor) * load_row(row, first, d));
+  Index c = 0;
+  for (; c + kLanes<T> <= d; c += kLanes<T>) store_unaligned(to + c, broadcast(factor) * load_unaligned(row + c));
+  for (; c < d; ++c) to[c] = factor * row[c];
 }
 
-/// to <- to + rows, one after another, of length d.
+/// to <- to + count rows, one after another, of length d.
 template <class T>
-inline void add_rows(std::span<const T* const> rows, T* to, Index d) {
-  Index first = 0;
-  for (; first + kLanes<T> <= d; first += kLanes<T>) {
-    auto total = load_unaligned(to + first);
-    for (const T* row : rows) total = total + load_unaligned(row + first);
-    store_unaligned(to + first, total);
+inline void add_rows(const T* const* rows, Index count, T* to, Index d) {
+  Index c = 0;
+  for (; c + kLanes<T> <= d; c += kLanes<T>) {
+    auto total = load_unaligned(to + c);
+    for (Index i = 0; i < count; ++i) total = total + load_unaligned(rows[i] + c);
+    store_unaligned(to + c, total);
   }
-  for (; first < d; ++first) {
-    for (const T* row : rows) to[first] += row[first];
+  for (; c < d; ++c) {
+    for (Index i = 0; i < count; ++i) to[c] += rows[i][c];
   }
 }
 
@@ -93,12 +102,12 @@ inline T squared_norm(const T* row, Index d) {
 /// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are zeros.
 /// stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
 template <class T>
-inline Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel, Index stride) {
+[[gnu::noinline]] Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel, Index stride) {
   auto squares = broadcast(T(0));
   for (Index first = 0; first < d; first += kLanes<T>) {
     Packet<T> block[kLanes<T>];
-    const auto origin = load_row(center, first, d);
-    for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row(rows[i], first, d) - origin;
+    const auto origin = load_row_if(center, first, d);
+    for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row_if(rows[i], first, d) - origin;
     transpose(block);
     const Index count = std::min<Index>(kLanes<T>, d - first);
     for (Index c = 0; c < count; ++c) {
@@ -118,7 +127,9 @@ inline void unpack_rows(const T* panel, Index stride, Index d, Packet<T> scale, 
       block[c] = first + c < d ? load(panel + (first + c) * stride) * scale : broadcast(T(0));
     }
     transpose(block);
-    for (int i = 0; i < kLanes<T>; ++i) store_row(rows[i], first, d, block[i]);
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (rows[i] != nullptr) store_row(rows[i], first, d, block[i]);
+    }
   }
 }
 

@@ -85,14 +85,14 @@ template <int kPackets, class T>
   }
 }
 
-/// A right operand (depth, columns), packed; its last packet is filled up with zeros.
+/// A right operand (depth, columns), packed; zeros fill up its packets.
 template <class T>
 struct Panels {
   T* data;
   Index depth, packets;
 
   static Panels pack(const Operand<T>& b, Scratch& scratch) {
-    const Index packets = (b.cols + kLanes<T> - 1) / kLanes<T>;
+    const Index packets = packets_of<T>(b.cols);
     const Panels panels{scratch.elements<T>(b.rows * packets * kLanes<T>), b.rows, packets};
     for (Index s = 0; s < panels.strips(); ++s) {
       const Range strip = panels.strip(s);
@@ -104,7 +104,7 @@ struct Panels {
   }
 
   /// Strips of at most kPanelPackets packets of columns.
-  Index strips() const { return (packets + kPanelPackets - 1) / kPanelPackets; }
+  Index strips() const { return strips_of(packets, kPanelPackets); }
 
   /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at most kDepth terms
   /// at a time.

@@ -25,7 +25,7 @@ struct Product {
   Partition partition;
 
   /// The largest row number of the keys that query i may see.
-  Index limit(Index i) const {
+  [[gnu::noinline]] Index limit(Index i) const {
     switch (in.mask.causal) {
       case Causal::upper_left:
         return i;

@@ -58,11 +58,21 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
   add_product(a, rows, row_step, step, b, depth, tile);
 }
 
-/// body(std::integral_constant<int, packets>) for 1 to kMost packets, at most 4.
+/// How many packets so many columns are cut into: at least 2, for a tile of one packet is hardly faster, waiting for its own sums.
+template <class T>
+constexpr Index packets_of(Index columns) {
+  return std::max<Index>(2, (columns + kLanes<T> - 1) / kLanes<T>);
+}
+
+/// How many strips of at most most packets: of packets_of(...) none has fewer than 2.
+constexpr Index strips_of(Index packets, Index most) {
+  return (packets + most - 1) / most;
+}
+
+/// body(std::integral_constant<int, packets>) for 2 to kMost packets, at most 4.
 template <int kMost, class Body>
 inline void with_packets(int packets, const Body& body) {
   static_assert(kMost == 3 || kMost == 4);
-  if (packets == 1) return body(std::integral_constant<int, 1>{});
   if (packets == 2) return body(std::integral_constant<int, 2>{});
   if constexpr (kMost == 4) {
     if (packets == 4) return body(std::integral_constant<int, 4>{});

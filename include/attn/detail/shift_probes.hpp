@@ -33,7 +33,7 @@ ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const S
     ranks[static_cast<std::size_t>(j)] = rank;
     in.q.copy_row(factors.rows[static_cast<std::size_t>(rank)], queries.row(j).data());
   }
-  multiply<SoftmaxKernel, T>(kernel, {queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse, context);
+  multiply<SoftmaxKernel, T>(kernel, {queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse.data(), context);
   return probes;
 }
 

@@ -52,7 +52,7 @@ void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const Shif
   Scratch scratch = context.scratch();
   MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   T* buffer = scratch.elements<T>(in.v.cols());
-  multiply<SoftmaxKernel, T>(kernel, {in.q, factors.k_land, factors.values, queries_only(in.mask)}, product, {}, context);
+  multiply<SoftmaxKernel, T>(kernel, {in.q, factors.k_land, factors.values, queries_only(in.mask)}, product, nullptr, context);
   for (const Index row : factors.rows) {
     add_row(delta, in.v.row(row, buffer), product.row(row).data(), product.cols());
     if (saved != nullptr) saved->set(row, scale, delta);

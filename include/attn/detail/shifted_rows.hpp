@@ -38,7 +38,7 @@ struct ShiftFactors {
         lse(scratch.array<T>(landmarks.num_landmarks)),
         log_length(scratch.array<T>(landmarks.num_landmarks)),
         log_others(scratch.array<T>(landmarks.num_landmarks)) {
-    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, lse, context);
+    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, lse.data(), context);
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, sums, 0, values, context);

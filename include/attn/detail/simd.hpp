@@ -254,18 +254,4 @@ inline void transpose(Packet<T> (&rows)[kLanes<T>]) {
   }
 }
 
-/// Lane i of the result: all lanes of rows[i], combined by op in pairs. Half the shuffles of a transposition.
-template <int kStep = 1, class T, class Op>
-inline Packet<T> reduce(Packet<T> (&rows)[kLanes<T>], const Op& op) {
-  if constexpr (kStep < kLanes<T>) {
-    for (int i = 0; i < kLanes<T>; i += 2 * kStep) {
-      exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
-      rows[i] = op(rows[i], rows[i + kStep]);
-    }
-    return reduce<2 * kStep>(rows, op);
-  } else {
-    return rows[0];
-  }
-}
-
 }  // namespace attn::detail

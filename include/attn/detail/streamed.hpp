@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <span>
 
 namespace attn::detail {
 
@@ -39,16 +38,16 @@ class BlockRunner {
     }
   }
 
-  /// out (n_q, d_v) <- the finished rows of a block; lse, unless empty, their log-sums.
-  void finish_block(Index block, const ResultRows<T>& out, std::span<T> lse) {
+  /// out (n_q, d_v) <- the finished rows of a block; lse, unless null, their log-sums.
+  void finish_block(Index block, const ResultRows<T>& out, T* lse) {
     stream(block, {0, product_.in.k.rows()}, out.memory());
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
       alignas(64) T factor[extent(kWidth)];
       product_.set_factors(strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), factor);
       write_rows(strip, factor, out);
-      for (Index i = 0; i < strip.count && !lse.empty(); ++i) {
-        lse[at(strip, i)] = product_.log_sum(keeps(strip, i), strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
+      for (Index i = 0; i < strip.count && lse != nullptr; ++i) {
+        lse[strip.first + i] = product_.log_sum(keeps(strip, i), strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
       }
     }
   }
@@ -61,10 +60,10 @@ class BlockRunner {
       alignas(64) T factor[extent(kWidth)];
       std::fill_n(factor, kWidth, T(1));
       for (Index i = 0; i < strip.count; ++i) {
-        states.maximum[at(strip, i)] =
+        states.maximum.data()[strip.first + i] =
             keeps(strip, i) ? product_.absolute_maximum(strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i])
                             : kNoMaximum<T>;
-        states.sum[at(strip, i)] = keeps(strip, i) ? strip.total.sum[i] : T(0);
+        states.sum.data()[strip.first + i] = keeps(strip, i) ? strip.total.sum[i] : T(0);
       }
       write_rows(strip, factor, states.weighted);
     }
@@ -88,7 +87,6 @@ class BlockRunner {
     Strip<T> with(const LaneState<T>& state) const { return {queries, state, packets, count}; }
   };
 
-  static std::size_t at(const Lanes& strip, Index i) { return static_cast<std::size_t>(strip.first + i); }
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
 
   /// Feeds the strips of a block with keys. to: where their rows will be written.
@@ -98,17 +96,16 @@ class BlockRunner {
     for (Index s = 0; s < count_; ++s) load_queries(strips_[s], strips.first + s);
     const Index limit = product_.limit(strips_[count_ - 1].rows().last - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
-    for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].total);
-    for (Range chunk{keys.first, 0}; chunk.first < keys.last; chunk.first = chunk.last) {
-      chunk.last = std::min(keys.last, chunk.first + kChunkKeys);
-      if (chunk.first == keys.first) {
-        stream_chunk(&Lanes::total, chunk, keys.last, to);
-        continue;
+    Range chunk{keys.first, keys.first};
+    do {  // once even where there are no keys
+      chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
+      LaneState<T> Lanes::*const state = chunk.first == keys.first ? &Lanes::total : &Lanes::recent;
+      for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].*state);
+      stream_chunk(state, chunk, keys.last, to);
+      for (Index s = 0; s < count_ && state == &Lanes::recent; ++s) {
+        merge_lanes(strips_[s].total, strips_[s].recent, strips_[s].lanes(), product_.in.v.cols());
       }
-      for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].recent);
-      stream_chunk(&Lanes::recent, chunk, keys.last, to);
-      for (Index s = 0; s < count_; ++s) merge_lanes(strips_[s].total, strips_[s].recent, strips_[s].lanes(), product_.in.v.cols());
-    }
+    } while (chunk.last < keys.last);
   }
 
   /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or the next
@@ -149,7 +146,7 @@ class BlockRunner {
     }
   }
 
-  [[gnu::noinline]] void reset(const Lanes& strip, const LaneState<T>& state) const {
+  void reset(const Lanes& strip, const LaneState<T>& state) const {
     for (Index i = 0; i < strip.lanes(); ++i) {
       state.maximum[i] = product_.maximum == Maximum::running ? kNoMaximum<T>
                          : std::isnan(strip.query_bias[i])    ? T(0)  // its scores are NaN where it sees a key

@@ -55,7 +55,7 @@ template <class T>
 inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices, Index lanes, Index lane) {
   auto zero = broadcast(T(0));
   for (Index c = 0; c < d; c += kLanes<T>) {
-    const auto x = row == nullptr ? broadcast(T(0)) : (load_row(row, c, d) - load_row(center, c, d)) * broadcast(scale);
+    const auto x = row == nullptr ? broadcast(T(0)) : (load_row(row, c, d) - load_row_if(center, c, d)) * broadcast(scale);
     zero = multiply_add(x, broadcast(T(0)), zero);
     store(slices + (c / kSliceWidth<T> * lanes + lane) * kSliceWidth<T> + c % kSliceWidth<T>, x);
   }
