@@ -165,7 +165,8 @@ AnyApproximator<T> make_approximator(std::string_view name, const MethodOptions&
     if (method.name == name) return method.make(options);
     names.append(names.empty() ? "" : ", ").append(method.name);
   }
-  detail::refuse("make_approximator", "no method is called \"%.*s\"; there are %s", static_cast<int>(name.size()), name.data(), names.c_str());
+  detail::refuse("make_approximator", "no method is called \"%.*s\"; there are %s", static_cast<int>(name.size()), name.data(),
+                 names.c_str());
 }
 
 }  // namespace attn

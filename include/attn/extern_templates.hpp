@@ -29,8 +29,7 @@
 namespace attn {
 
 #define ATTN_PRODUCTS(T)                                                                                             \
-  ATTN_TEMPLATE void detail::run_whole(const detail::Product<T>&, const detail::ResultRows<T>&, T*,                  \
-                                       Context&, Scratch&);                                                          \
+  ATTN_TEMPLATE void detail::run(const detail::Product<T>&, const detail::ResultRows<T>&, T*, Context&, Scratch&);   \
   ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);        \
   ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&,   \
                                           std::span<T>, Context&, Scratch&);                                         \
@@ -55,8 +54,8 @@ namespace attn {
   ATTN_TEMPLATE std::span<const MethodEntry<T>> methods(); \
   ATTN_TEMPLATE AnyApproximator<T> make_approximator(std::string_view, const MethodOptions&);
 #define ATTN_GEMM(T)                                                                                            \
-  ATTN_TEMPLATE void detail::gemm<T>(T, const detail::Operand<T>&, const detail::Operand<T>&, T, MatrixRef<T>, \
-                                     Context&);
+  ATTN_TEMPLATE void detail::gemm<T>(T, const detail::Operand<T>&, const detail::Operand<T>&, T,               \
+                                     const MatrixRef<T>&, Context&);
 #define ATTN_ALL(T)                   \
   ATTN_PRODUCTS(T)                    \
   ATTN_KERNEL(SoftmaxKernel, T)       \

@@ -63,8 +63,6 @@ concept ScoreKernel = std::copyable<K> && requires(const K& kernel, Eigen::Index
   { score_parameters(kernel, d) } -> std::same_as<ScoreParameters>;
 };
 
-static_assert(ScoreKernel<SoftmaxKernel> && ScoreKernel<GaussianKernel>);
-
 namespace detail {
 
 /// Whether a kernel may have a bias: for one that has none, what a bias needs is not compiled.

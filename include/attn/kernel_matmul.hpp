@@ -86,11 +86,6 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
           .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
 }
 
-template <class T>
-RowStates<T> make_states(Index n_q, Index d_v, Scratch& scratch) {
-  return {scratch.array<T>(n_q), scratch.array<T>(n_q), scratch.matrix<T>(n_q, d_v)};
-}
-
 }  // namespace detail
 
 /// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree.
@@ -98,7 +93,15 @@ template <class T>
 void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& from) {
   detail::check_states("merge", into, from.weighted.rows(), from.weighted.cols());
   detail::check_states("merge", from, into.weighted.rows(), into.weighted.cols());
-  detail::merge_rows(into, from);
+  for (std::size_t i = 0; i < into.sum.size(); ++i) {
+    const T top = std::max(into.maximum[i], from.maximum[i]);
+    const T keep = std::exp2(into.maximum[i] - top), add = std::exp2(from.maximum[i] - top);
+    into.maximum[i] = top;
+    into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
+    T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
+    detail::scale_row(keep, row, row, into.weighted.cols());
+    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row, into.weighted.cols());
+  }
 }
 
 /// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in kernel_matmul.
@@ -108,42 +111,60 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
             std::type_identity_t<std::span<T>> lse = {}) {
   detail::check_states("finish", states, out.rows(), out.cols());
   detail::check_length("finish", "lse", lse.size(), "out", out.rows());
-  detail::finish_rows(score_parameters(kernel, d).rows, states, out, detail::data_or_null(lse));
+  const Rows rows = score_parameters(kernel, d).rows;
+  for (std::size_t i = 0; i < states.sum.size(); ++i) {
+    const T factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
+    if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
+    const Index row = static_cast<Index>(i);
+    const T* weighted = states.weighted.data() + row * states.weighted.outerStride();
+    detail::scale_row(factor, weighted, out.data() + row * out.outerStride(), out.cols());
+  }
 }
 
 namespace detail {
 
-/// states (n_q) <- those of all keys of a product, or, cut into splits, merged from those of each.
+/// Streams all keys past each block of queries, and calls write with the runner that has a block complete. Where keys are cut into
+/// splits, these are merged first. Under a causal mask the last blocks cost most, so they come first. to: where rows will be written.
+template <class T, class Write>
+void run_blocks(const Product<T>& product, const MemoryRows& to, Context& context, Scratch& scratch, const Write& write) {
+  const Index blocks = product.partition.blocks, splits = product.partition.splits, strips = product.partition.strips;
+  BlockRunner<T>* const runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
+  LaneState<T>* parts = nullptr;
+  if (splits > 1) {
+    parts = scratch.elements<LaneState<T>>(splits * strips);
+    for (Index i = 0; i < splits * strips; ++i) parts[i] = LaneState<T>::make(product.in.v.cols(), scratch);
+    context.for_each(blocks * splits, [&](Index item, int worker) {
+      const Index split = item % splits;
+      runners[worker].stream(item / splits, nth_part(product.in.k.rows(), splits, split), parts + split * strips, {});
+    });
+  }
+  context.for_each(blocks, [&](Index item, int worker) {
+    const Index block = blocks - 1 - item;
+    if (parts == nullptr) {
+      runners[worker].stream(block, {0, product.in.k.rows()}, nullptr, to);
+    } else {
+      runners[worker].merge_splits(block, parts);
+    }
+    write(runners[worker]);
+  });
+}
+
+/// out <- all rows; lse, unless null, their log-sums.
+template <class T>
+void run(const Product<T>& product, const ResultRows<T>& out, T* lse, Context& context, Scratch& scratch) {
+  if (!FewKeys<T>::suits(product)) {
+    return run_blocks(product, out.memory(), context, scratch, [&](const BlockRunner<T>& runner) { runner.write_results(out, lse); });
+  }
+  const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
+  FewKeysRunner<T>* const runners = scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch);
+  context.for_each(product.partition.blocks, [&](Index block, int worker) { runners[worker].finish_block(block, out, lse); });
+}
+
+/// states (n_q) <- those of all rows.
 template <class T>
 void run_partial(const Product<T>& product, const RowStates<T>& states, Context& context, Scratch& scratch) {
-  const Index blocks = product.partition.blocks, splits = product.partition.splits;
-  RowStates<T>* const parts = scratch.make<RowStates<T>>(splits, states);
-  for (Index s = 1; s < splits; ++s) {
-    std::construct_at(&parts[s], make_states<T>(states.weighted.rows(), states.weighted.cols(), scratch));
-  }
-  BlockRunner<T>* const runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
-  context.for_each(blocks * splits, [&](Index item, int worker) {
-    const Index split = item % splits;
-    runners[worker].partial_block(item / splits, nth_part(product.in.k.rows(), splits, split), parts[split]);
-  });
-  for (Index s = 1; s < splits; ++s) merge_rows(states, parts[s]);
-}
-
-/// out <- all blocks, each finished by one task. Under a causal mask the last blocks cost most, so they come first.
-template <class Runner, class T>
-void run_blocks(const Product<T>& product, Runner* runners, const ResultRows<T>& out, T* lse, Context& context) {
-  const Index blocks = product.partition.blocks;
-  context.for_each(blocks, [&](Index item, int worker) { runners[worker].finish_block(blocks - 1 - item, out, lse); });
-}
-
-/// out <- the rows of a product whose keys are not cut into splits.
-template <class T>
-void run_whole(const Product<T>& product, const ResultRows<T>& out, T* lse, Context& context, Scratch& scratch) {
-  if (FewKeys<T>::suits(product)) {
-    const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
-    return run_blocks(product, scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch), out, lse, context);
-  }
-  run_blocks(product, scratch.make<BlockRunner<T>>(context.workers(), product, scratch), out, lse, context);
+  run_blocks(product, MemoryRows::of(states.weighted), context, scratch,
+             [&](const BlockRunner<T>& runner) { runner.write_states(states); });
 }
 
 /// kernel_matmul, once its arguments are checked; lse may be null.
@@ -151,12 +172,7 @@ template <ScoreKernel Kernel, class T>
 void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, T* lse, Context& context) {
   Scratch scratch = context.scratch();
   const Product<T> product = make_product(kernel, in, lse == nullptr ? Maximum::fixed : Maximum::running, context.workers(), scratch);
-  if (product.partition.splits == 1) return run_whole(product, out, lse, context, scratch);
-  const MatrixRef<T> weighted = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
-  const RowStates<T> states{scratch.array<T>(out.rows()), scratch.array<T>(out.rows()), weighted};
-  run_partial(product, states, context, scratch);
-  finish_rows(product.rows, states, weighted, lse);
-  for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, weighted.data() + i * weighted.outerStride());
+  run(product, out, lse, context, scratch);
 }
 
 /// kernel_matmul_partial, once its arguments are checked.
@@ -286,8 +302,8 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
   detail::check_length(kName, "lse", lse.size(), "q", in.q.rows());
   detail::check_length(kName, "dbias", dbias.size(), "k", in.k.rows());
   Scratch scratch = context.scratch();
-  const detail::Product<T> product =
-      detail::make_product(kernel, detail::sources(in), detail::Maximum::running, context.workers(), scratch);
+  const detail::Sources<T> sources = detail::sources(in);
+  const detail::Product<T> product = detail::make_product(kernel, sources, detail::Maximum::running, context.workers(), scratch);
   const bool normalized = product.rows == Rows::normalized;
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have %td entries, for rows are normalized", in.q.rows());

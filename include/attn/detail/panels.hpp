@@ -18,7 +18,7 @@ struct Operand {
   const T* data;
   Index rows, cols, row_step, column_step;
 
-  Operand(const T* first, Index n_rows, Index n_cols, Index to_next_row, Index to_next_column)
+  [[gnu::noinline]] Operand(const T* first, Index n_rows, Index n_cols, Index to_next_row, Index to_next_column)
       : data(first), rows(n_rows), cols(n_cols), row_step(to_next_row), column_step(to_next_column) {}
 
   template <RowMajorWithContiguousRows<T> M>

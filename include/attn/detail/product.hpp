@@ -14,10 +14,10 @@
 
 namespace attn::detail {
 
-/// bounded: no weight is above 1.
+/// in must outlive it. bounded: no weight is above 1.
 template <class T>
 struct Product {
-  Sources<T> in;
+  const Sources<T>& in;
   KeySpace<T> space;
   Rows rows;
   bool bounded;

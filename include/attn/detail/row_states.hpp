@@ -3,12 +3,10 @@
 
 #include <attn/detail/checks.hpp>
 #include <attn/detail/exp2.hpp>
-#include <attn/detail/panel.hpp>
 #include <attn/detail/strip.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <span>
@@ -53,33 +51,6 @@ inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, I
       T* to = total.weighted + c * lanes + p;
       store(to, multiply_add(load(recent.weighted + c * lanes + p), add, load(to) * keep));
     }
-  }
-}
-
-/// into <- the states of both sets of keys together.
-template <class T>
-void merge_rows(const RowStates<T>& into, const RowStates<T>& from) {
-  const Index d_v = into.weighted.cols();
-  for (Index i = 0; i < into.weighted.rows(); ++i) {
-    T &maximum = into.maximum.data()[i], &sum = into.sum.data()[i];
-    const T top = std::max(maximum, from.maximum.data()[i]);
-    const T keep = std::exp2(maximum - top), add = std::exp2(from.maximum.data()[i] - top);
-    maximum = top;
-    sum = sum * keep + from.sum.data()[i] * add;
-    T* row = into.weighted.data() + i * into.weighted.outerStride();
-    scale_row(keep, row, row, d_v);
-    add_row(add, from.weighted.data() + i * from.weighted.outerStride(), row, d_v);
-  }
-}
-
-/// out (n_q, d_v) <- what states add up to; lse, unless null, their log-sums.
-template <class T>
-void finish_rows(Rows rows, const RowStates<T>& states, const MatrixRef<T>& out, T* lse) {
-  for (Index i = 0; i < out.rows(); ++i) {
-    const T maximum = states.maximum.data()[i], sum = states.sum.data()[i];
-    if (lse != nullptr) lse[i] = row_log_sum(maximum, sum);
-    const T* weighted = states.weighted.data() + i * states.weighted.outerStride();
-    scale_row(row_factor(rows, maximum, sum), weighted, out.data() + i * out.outerStride(), out.cols());
   }
 }
 

@@ -32,15 +32,37 @@ class BlockRunner {
       Lanes& strip = strips_[s];
       strip.queries = scratch.elements<T>(kWidth * d);
       strip.query_bias = scratch.elements<T>(kWidth);
-      for (LaneState<T>* state : {&strip.recent, &strip.total}) {
-        *state = {scratch.elements<T>(kWidth), scratch.elements<T>(kWidth), scratch.elements<T>(kWidth * whole_tiles(d_v))};
-      }
+      strip.recent = LaneState<T>::make(d_v, scratch);
+      strip.total = LaneState<T>::make(d_v, scratch);
     }
   }
 
-  /// out (n_q, d_v) <- the finished rows of a block; lse, unless null, their log-sums.
-  void finish_block(Index block, const ResultRows<T>& out, T* lse) {
-    stream(block, {0, product_.in.k.rows()}, out.memory());
+  /// Streams keys past the queries of a block. totals: where the states of all strips are kept, null for the runner's own.
+  /// to: where the rows will be written.
+  void stream(Index block, Range keys, const LaneState<T>* totals, const MemoryRows& to) {
+    open(block, totals);
+    const Index limit = product_.limit(strips_[count_ - 1].rows().last - 1);
+    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    Range chunk{keys.first, keys.first};
+    do {  // once even where there are no keys
+      chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
+      LaneState<T> Lanes::*const state = chunk.first == keys.first ? &Lanes::total : &Lanes::recent;
+      for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].*state);
+      stream_chunk(state, chunk, keys.last, to);
+      for (Index s = 0; s < count_ && state == &Lanes::recent; ++s) merge(strips_[s], strips_[s].recent);
+    } while (chunk.last < keys.last);
+  }
+
+  /// The states of a block's strips from those of each split of the keys, which parts has one after another.
+  void merge_splits(Index block, const LaneState<T>* parts) {
+    open(block, parts);
+    for (Index split = 1; split < product_.partition.splits; ++split) {
+      for (Index s = 0; s < count_; ++s) merge(strips_[s], parts[split * product_.partition.strips + strips_[s].number]);
+    }
+  }
+
+  /// out (n_q, d_v) <- the finished rows of the block; lse, unless null, their log-sums.
+  void write_results(const ResultRows<T>& out, T* lse) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
       alignas(64) T factor[extent(kWidth)];
@@ -52,9 +74,8 @@ class BlockRunner {
     }
   }
 
-  /// states <- the rows of a block for some keys, to be merged.
-  void partial_block(Index block, Range keys, const RowStates<T>& states) {
-    stream(block, keys, MemoryRows::of(states.weighted));
+  /// states <- those of the rows of the block.
+  void write_states(const RowStates<T>& states) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
       alignas(64) T factor[extent(kWidth)];
@@ -74,13 +95,13 @@ class BlockRunner {
   /// Tiles that are added up before the result joins the total, which keeps chains of sums short.
   static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
 
-  /// A strip and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
+  /// A strip, the number-th of all, and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
   /// query_bias: -bias |q|^2, what log2 kappa has beyond the score.
   struct Lanes {
     T *queries, *query_bias;
     LaneState<T> recent, total;
     int packets;
-    Index first, count;
+    Index number, first, count;
 
     Index lanes() const { return packets * kLanes<T>; }
     Range rows() const { return {first, first + count}; }
@@ -89,23 +110,19 @@ class BlockRunner {
 
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
 
-  /// Feeds the strips of a block with keys. to: where their rows will be written.
-  void stream(Index block, Range keys, const MemoryRows& to) {
+  /// Turns to the strips of a block.
+  void open(Index block, const LaneState<T>* totals) {
     const Range strips = product_.partition.strips_of_block(block);
     count_ = strips.last - strips.first;
-    for (Index s = 0; s < count_; ++s) load_queries(strips_[s], strips.first + s);
-    const Index limit = product_.limit(strips_[count_ - 1].rows().last - 1);
-    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
-    Range chunk{keys.first, keys.first};
-    do {  // once even where there are no keys
-      chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
-      LaneState<T> Lanes::*const state = chunk.first == keys.first ? &Lanes::total : &Lanes::recent;
-      for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].*state);
-      stream_chunk(state, chunk, keys.last, to);
-      for (Index s = 0; s < count_ && state == &Lanes::recent; ++s) {
-        merge_lanes(strips_[s].total, strips_[s].recent, strips_[s].lanes(), product_.in.v.cols());
-      }
-    } while (chunk.last < keys.last);
+    for (Index s = 0; s < count_; ++s) {
+      strips_[s].number = strips.first + s;
+      if (totals != nullptr) strips_[s].total = totals[strips.first + s];
+      load_queries(strips_[s]);
+    }
+  }
+
+  [[gnu::noinline]] void merge(const Lanes& strip, const LaneState<T>& from) const {
+    merge_lanes(strip.total, from, strip.lanes(), product_.in.v.cols());
   }
 
   /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or the next
@@ -125,8 +142,8 @@ class BlockRunner {
     }
   }
 
-  void load_queries(Lanes& strip, Index s) const {
-    const Range packets = product_.partition.packets_of_strip(s);
+  void load_queries(Lanes& strip) const {
+    const Range packets = product_.partition.packets_of_strip(strip.number);
     strip.packets = static_cast<int>(packets.last - packets.first);
     strip.first = packets.first * kLanes<T>;
     strip.count = std::min(packets.last * kLanes<T>, product_.in.q.rows()) - strip.first;

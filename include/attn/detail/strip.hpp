@@ -14,6 +14,7 @@
 /// nor v is packed; scores and weights of a tile live in one panel that stays in L1.
 #pragma once
 
+#include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
@@ -36,6 +37,12 @@ inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
 template <class T>
 struct LaneState {
   T *maximum, *sum, *weighted;
+
+  [[gnu::noinline]] static LaneState make(Index d_v, Scratch& scratch) {
+    constexpr Index kWidth = kTilePackets * kLanes<T>;
+    T* const rows = scratch.elements<T>(kWidth * (2 + whole_tiles(d_v)));
+    return {rows, rows + kWidth, rows + 2 * kWidth};
+  }
 };
 
 /// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows.

@@ -36,7 +36,7 @@ struct MemoryRows {
   Index rows, row_bytes, stride_bytes;
 
   template <class M>
-  static MemoryRows of(const M& m) {
+  [[gnu::noinline]] static MemoryRows of(const M& m) {
     constexpr Index kBytes = sizeof(typename M::Scalar);
     return {reinterpret_cast<const char*>(m.data()), m.rows(), m.cols() * kBytes, m.outerStride() * kBytes};
   }
