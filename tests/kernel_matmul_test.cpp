@@ -128,6 +128,18 @@ TEST(KernelMatmul, SparseKeys) {
   }
 }
 
+/// More keys than are summed up at a time, for many queries and, where keys are split besides, for few.
+TEST(KernelMatmul, KeysByTheThousands) {
+  for (const auto& [n_q, n_k] : {std::pair<Index, Index>{200, 9000}, {3, 140000}}) {
+    SCOPED_TRACE("n_q " + std::to_string(n_q) + ", n_k " + std::to_string(n_k));
+    const auto x = test::make_tokens<float>(Family::unit, {n_q, n_k, 4, 3}, 8);
+    Context context;
+    for (const Causal causal : {Causal::none, Causal::lower_right}) {
+      expect_all_kernels_match<float>({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}}, context);
+    }
+  }
+}
+
 TEST(KernelMatmul, LargeBiases) {
   auto x = test::make_tokens<float>(Family::init, {50, 600, 16, 9});
   Context context;
