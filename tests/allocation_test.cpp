@@ -399,7 +399,7 @@ void with_every_allocation_failing(const auto& executor, const Body& body) {
     }
     ASSERT_EQ(living, before) << "allocation " << k;
     if (!reached) {
-      EXPECT_GE(k, 2) << "hardly any allocation was there to fail";
+      EXPECT_GE(k, 1) << "no allocation was there to fail";
       return;
     }
   }
