@@ -58,13 +58,13 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
   add_product(a, rows, row_step, step, b, depth, tile);
 }
 
-/// How many packets so many columns are cut into: at least 2, for a tile of one packet is hardly faster, waiting for its own sums.
+/// How many packets so many columns are cut into: at least 2. A tile of one packet waits for its own sums, and would save a sixth at most.
 template <class T>
 constexpr Index packets_of(Index columns) {
   return std::max<Index>(2, (columns + kLanes<T> - 1) / kLanes<T>);
 }
 
-/// How many strips of at most most packets: of packets_of(...) none has fewer than 2.
+/// How many strips so many packets are cut into, each of at most most: of packets_of(...) none has fewer than 2.
 constexpr Index strips_of(Index packets, Index most) {
   return (packets + most - 1) / most;
 }
