@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What including attn costs a build: the seconds of processor time that four programs take to compile at -O2, in turn,
-# and their ratio to the one with Eigen's header alone; medians over the rounds. The last is a file of a program that links
-# attn::compiled, whose templates another file has.
+# and their ratio to the one with Eigen's header alone in the same round; medians over the rounds, and quartiles. The last is
+# a file of a program that links attn::compiled, whose templates another file has.
 # Usage: bench/compile_time.sh [ROUNDS]      CXX, CXXFLAGS and EIGEN_CFLAGS as set, else c++, none and pkg-config's.
 set -euo pipefail
 
@@ -36,11 +36,14 @@ for ((round = 0; round < rounds; ++round)); do
   for program in eigen attn nystrom compiled; do compile "$program"; done
 done
 
-eigen="$(median <"$folder/eigen.times")"
-printf '%-46s %8s %6s\n' "$("${CXX:-c++}" --version | head -n 1), $rounds rounds" seconds ratio
+# A line for program $1, called $2: its median seconds, and its ratio to Eigen's of the same round: median, quartiles.
 report() {
-  awk -v name="$2" -v t="$(median <"$folder/$1.times")" -v of="$eigen" 'BEGIN { printf "%-46s %8.2f %6.2f\n", name, t, t / of }'
+  paste "$folder/$1.times" "$folder/eigen.times" | awk '{ print $1 / $2 }' >"$folder/ratios"
+  printf '%-46s %8.2f %6.2f  (%.2f-%.2f)\n' "$2" "$(median <"$folder/$1.times")" "$(median <"$folder/ratios")" \
+    "$(quantile 0.25 <"$folder/ratios")" "$(quantile 0.75 <"$folder/ratios")"
 }
+
+printf '%-46s %8s %6s  (%s)\n' "$("${CXX:-c++}" --version | head -n 1), $rounds rounds" seconds ratio quartiles
 report eigen "#include <Eigen/Core>"
 report attn "#include <attn/attn.hpp>"
 report nystrom "#include <attn/attn.hpp>, one Nystrom call"

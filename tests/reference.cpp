@@ -1,10 +1,39 @@
 #include "reference.hpp"
 
-#include <Eigen/Dense>
+#include <Eigen/Eigenvalues>
+#include <Eigen/LU>
 
 #include <algorithm>
+#include <limits>
 
 namespace reference {
+namespace {
+
+/// All decompositions are this one, since each takes the compiler long.
+using Spectrum = Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>;
+
+/// (0 A; A^T 0), whose eigenvalues are A's singular values, with either sign, and zeros. The eigenvectors to the positive ones are
+/// A's left singular vectors above its right ones, divided by sqrt(2).
+Matrix symmetric_of(const Matrix& a) {
+  Matrix s = Matrix::Zero(a.rows() + a.cols(), a.rows() + a.cols());
+  s.topRightCorner(a.rows(), a.cols()) = a;
+  s.bottomLeftCorner(a.cols(), a.rows()) = a.transpose();
+  return s;
+}
+
+/// z (13 - a z (15 - a z (7 - a z))) / 4
+Matrix next_inverse(const Matrix& a, const Matrix& z) {
+  const Matrix eye = Matrix::Identity(a.rows(), a.cols()), az = a * z;
+  return z * (13 * eye - az * (15 * eye - az * (7 * eye - az))) / 4;
+}
+
+/// How many are above what rounding leaves of zeros. In ascending order.
+Index count_positive(const Vector& values) {
+  constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+  return (values.array() > kEpsilon * static_cast<double>(values.size()) * values.cwiseAbs().maxCoeff()).count();
+}
+
+}  // namespace
 
 Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k) {
   Matrix s = Matrix::Zero(q.rows(), k.rows());
@@ -90,12 +119,8 @@ Matrix segment_means(const Matrix& x, Index m) {
 }
 
 Matrix iterated_inverse(const Matrix& a, int iterations) {
-  const Matrix eye = Matrix::Identity(a.rows(), a.cols());
   Matrix z = a.transpose() / (a.cwiseAbs().colwise().sum().maxCoeff() * a.cwiseAbs().rowwise().sum().maxCoeff());
-  for (int i = 0; i < iterations; ++i) {
-    const Matrix az = a * z;
-    z = (z * (13 * eye - az * (15 * eye - az * (7 * eye - az)))).eval() / 4;
-  }
+  for (int i = 0; i < iterations; ++i) z = next_inverse(a, z);
   return z;
 }
 
@@ -139,14 +164,11 @@ Matrix ridge_inverse(const Matrix& a, double gamma) {
 }
 
 Matrix preconditioned_pinv(const Matrix& a, double gamma, int iterations) {
-  const Matrix eye = Matrix::Identity(a.rows(), a.cols()), w = a + gamma * eye;
+  const Matrix w = a + gamma * Matrix::Identity(a.rows(), a.cols());
   const Vector r = w.rowwise().sum().cwiseSqrt().cwiseInverse();
   const Matrix p = r.asDiagonal() * w * r.asDiagonal();
   Matrix z = p.transpose() / p.cwiseAbs().colwise().sum().maxCoeff();
-  for (int i = 0; i < iterations; ++i) {
-    const Matrix pz = p * z;
-    z = (z * (13 * eye - pz * (15 * eye - pz * (7 * eye - pz)))).eval() / 4;
-  }
+  for (int i = 0; i < iterations; ++i) z = next_inverse(p, z);
   return r.asDiagonal() * z * r.asDiagonal();
 }
 
@@ -180,28 +202,32 @@ Matrix lifted_softmax(double scale, Problem p, const Matrix& landmarks, double g
   return skyformer({scale, scale / 2, true}, p, landmarks, [&](const Matrix& a) { return ridge_inverse(a, gamma); });
 }
 
-Vector singular_values(const Matrix& a) {
-  return Eigen::BDCSVD<Eigen::MatrixXd>(a).singularValues();
+Vector eigenvalues(const Matrix& a) {
+  return Spectrum(a, Eigen::EigenvaluesOnly).eigenvalues();
 }
 
-Vector eigenvalues(const Matrix& a) {
-  return Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>(a, Eigen::EigenvaluesOnly).eigenvalues();
+Vector singular_values(const Matrix& a) {
+  return Spectrum(symmetric_of(a), Eigen::EigenvaluesOnly).eigenvalues().tail(std::min(a.rows(), a.cols())).reverse();
 }
 
 Matrix pseudo_inverse(const Matrix& a) {
-  return Eigen::MatrixXd(a).completeOrthogonalDecomposition().pseudoInverse();
+  const Spectrum spectrum(symmetric_of(a));
+  const Index r = count_positive(spectrum.eigenvalues());
+  const Matrix vectors = spectrum.eigenvectors().rightCols(r);
+  const Vector inverses = 2 * spectrum.eigenvalues().tail(r).cwiseInverse();
+  return vectors.bottomRows(a.cols()) * inverses.asDiagonal() * vectors.topRows(a.rows()).transpose();
 }
 
 Vector least_squares(const Matrix& a, const Vector& b) {
-  return Eigen::MatrixXd(a).completeOrthogonalDecomposition().solve(b);
+  return pseudo_inverse(a) * b;
 }
 
 Index rank(const Matrix& a) {
-  return Eigen::MatrixXd(a).completeOrthogonalDecomposition().rank();
+  return count_positive(Spectrum(symmetric_of(a), Eigen::EigenvaluesOnly).eigenvalues());
 }
 
 Matrix orthogonal(const Matrix& a) {
-  return Eigen::MatrixXd(a).householderQr().householderQ();
+  return Spectrum(a + a.transpose()).eigenvectors();
 }
 
 }  // namespace reference

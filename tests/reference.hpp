@@ -130,7 +130,7 @@ Vector least_squares(const Matrix& a, const Vector& b);
 
 Index rank(const Matrix& a);
 
-/// Q of a = Q R, square.
+/// An orthogonal matrix: the eigenvectors of a + a^T, where a is square.
 Matrix orthogonal(const Matrix& a);
 
 }  // namespace reference

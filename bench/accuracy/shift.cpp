@@ -35,7 +35,7 @@ BestCores best_cores(const Matrix<double>& s, const Matrix<double>& f, const Mat
 }
 
 void add_sample(Row& row, Index n, Index m, double share, std::uint64_t seed) {
-  const Tokens<double> wide = mixed_tokens<double>(n, share, seed);
+  const Tokens<double> wide = mixed_tokens(n, share, seed);
   const Tokens<float> tokens{wide.q.cast<float>(), wide.k.cast<float>(), wide.v.cast<float>()};
   const Matrix<double> s = softmax_matrix(wide.q, wide.k);
   const double size = s.norm();

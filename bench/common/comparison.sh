@@ -11,7 +11,9 @@ eigen_cflags="${EIGEN_CFLAGS:-$(pkg-config --cflags eigen3)}"
 folder="$(mktemp -d)"
 trap 'rm -r "$folder"' EXIT
 
-# The median of the numbers on standard input, one a line.
-median() {
-  sort -g | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2) + 1]) / 2 }'
+# The quantile $1 (0 to 1) of the numbers on standard input, one a line; between two of them, in proportion.
+quantile() {
+  sort -g | awk -v p="$1" '{ x[NR - 1] = $1 } END { at = p * (NR - 1); i = int(at); print x[i] + (at - i) * (x[i + (i < NR - 1)] - x[i]) }'
 }
+
+median() { quantile 0.5; }

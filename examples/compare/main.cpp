@@ -57,10 +57,7 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Options options;
-  CLI::App app("Compares exact attention with every approximation of it, on tokens from files or on made ones.");
-  add_options(app, options);
-  CLI11_PARSE(app, argc, argv);
+  const Options options = read_options(argc, argv);
   try {
     run(options);
   } catch (const std::exception& failure) {

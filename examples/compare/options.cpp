@@ -1,6 +1,9 @@
 #include "compare/options.hpp"
 
 #include "common/option_checks.hpp"
+#include "common/parse_or_exit.hpp"
+
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <map>
@@ -64,16 +67,6 @@ void add_inputs(CLI::App& app, Options& options) {
       ->check(CLI::IsMember(kCausalNames));
 }
 
-}  // namespace
-
-std::string family_name(Family family) {
-  return std::ranges::find(kFamilyNames, family, [](const auto& entry) { return entry.second; })->first;
-}
-
-attn::Causal wanted_causal(const Options& options) {
-  return options.causal.empty() ? Causal::none : kCausalNames.at(options.causal);
-}
-
 void add_options(CLI::App& app, Options& options) {
   add_inputs(app, options);
   app.add_option("--landmarks", options.landmarks, "numbers of landmarks to try, such as 64,128")
@@ -104,4 +97,22 @@ void add_options(CLI::App& app, Options& options) {
       ->capture_default_str();
   app.add_option("--json", options.json, "write the table to this file as JSON");
   app.add_option("--csv", options.csv, "write the table to this file as comma-separated values");
+}
+
+}  // namespace
+
+std::string family_name(Family family) {
+  return std::ranges::find(kFamilyNames, family, [](const auto& entry) { return entry.second; })->first;
+}
+
+attn::Causal wanted_causal(const Options& options) {
+  return options.causal.empty() ? Causal::none : kCausalNames.at(options.causal);
+}
+
+Options read_options(int argc, char** argv) {
+  Options options;
+  CLI::App app("Compares exact attention with every approximation of it, on tokens from files or on made ones.");
+  add_options(app, options);
+  parse_or_exit(app, argc, argv);
+  return options;
 }

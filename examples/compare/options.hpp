@@ -7,8 +7,6 @@
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
-#include <CLI/CLI.hpp>
-
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -29,8 +27,8 @@ struct Options {
   int threads = 0, repetitions = 5;
 };
 
-/// Lets app read its arguments into options, which must outlive it.
-void add_options(CLI::App& app, Options& options);
+/// What the command line asks for. Where that is help, or where it is wrong, prints so and ends the program.
+Options read_options(int argc, char** argv);
 
 /// The name of a family as --family takes it.
 std::string family_name(families::Family family);

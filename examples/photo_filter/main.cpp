@@ -135,10 +135,7 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Options options;
-  CLI::App app("Removes noise from a photo by exact attention and by every approximation of it, and compares them.");
-  add_options(app, options);
-  CLI11_PARSE(app, argc, argv);
+  const Options options = read_options(argc, argv);
   try {
     run(options);
   } catch (const std::exception& failure) {

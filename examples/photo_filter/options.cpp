@@ -1,6 +1,9 @@
 #include "options.hpp"
 
 #include "common/option_checks.hpp"
+#include "common/parse_or_exit.hpp"
+
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -29,8 +32,6 @@ std::string check_size(const std::string& text) {
   return text == "full" || text == "half" || parse_size(text) ? "" : "must be full, half or WIDTHxHEIGHT, not " + text;
 }
 
-}  // namespace
-
 void add_options(CLI::App& app, Options& options) {
   app.add_option("--input", options.input, "PNG to filter; without it, the photo of a raccoon that comes with this program");
   app.add_option("--size", options.size, "size the photo is scaled down to fit: full, half or WIDTHxHEIGHT")
@@ -50,6 +51,16 @@ void add_options(CLI::App& app, Options& options) {
       ->check(CLI::Range(0, 4096))->capture_default_str();
   app.add_flag("--no-exact", options.no_exact, "leave the exact methods out");
   app.add_option("--output", options.output, "folder for the images, made if it is missing")->capture_default_str();
+}
+
+}  // namespace
+
+Options read_options(int argc, char** argv) {
+  Options options;
+  CLI::App app("Removes noise from a photo by exact attention and by every approximation of it, and compares them.");
+  add_options(app, options);
+  parse_or_exit(app, argc, argv);
+  return options;
 }
 
 Size wanted_size(const Options& options, Size photo) {

@@ -3,8 +3,6 @@
 
 #include <attn/matrix.hpp>
 
-#include <CLI/CLI.hpp>
-
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -26,8 +24,8 @@ struct Size {
   attn::Index width, height;
 };
 
-/// Lets app read its arguments into options, which must outlive it.
-void add_options(CLI::App& app, Options& options);
+/// What the command line asks for. Where that is help, or where it is wrong, prints so and ends the program.
+Options read_options(int argc, char** argv);
 
 /// The size that options.size stands for, given that of the photo.
 Size wanted_size(const Options& options, Size photo);

@@ -7,6 +7,8 @@
 #include <attn/multi_head.hpp>
 
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
 
 #include <cstdint>
 #include <span>

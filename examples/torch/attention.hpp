@@ -4,7 +4,9 @@
 #include <attn/any_approximator.hpp>
 
 #include <ATen/core/ivalue.h>  // ahead of the others: Clang 14 takes them for C++20 only so
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+#include <torch/types.h>
 
 #include <string_view>
 

@@ -7,6 +7,9 @@
 
 #include <gtest/gtest.h>
 
+#include <torch/autograd.h>
+#include <torch/optim/adamw.h>
+
 #include <array>
 #include <cmath>
 #include <cstddef>

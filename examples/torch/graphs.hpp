@@ -3,7 +3,7 @@
 /// keep_query (n_q) are boolean.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <limits>

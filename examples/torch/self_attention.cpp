@@ -1,5 +1,7 @@
 #include "torch/attention.hpp"
 
+#include <torch/torch.h>
+
 #include <cstdlib>
 #include <iostream>
 #include <vector>

@@ -6,10 +6,7 @@
 #include <exception>
 
 int main(int argc, char** argv) {
-  Options options;
-  CLI::App app("Trains a small transformer on ListOps, with the attention that you choose.");
-  add_options(app, options);
-  CLI11_PARSE(app, argc, argv);
+  const Options options = read_options(argc, argv);
   try {
     train(options);
   } catch (const std::exception& failure) {

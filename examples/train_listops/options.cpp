@@ -1,6 +1,9 @@
 #include "train_listops/options.hpp"
 
 #include "common/option_checks.hpp"
+#include "common/parse_or_exit.hpp"
+
+#include <CLI/CLI.hpp>
 
 namespace {
 
@@ -52,8 +55,6 @@ void add_training(CLI::App& app, Options& options) {
       ->capture_default_str();
 }
 
-}  // namespace
-
 void add_options(CLI::App& app, Options& options) {
   options.of_method.num_landmarks = 32;
   add_method(app, options);
@@ -62,4 +63,14 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--csv", options.csv, "write a line for each validation to this file");
   app.add_option("--spectrum", options.spectrum,
                  "write the singular values of the trained second layer's attention to this file");
+}
+
+}  // namespace
+
+Options read_options(int argc, char** argv) {
+  Options options;
+  CLI::App app("Trains a small transformer on ListOps, with the attention that you choose.");
+  add_options(app, options);
+  parse_or_exit(app, argc, argv);
+  return options;
 }

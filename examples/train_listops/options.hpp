@@ -5,8 +5,6 @@
 
 #include <attn/any_approximator.hpp>
 
-#include <CLI/CLI.hpp>
-
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -24,5 +22,5 @@ struct Options {
   std::optional<std::string> csv{}, spectrum{};
 };
 
-/// Adds them all to app, which writes to options as it parses; options must outlive it.
-void add_options(CLI::App& app, Options& options);
+/// What the command line asks for. Where that is help, or where it is wrong, prints so and ends the program.
+Options read_options(int argc, char** argv);

@@ -77,7 +77,7 @@ class Cholesky {
   }
 
  private:
-  static constexpr Index kBlock = kTilePackets * kLanes<T>;
+  static constexpr Index kBlock = kTileWidth<T>;
 
   Index width(Index j) const { return std::min(kBlock, l_.rows() - j); }
   MatrixRef<T> inverse(Index j) { return inverses_.block(j, 0, width(j), width(j)); }

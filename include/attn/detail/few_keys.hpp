@@ -59,15 +59,15 @@ class FewKeysRunner {
       : product_(product),
         few_(few),
         width_(few.keys.packets * kLanes<T>),
-        scores_(scratch.elements<T>(kWidth * width_)),
-        queries_(scratch.elements<T>(kWidth * product.in.q.cols())),
-        results_(scratch.elements<T>(kWidth * product.in.v.cols())),
-        lanes_(scratch.elements<T>(kWidth * kLanes<T>)),
-        maximum_(scratch.elements<T>(4 * kWidth)),
-        sum_(maximum_ + kWidth),
-        query_bias_(sum_ + kWidth),
-        factor_(query_bias_ + kWidth) {
-    std::fill_n(scores_, kWidth * width_, T(0));
+        scores_(scratch.elements<T>(kTileWidth<T> * width_)),
+        queries_(scratch.elements<T>(kTileWidth<T> * product.in.q.cols())),
+        results_(scratch.elements<T>(kTileWidth<T> * product.in.v.cols())),
+        lanes_(scratch.elements<T>(kTileWidth<T> * kLanes<T>)),
+        maximum_(scratch.elements<T>(4 * kTileWidth<T>)),
+        sum_(maximum_ + kTileWidth<T>),
+        query_bias_(sum_ + kTileWidth<T>),
+        factor_(query_bias_ + kTileWidth<T>) {
+    std::fill_n(scores_, kTileWidth<T> * width_, T(0));
   }
 
   /// out (n_q, d_v) <- the finished rows of a block; lse, unless null, their log-sums.
@@ -77,7 +77,6 @@ class FewKeysRunner {
   }
 
  private:
-  static constexpr Index kWidth = kTilePackets * kLanes<T>;
   static constexpr int kRows = std::min(4, kLanes<T>);  ///< weighed side by side, so that none waits for another
 
   Range rows_of_strip(Index s) const {
@@ -91,7 +90,7 @@ class FewKeysRunner {
                    results = Upcoming::of(out.memory(), rows);
     few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_}, next_queries);
     weigh();
-    product_.set_factors(maximum_, sum_, query_bias_, kWidth, factor_);
+    product_.set_factors(maximum_, sum_, query_bias_, kTileWidth<T>, factor_);
     const MatrixRef<T> to = out.in_place() ? rows_of(out.matrix(), rows) : MatrixRef<T>(results_, count, d_v, d_v);
     few_.values.multiply({factor_, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
@@ -113,7 +112,7 @@ class FewKeysRunner {
     } else {
       copy_queries(rows.first, count);
     }
-    std::fill_n(query_bias_, kWidth, T(0));
+    std::fill_n(query_bias_, kTileWidth<T>, T(0));
     for (Index i = 0; i < count && product_.space.bias != 0; ++i) {
       query_bias_[i] = -product_.space.bias * squared_norm(queries.data + i * queries.row_step, d);
     }
@@ -132,13 +131,13 @@ class FewKeysRunner {
   /// Turns scores into weights relative to a maximum of each row, and sums them.
   void weigh() {
     if (few_.bias != nullptr) add_bias();
-    for (Index i = 0; i < kWidth; ++i) maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
-    for (Index i = 0; i < kWidth; i += kRows) weigh_rows(i);
-    for (Index i = 0; i < kWidth; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
+    for (Index i = 0; i < kTileWidth<T>; ++i) maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
+    for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
+    for (Index i = 0; i < kTileWidth<T>; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
   }
 
   void add_bias() {
-    for (Index i = 0; i < kWidth; ++i) add_row(T(1), few_.bias, scores_ + i * width_, width_);
+    for (Index i = 0; i < kTileWidth<T>; ++i) add_row(T(1), few_.bias, scores_ + i * width_, width_);
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.

@@ -19,7 +19,7 @@ namespace attn::detail {
 
 /// Keys in a tile: its weights for one strip of queries take half of a small L1 cache, and no sum in a register is longer than 256.
 template <class T>
-inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTilePackets * kLanes<T> * Index{sizeof(T)}));
+inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> * Index{sizeof(T)}));
 static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
 
 /// Which rows count: those that a mask keeps, without those of a bias of minus infinity. Null leaves all.

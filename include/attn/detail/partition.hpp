@@ -28,7 +28,7 @@ struct Partition {
   template <class T>
   static Partition of(Index n_q, Index n_k, Index d, Index d_v, Index workers) {
     const Index packets = packets_of<T>(n_q), strips = strips_of(packets, kTilePackets);
-    const Index strip_bytes = (d + 2 * d_v) * kTilePackets * kLanes<T> * Index{sizeof(T)};
+    const Index strip_bytes = (d + 2 * d_v) * kTileWidth<T> * Index{sizeof(T)};
     const Index strips_a_block = std::clamp<Index>(kBlockBytes / strip_bytes, kFewestStrips, kMostStrips);
     Index blocks = (strips + strips_a_block - 1) / strips_a_block;
     const Index splits = strips < kFewStrips ? std::clamp<Index>(n_k / kFewestSplitKeys, 1, kSplitTasks / blocks) : 1;

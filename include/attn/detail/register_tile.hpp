@@ -14,6 +14,10 @@ namespace attn::detail {
 inline constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 inline constexpr int kTilePackets = 3;
 
+/// Elements of those packets: the columns of a whole tile, and the queries of a whole strip.
+template <class T>
+inline constexpr Index kTileWidth = kTilePackets * kLanes<T>;
+
 /// The same for a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators.
 inline constexpr int kPanelPackets = kVectorRegisters == 32 ? 4 : kTilePackets;
 template <int kPackets>

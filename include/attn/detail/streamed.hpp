@@ -30,8 +30,8 @@ class BlockRunner {
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
       Lanes& strip = strips_[s];
-      strip.queries = scratch.elements<T>(kWidth * d);
-      strip.query_bias = scratch.elements<T>(kWidth);
+      strip.queries = scratch.elements<T>(kTileWidth<T> * d);
+      strip.query_bias = scratch.elements<T>(kTileWidth<T>);
       strip.recent = LaneState<T>::make(d_v, scratch);
       strip.total = LaneState<T>::make(d_v, scratch);
     }
@@ -65,7 +65,7 @@ class BlockRunner {
   void write_results(const ResultRows<T>& out, T* lse) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
-      alignas(64) T factor[extent(kWidth)];
+      alignas(64) T factor[extent(kTileWidth<T>)];
       product_.set_factors(strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), factor);
       write_rows(strip, factor, out);
       for (Index i = 0; i < strip.count && lse != nullptr; ++i) {
@@ -78,8 +78,8 @@ class BlockRunner {
   void write_states(const RowStates<T>& states) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
-      alignas(64) T factor[extent(kWidth)];
-      std::fill_n(factor, kWidth, T(1));
+      alignas(64) T factor[extent(kTileWidth<T>)];
+      std::fill_n(factor, kTileWidth<T>, T(1));
       for (Index i = 0; i < strip.count; ++i) {
         states.maximum.data()[strip.first + i] =
             keeps(strip, i) ? product_.absolute_maximum(strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i])
@@ -91,7 +91,6 @@ class BlockRunner {
   }
 
  private:
-  static constexpr Index kWidth = kTilePackets * kLanes<T>;
   /// Tiles that are added up before the result joins the total, which keeps chains of sums short.
   static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
 

@@ -121,19 +121,19 @@ class BackwardRunner {
       : product_(product),
         seeds_(seeds),
         reader_(product.in, product.space, scratch),
-        scores_(scratch.elements<T>(kTileKeys<T> * kWidth)),
-        slopes_(scratch.elements<T>(kTileKeys<T> * kWidth)),
-        ones_(scratch.elements<T>(kWidth)),
-        unused_(scratch.elements<T>(kWidth)),
+        scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
+        slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
+        ones_(scratch.elements<T>(kTileWidth<T>)),
+        unused_(scratch.elements<T>(kTileWidth<T>)),
         strips_(scratch.array<Lanes>(kBlockStrips)) {
-    std::fill_n(ones_, kWidth, T(1));
+    std::fill_n(ones_, kTileWidth<T>, T(1));
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Lanes& strip : strips_) {
-      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kWidth * whole_tiles(d));
-      for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kWidth);
-      strip.douts = scratch.elements<T>(kWidth * d_v);
-      strip.query_rows = scratch.elements<T>(slices_size<T>(d, kWidth));
-      strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kWidth));
+      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kTileWidth<T> * whole_tiles(d));
+      for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kTileWidth<T>);
+      strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
+      strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
+      strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kTileWidth<T>));
     }
   }
 
@@ -153,7 +153,7 @@ class BackwardRunner {
   }
 
  private:
-  static constexpr Index kWidth = kTilePackets * kLanes<T>, kBlockStrips = 4;
+  static constexpr Index kBlockStrips = 4;
 
   /// A strip of queries: transposed for the products that run over features, as rows for those that run over queries.
   struct Lanes {

@@ -39,9 +39,8 @@ struct LaneState {
   T *maximum, *sum, *weighted;
 
   [[gnu::noinline]] static LaneState make(Index d_v, Scratch& scratch) {
-    constexpr Index kWidth = kTilePackets * kLanes<T>;
-    T* const rows = scratch.elements<T>(kWidth * (2 + whole_tiles(d_v)));
-    return {rows, rows + kWidth, rows + 2 * kWidth};
+    T* const rows = scratch.elements<T>(kTileWidth<T> * (2 + whole_tiles(d_v)));
+    return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>};
   }
 };
 
@@ -139,9 +138,9 @@ class StripKernel {
       : d_(d),
         d_v_(d_v),
         maximum_(maximum),
-        panel_(scratch.elements<T>(kTileKeys<T> * kWidth)),
-        tile_maximum_(scratch.elements<T>(kWidth)),
-        correction_(scratch.elements<T>(kWidth)),
+        panel_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
+        tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
+        correction_(scratch.elements<T>(kTileWidth<T>)),
         finite_values_(scratch.elements<T>(kTileKeys<T> * d_v)) {}
 
   /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
@@ -165,8 +164,6 @@ class StripKernel {
   static constexpr Index kNoLimit = std::numeric_limits<Index>::max();
 
  private:
-  static constexpr Index kWidth = kTilePackets * kLanes<T>;
-
   /// Scores of keys that a query must not see become -infinity, whatever they were, and the maximum is taken anew without them.
   void hide_future(const Strip<T>& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
     const Index lanes = strip.lanes();
