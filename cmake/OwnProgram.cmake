@@ -18,7 +18,8 @@ if(ATTN_NATIVE)
 endif()
 
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-  target_compile_options(attn_own_settings INTERFACE -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror)
+  set(attn_warnings -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror)
+  target_compile_options(attn_own_settings INTERFACE ${attn_warnings})
 
   # GCC 12's AVX-512 intrinsics read a variable that they leave uninitialised on purpose (GCC bug 105593), so that there any
   # reduction or product of Eigen's warns. Only where that is so is the warning off.

@@ -10,7 +10,7 @@ namespace accuracy {
 namespace {
 
 /// Of one target: its exact matrix and what approximates it.
-struct Target {
+struct Matrices {
   std::string name;
   Matrix<float> exact;
   std::initializer_list<std::string_view> methods;
@@ -18,7 +18,7 @@ struct Target {
 
 /// Adds to rows, one for each of landmarks, a sample of every error relative to |exact|_2: of the matrix that gives
 /// every query the mean of v, of the best matrix of rank m, and of the methods.
-void add_errors(std::vector<Row>& rows, const std::vector<Index>& landmarks, const Target& target,
+void add_errors(std::vector<Row>& rows, const std::vector<Index>& landmarks, const Matrices& target,
                 const Tokens<float>& tokens, std::uint64_t seed) {
   const Index n = target.exact.rows();
   const Eigen::VectorXd values = leading_values(target.exact, std::min(n, landmarks.back() + 1));

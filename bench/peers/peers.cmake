@@ -1,5 +1,4 @@
 # The peers of bench_peers: Eigen's products always, the others where they are installed.
-target_sources(bench_peers PRIVATE peers/eigen_blocks.cpp)
 set(missing)
 
 # add_peer(name MACRO macro SOURCE file PACKAGE package HEADER header LIBRARIES library... [PATHS folder...]):
