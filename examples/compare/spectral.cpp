@@ -68,12 +68,12 @@ double SpectralErrors::largest(double milliseconds, const MatrixOfHead& matrix_o
 /// about five times the method's work, its backward pass included. None where a mask is causal, which no operator of
 /// exact attention takes.
 int SpectralErrors::affordable_steps(double milliseconds) const {
-  constexpr double kMost = 30;
+  constexpr double kMostSteps = 30;
   if (s_.causal != attn::Causal::none) return 0;
   const auto columns = [&](Index of_values) { return static_cast<double>(s_.d + of_values); };
   const double step = 2 * exact_ms_ * columns(1 + kOversampling) / columns(s_.d_v) + 5 * milliseconds;
   const double share = 1e3 * seconds_left_ * std::min(1.0, 2.0 / static_cast<double>(rows_left_));
-  return static_cast<int>(std::min(kMost, share / step));
+  return static_cast<int>(std::min(kMostSteps, share / step));
 }
 
 double SpectralErrors::norm(const AnyOperator& a, int steps) {
