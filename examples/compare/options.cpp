@@ -1,7 +1,7 @@
 #include "compare/options.hpp"
 
 #include "common/option_checks.hpp"
-#include "common/parse_or_exit.hpp"
+#include "common/parse_options.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -110,9 +110,6 @@ attn::Causal wanted_causal(const Options& options) {
 }
 
 Options read_options(int argc, char** argv) {
-  Options options;
-  CLI::App app("Compares exact attention with every approximation of it, on tokens from files or on made ones.");
-  add_options(app, options);
-  parse_or_exit(app, argc, argv);
-  return options;
+  return parse_options("Compares exact attention with every approximation of it, on tokens from files or on made ones.",
+                       add_options, argc, argv);
 }

@@ -1,7 +1,7 @@
 #include "options.hpp"
 
 #include "common/option_checks.hpp"
-#include "common/parse_or_exit.hpp"
+#include "common/parse_options.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -56,11 +56,8 @@ void add_options(CLI::App& app, Options& options) {
 }  // namespace
 
 Options read_options(int argc, char** argv) {
-  Options options;
-  CLI::App app("Removes noise from a photo by exact attention and by every approximation of it, and compares them.");
-  add_options(app, options);
-  parse_or_exit(app, argc, argv);
-  return options;
+  return parse_options("Removes noise from a photo by exact attention and by every approximation of it, and compares them.",
+                       add_options, argc, argv);
 }
 
 Size wanted_size(const Options& options, Size photo) {

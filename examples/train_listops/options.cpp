@@ -1,7 +1,7 @@
 #include "train_listops/options.hpp"
 
 #include "common/option_checks.hpp"
-#include "common/parse_or_exit.hpp"
+#include "common/parse_options.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -68,9 +68,6 @@ void add_options(CLI::App& app, Options& options) {
 }  // namespace
 
 Options read_options(int argc, char** argv) {
-  Options options;
-  CLI::App app("Trains a small transformer on ListOps, with the attention that you choose.");
-  add_options(app, options);
-  parse_or_exit(app, argc, argv);
-  return options;
+  return parse_options("Trains a small transformer on ListOps, with the attention that you choose.",
+                       add_options, argc, argv);
 }
