@@ -39,7 +39,7 @@ class ExactAttention {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  /// The log-sums of the rows (n_q); raw rows need none.
+  /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits; raw rows need none.
   struct Saved {
     std::vector<T> lse{};  ///< of each row, or empty
   };
@@ -56,7 +56,7 @@ class ExactAttention {
     detail::check_backward(kName, in, out, dout, gradients);
     const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
     detail::check_saved(kName, "rows of q", static_cast<Index>(saved.lse.size()), normalized ? in.q.rows() : 0);
-    kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
+    detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
   }
 
  private:

@@ -117,8 +117,8 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
   detail::check(detail::kMatmulName, in, out);
   detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
   Scratch scratch = context.scratch();
-  detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out), detail::data_or_null(lse),
-                                  context);
+  detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out),
+                                  detail::LogSums<float>{detail::data_or_null(lse), nullptr}, context);
 }
 
 /// The same without log-sums.

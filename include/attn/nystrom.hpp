@@ -55,7 +55,7 @@ class Nystrom {
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.check(kName, in);
-    if (saved.exact) return kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
+    if (saved.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
     detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
   }
 

@@ -63,17 +63,16 @@ class FewKeysRunner {
         queries_(scratch.elements<T>(kTileWidth<T> * product.in.q.cols())),
         results_(scratch.elements<T>(kTileWidth<T> * product.in.v.cols())),
         lanes_(scratch.elements<T>(kTileWidth<T> * kLanes<T>)),
-        maximum_(scratch.elements<T>(4 * kTileWidth<T>)),
+        maximum_(scratch.elements<T>(3 * kTileWidth<T>)),
         sum_(maximum_ + kTileWidth<T>),
-        query_bias_(sum_ + kTileWidth<T>),
-        factor_(query_bias_ + kTileWidth<T>) {
+        query_bias_(sum_ + kTileWidth<T>) {
     std::fill_n(scores_, kTileWidth<T> * width_, T(0));
   }
 
-  /// out (n_q, d_v) <- the finished rows of a block; lse, unless null, their log-sums.
-  void finish_block(Index block, const ResultRows<T>& out, T* lse) {
+  /// out (n_q, d_v) <- the finished rows of a block, and their log-sums.
+  void finish_block(Index block, const ResultRows<T>& out, const LogSums<T>& logs) {
     const Range strips = product_.partition.strips_of_block(block);
-    for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, lse);
+    for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, logs);
   }
 
  private:
@@ -84,21 +83,23 @@ class FewKeysRunner {
     return {packets.first * kLanes<T>, std::min(packets.last * kLanes<T>, product_.in.q.rows())};
   }
 
-  void finish_rows(Range rows, const ResultRows<T>& out, T* lse) {
+  void finish_rows(Range rows, const ResultRows<T>& out, const LogSums<T>& logs) {
     const Index count = rows.last - rows.first, d_v = out.cols();
     const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
                    results = Upcoming::of(out.memory(), rows);
     few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_}, next_queries);
     weigh();
-    product_.set_factors(maximum_, sum_, query_bias_, kTileWidth<T>, factor_);
+    RowScales<T> scales;
+    product_.set_scales(rows.first, maximum_, sum_, query_bias_, kTileWidth<T>, &scales);
     const MatrixRef<T> to = out.in_place() ? rows_of(out.matrix(), rows) : MatrixRef<T>(results_, count, d_v, d_v);
-    few_.values.multiply({factor_, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
+    few_.values.multiply({scales.first, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
       const bool keeps = keeps_query(product_.in, rows.first + i);
       T* row = to.data() + i * to.outerStride();
+      if (scales.twice) scale_row(scales.second[i], row, row, d_v);
       if (!keeps) std::fill_n(row, d_v, T(0));
       out.finish_row(rows.first + i, row);
-      if (lse != nullptr) lse[rows.first + i] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
+      product_.write_log_sums(logs, rows.first + i, maximum_[i], sum_[i], query_bias_[i]);
     }
   }
 
@@ -173,7 +174,7 @@ class FewKeysRunner {
   Index width_;  ///< elements between two rows of scores
   T *scores_, *queries_, *results_;
   T* lanes_;  ///< of each row, kLanes partial sums of its weights
-  T *maximum_, *sum_, *query_bias_, *factor_;
+  T *maximum_, *sum_, *query_bias_;
 };
 
 }  // namespace attn::detail

@@ -59,7 +59,8 @@ struct NystromSaved {
 template <ScoreKernel Kernel, class T>
 void landmark_matrix(const Kernel& kernel, const NystromSaved<T>& saved, const ConstMatrixRef<T>& identity, MatrixRef<T> a,
                      std::span<T> lse, Context& context) {
-  kernel_matmul(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, a, lse, context);
+  const Inputs<T> in{saved.q_land, saved.k_land, identity};
+  multiply<Kernel, T>(kernel, sources(in), a, lse.data(), context);
 }
 
 template <class T>
@@ -89,7 +90,7 @@ void nystrom_backward(const Kernel& kernel, const Landmarks& landmarks, const In
   MatrixRef<T> dq_land = scratch.matrix<T>(m, d), dk_land = scratch.matrix<T>(m, d), added = scratch.matrix<T>(m, d);
   MatrixRef<T> values = scratch.matrix<T>(m, d_v), dvalues = scratch.matrix<T>(m, d_v);
   landmark_values<Kernel, T>(kernel, inverse, saved, values, context);
-  kernel_matmul_backward(kernel, Inputs<T>{in.q, saved.k_land, values, queries_only(in.mask)}, out, lse, dout,
+  multiply_backward<Kernel, T>(kernel, Inputs<T>{in.q, saved.k_land, values, queries_only(in.mask)}, out, lse, dout,
                          {gradients.dq, dk_land, dvalues}, context);                                                    // F
   {
     Scratch core = scratch.nested();
@@ -100,10 +101,10 @@ void nystrom_backward(const Kernel& kernel, const Landmarks& landmarks, const In
     kept = a;
     values = saved.sums;
     inverse.backward(a, values, dvalues, da, context);                                                                  // C
-    kernel_matmul_backward(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da, {dq_land, added, dunit}, context);
+    multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da, {dq_land, added, dunit}, context);
   }
   dk_land += added;
-  kernel_matmul_backward(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums, saved.lse_land, dvalues,
+  multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums, saved.lse_land, dvalues,
                          {added, gradients.dk, gradients.dv}, context);                                                 // B
   dq_land += added;
   if constexpr (requires { landmarks.template scatter<T>(dq_land, [](Index) { return true; }, gradients.dq); }) {

@@ -100,7 +100,7 @@ void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, i
   const std::span<T> lse = scratch.array<T>(out.rows());
   const ShiftedPinv<T> inverse{iterations, saved.delta};
   landmark_values<SoftmaxKernel, T>(kernel, inverse, saved.nystrom, values, context);
-  kernel_matmul(kernel, Inputs<T>{in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse, context);
+  multiply<SoftmaxKernel, T>(kernel, {in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse.data(), context);
   dplain.setZero();
   for (Index i = 0; i < out.rows(); ++i) {
     if (keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 namespace attn::detail {
 
@@ -32,6 +33,7 @@ class BlockRunner {
       Lanes& strip = strips_[s];
       strip.queries = scratch.elements<T>(kTileWidth<T> * d);
       strip.query_bias = scratch.elements<T>(kTileWidth<T>);
+      strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       strip.recent = LaneState<T>::make(d_v, scratch);
       strip.total = LaneState<T>::make(d_v, scratch);
     }
@@ -41,7 +43,7 @@ class BlockRunner {
   /// to: where the rows will be written.
   void stream(Index block, Range keys, const LaneState<T>* totals, const MemoryRows& to) {
     open(block, totals);
-    const Index limit = product_.limit(strips_[count_ - 1].rows().last - 1);
+    const Index limit = product_.limits.of(strips_[count_ - 1].rows().last - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
     Range chunk{keys.first, keys.first};
     do {  // once even where there are no keys
@@ -61,15 +63,15 @@ class BlockRunner {
     }
   }
 
-  /// out (n_q, d_v) <- the finished rows of the block; lse, unless null, their log-sums.
-  void write_results(const ResultRows<T>& out, T* lse) const {
+  /// out (n_q, d_v) <- the finished rows of the block, and their log-sums.
+  void write_results(const ResultRows<T>& out, const LogSums<T>& logs) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
-      alignas(64) T factor[extent(kTileWidth<T>)];
-      product_.set_factors(strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), factor);
-      write_rows(strip, factor, out);
-      for (Index i = 0; i < strip.count && lse != nullptr; ++i) {
-        lse[strip.first + i] = product_.log_sum(keeps(strip, i), strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
+      RowScales<T> scales;
+      product_.set_scales(strip.first, strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), &scales);
+      write_rows(strip, scales, out);
+      for (Index i = 0; i < strip.count; ++i) {
+        product_.write_log_sums(logs, strip.first + i, strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
       }
     }
   }
@@ -78,15 +80,13 @@ class BlockRunner {
   void write_states(const RowStates<T>& states) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
-      alignas(64) T factor[extent(kTileWidth<T>)];
-      std::fill_n(factor, kTileWidth<T>, T(1));
+      RowScales<T> scales;
       for (Index i = 0; i < strip.count; ++i) {
-        states.maximum.data()[strip.first + i] =
-            keeps(strip, i) ? product_.absolute_maximum(strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i])
-                            : kNoMaximum<T>;
-        states.sum.data()[strip.first + i] = keeps(strip, i) ? strip.total.sum[i] : T(0);
+        const T sum = keeps(strip, i) ? strip.total.sum[i] : T(0);
+        states.maximum.data()[strip.first + i] = set_state_scale(strip, i, sum, &scales.first[i]);
+        states.sum.data()[strip.first + i] = scales.first[i] * sum;
       }
-      write_rows(strip, factor, states.weighted);
+      write_rows(strip, scales, states.weighted);
     }
   }
 
@@ -95,16 +95,16 @@ class BlockRunner {
   static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
 
   /// A strip, the number-th of all, and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
-  /// query_bias: -bias |q|^2, what log2 kappa has beyond the score.
+  /// query_bias: -bias |q|^2, what log2 kappa has beyond the score. bias_origin: as in Strip.
   struct Lanes {
-    T *queries, *query_bias;
+    T *queries, *query_bias, *bias_origin;
     LaneState<T> recent, total;
     int packets;
     Index number, first, count;
 
     Index lanes() const { return packets * kLanes<T>; }
     Range rows() const { return {first, first + count}; }
-    Strip<T> with(const LaneState<T>& state) const { return {queries, state, packets, count}; }
+    Strip<T> with(const LaneState<T>& state) const { return {queries, bias_origin, state, packets, count}; }
   };
 
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
@@ -135,7 +135,7 @@ class BlockRunner {
       for (Index s = 0; s < count_; ++s) {
         const Lanes& strip = strips_[s];
         if (tile.last == end) upcoming[1] = Upcoming::of(to, strip.rows());
-        kernel_.add(strip.with(strip.*state), read, product_.limit(strip.first), upcoming);
+        kernel_.add(strip.with(strip.*state), read, product_.limits.of(strip.first), upcoming);
         upcoming = {};
       }
     }
@@ -146,6 +146,9 @@ class BlockRunner {
     strip.packets = static_cast<int>(packets.last - packets.first);
     strip.first = packets.first * kLanes<T>;
     strip.count = std::min(packets.last * kLanes<T>, product_.in.q.rows()) - strip.first;
+    for (Index i = 0; i < strip.lanes() && strip.bias_origin != nullptr; ++i) {
+      strip.bias_origin[i] = i < strip.count ? product_.space.bias_origins.of(strip.first + i) : T(0);
+    }
     pack_queries(strip);
   }
 
@@ -172,16 +175,46 @@ class BlockRunner {
     std::fill_n(state.weighted, strip.lanes() * whole_tiles(product_.in.v.cols()), T(0));
   }
 
-  /// to <- factor times the rows of a strip; dropped queries become 0.
-  void write_rows(const Lanes& strip, const T* factor, const ResultRows<T>& to) const {
+  /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the weights are multiplied
+  /// by scale, so that they are relative to just that.
+  T set_state_scale(const Lanes& strip, Index i, T sum, T* scale) const {
+    *scale = 1;
+    if (sum == 0) return kNoMaximum<T>;
+    if (product_.maximum == Maximum::fixed) return 0;
+    const double origin = product_.origin(strip.first + i, T(0)) + exact_query_bias(strip.first + i);
+    const double relative = static_cast<double>(strip.total.maximum[i]);
+    const auto absolute = static_cast<T>(origin + relative);
+    constexpr double kMost = std::numeric_limits<T>::max_exponent / 2;
+    const double rest = (origin - static_cast<double>(absolute)) + relative;
+    // Beyond kMost the maximum is coarser than any two origins that matter to one another: it stands for the origin itself.
+    if (std::abs(rest) <= kMost) *scale = static_cast<T>(std::exp2(rest));
+    return absolute;
+  }
+
+  /// -bias |q|^2, in double: states of other keys, whose center may be another, are compared by it.
+  double exact_query_bias(Index query) const {
+    if (product_.space.bias == 0) return 0;
+    double squares = 0;
+    const T* const q = product_.in.q.row(query, rows_);
+    const T* const center = product_.space.center;
+    for (Index c = 0; c < product_.in.q.cols(); ++c) {
+      const auto x = static_cast<double>(center == nullptr ? q[c] : q[c] - center[c]);
+      squares += x * x;
+    }
+    return -static_cast<double>(product_.space.bias) * squares;
+  }
+
+  /// to <- scales times the rows of a strip; dropped queries become 0.
+  void write_rows(const Lanes& strip, const RowScales<T>& scales, const ResultRows<T>& to) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
         rows[i] = p + i < strip.count ? to.row(strip.first + p + i, rows_ + i * to.cols()) : nullptr;
       }
-      unpack_rows(strip.total.weighted + p, strip.lanes(), to.cols(), load(factor + p), rows);
+      unpack_rows(strip.total.weighted + p, strip.lanes(), to.cols(), load(scales.first + p), rows);
       for (int i = 0; i < kLanes<T>; ++i) {
         if (rows[i] == nullptr) continue;
+        if (scales.twice) scale_row(scales.second[p + i], rows[i], rows[i], to.cols());
         if (!keeps(strip, p + i)) std::fill_n(rows[i], to.cols(), T(0));
         to.finish_row(strip.first + p + i, rows[i]);
       }

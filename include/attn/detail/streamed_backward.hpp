@@ -31,7 +31,7 @@
 
 namespace attn::detail {
 
-/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, log sum_j kappa_ij, empty for raw rows; dot, dout_i.out_i,
+/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, LogSums::relative, empty for raw rows; dot, dout_i.out_i,
 /// which a normalised row's slopes are measured from, empty for raw rows.
 template <class T>
 struct Seeds {
@@ -131,6 +131,7 @@ class BackwardRunner {
     for (Lanes& strip : strips_) {
       for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kTileWidth<T> * whole_tiles(d));
       for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kTileWidth<T>);
+      strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
       strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
       strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kTileWidth<T>));
@@ -158,7 +159,7 @@ class BackwardRunner {
   /// A strip of queries: transposed for the products that run over features, as rows for those that run over queries.
   struct Lanes {
     T *queries, *douts, *query_rows, *dout_rows;
-    T *log_divisor, *dot;
+    T *log_divisor, *dot, *bias_origin;
     T *dq, *slope_sum;
     int packets;
     Index first, count;
@@ -192,7 +193,7 @@ class BackwardRunner {
       }
       const auto squares = pack_rows(q, d, product_.space.center, product_.space.scale, strip.queries + p, lanes);
       pack_rows<T>(dout, d_v, nullptr, T(1), strip.douts + p, lanes);
-      store(strip.log_divisor + p, broadcast(product_.space.bias) * squares);
+      store(strip.log_divisor + p, broadcast(-product_.space.bias) * squares);
     }
     for (Index i = 0; i < lanes; ++i) set_statistics(strip, i);
     std::fill_n(strip.dq, lanes * whole_tiles(d), T(0));
@@ -204,14 +205,18 @@ class BackwardRunner {
     const auto row = static_cast<std::size_t>(strip.first + i);
     const bool real = i < strip.count && keeps_query(product_.in, strip.first + i);
     strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
-    strip.log_divisor[i] -= std::numbers::log2e_v<T> * product_.space.bias_origin;
-    if (real && !seeds_.log_sum.empty()) strip.log_divisor[i] += std::numbers::log2e_v<T> * seeds_.log_sum[row];
+    if (strip.bias_origin != nullptr) strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : T(0);
+    if (!seeds_.log_sum.empty()) {
+      strip.log_divisor[i] = real ? std::numbers::log2e_v<T> * seeds_.log_sum[row] : kInfinity;
+    } else if (real) {
+      strip.log_divisor[i] = static_cast<T>(-product_.origin(strip.first + i, strip.log_divisor[i]));
+    }
     if (!real || strip.log_divisor[i] == -kInfinity) strip.log_divisor[i] = kInfinity;
     strip.finite = strip.finite && std::isfinite(strip.dot[i]) && !std::isnan(strip.log_divisor[i]);
   }
 
   void stream(std::span<Lanes> strips, Range keys, const PartialGradients<T>& to) {
-    const Index limit = product_.limit(strips.back().first + strips.back().count - 1);
+    const Index limit = product_.limits.of(strips.back().first + strips.back().count - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
     for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
       const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
@@ -220,7 +225,7 @@ class BackwardRunner {
   }
 
   void add(const Lanes& strip, const KeyTile<T>& tile, const PartialGradients<T>& to) {
-    const Index limit = product_.limit(strip.first);
+    const Index limit = product_.limits.of(strip.first);
     const bool causal = limit != StripKernel<T>::kNoLimit;
     const Index count = causal ? tile.visible(limit + strip.count - 1) : tile.count;
     if (count == 0) return;
@@ -228,10 +233,14 @@ class BackwardRunner {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       const KeyTile<T> values{.k = tile.v, .v = nullptr, .bias = nullptr, .k_stride = tile.v_stride, .v_stride = 0,
                               .rows = nullptr, .first = 0, .count = count};
-      score_keys<packets>(tile, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
+      const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
+      score_keys<packets>(partly_seen && own_origins ? tile.without_key_bias() : tile, count, strip.queries, product_.in.q.cols(),
+                          scores_, unused_, {});
+      if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), scores_);
       score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      weigh_slopes<packets>(scores_, slopes_, count, strip.log_divisor, strip.dot, largest_weight());
-      if (seen_by_all < count) {
+      weigh_slopes<packets>(scores_, slopes_, count, partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile),
+                            strip.dot, largest_weight());
+      if (partly_seen) {
         hide_future(strip, tile, seen_by_all, count, limit);
         if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);
       }
@@ -240,6 +249,13 @@ class BackwardRunner {
       add_to_keys(slopes_, strip.lanes(), strip.query_rows, tile, count, to.dk);
       add_values<packets>(tile.k, tile.k_stride, product_.in.k.cols(), slopes_, count, ones_, strip.dq, {});
     });
+  }
+
+  /// log_divisor as counted from the origin of a tile's biases.
+  const T* shifted_divisor(const Lanes& strip, const KeyTile<T>& tile) const {
+    set_bias_shift(tile.bias_origin, strip.bias_origin, strip.lanes(), unused_);
+    for (Index i = 0; i < strip.lanes(); ++i) unused_[i] = strip.log_divisor[i] - unused_[i];
+    return unused_;
   }
 
   void hide_future(const Lanes& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
