@@ -41,7 +41,7 @@ class ExactAttention {
 
   /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits; raw rows need none.
   struct Saved {
-    std::vector<T> lse{};  ///< of each row, or empty
+    std::vector<detail::RowLog<T>> lse{};  ///< of each row, or empty
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
@@ -66,13 +66,13 @@ class ExactAttention {
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     detail::check_kernel(kName, kernel_);
-    T* lse = nullptr;
+    detail::RowLog<T>* lse = nullptr;
     if (saved != nullptr) {
       const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
       saved->lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
-      lse = detail::data_or_null<T>(saved->lse);
+      lse = saved->lse.data();
     }
-    detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
   }
 
   Kernel kernel_;

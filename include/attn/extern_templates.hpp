@@ -47,8 +47,8 @@ namespace attn {
   ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&,       \
                                       T*, Context&);                                                                \
   ATTN_TEMPLATE void detail::multiply_backward(const Kernel&, const Inputs<T>&, const ConstMatrixRef<T>&,           \
-                                               std::span<const T>, const ConstMatrixRef<T>&, const Gradients<T>&,   \
-                                               Context&, std::span<T>);                                             \
+                                               std::span<const detail::RowLog<T>>, const ConstMatrixRef<T>&,        \
+                                               const Gradients<T>&, Context&, std::span<T>);                        \
   ATTN_TEMPLATE void detail::multiply_partial(const Kernel&, const detail::Sources<T>&, const RowStates<T>&,        \
                                               Context&);                                                            \
   ATTN_TEMPLATE void detail::kernel_matrix(const Kernel&, const ConstMatrixRef<T>&, const ConstMatrixRef<T>&,       \

@@ -144,10 +144,10 @@ void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& o
   run(make_product(kernel, in, sums ? Maximum::running : Maximum::fixed, context.workers(), scratch), out, logs, context, scratch);
 }
 
-/// The same; lse, unless null, are relative.
+/// The same; lse, unless null, are absolute.
 template <ScoreKernel Kernel, class T>
 void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, T* lse, Context& context) {
-  multiply<Kernel, T>(kernel, in, out, LogSums<T>{nullptr, lse}, context);
+  multiply<Kernel, T>(kernel, in, out, LogSums<T>{lse}, context);
 }
 
 /// kernel_matmul_partial, once its arguments are checked.
@@ -263,13 +263,14 @@ void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias,
 
 /// kernel_matmul_backward, once its arguments are checked; lse is LogSums::relative, empty where rows are raw.
 template <ScoreKernel Kernel, class T>
-void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& out, std::span<const T> lse,
-                       const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context, std::span<T> dbias = {}) {
+void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& out,
+                       std::span<const RowLog<T>> lse, const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context,
+                       std::span<T> dbias = {}) {
   Scratch scratch = context.scratch();
   const Sources<T> sources = detail::sources(in);
   const Product<T> product = make_product(kernel, sources, Maximum::running, context.workers(), scratch);
   const bool normalized = product.rows == Rows::normalized;
-  const Seeds<T> seeds{dout, normalized ? lse : std::span<const T>{},
+  const Seeds<T> seeds{dout, normalized ? lse : std::span<const RowLog<T>>{},
                        normalized ? row_dots<T>(out, dout, scratch) : std::span<const T>{}};
   if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
   run_backward(product, seeds, gradients, dbias, context, scratch);
@@ -295,19 +296,19 @@ std::span<const double> log_origins(const Kernel& kernel, const Sources<T>& in, 
 /// LogSums::relative from absolute ones. Where T holds these with too few digits, they are computed anew, which takes a forward pass of
 /// one column.
 template <ScoreKernel Kernel, class T>
-std::span<const T> relative_log_sums(const Kernel& kernel, const Inputs<T>& in, std::span<const T> absolute, Context& context,
+std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<T>& in, std::span<const T> absolute, Context& context,
                                      Scratch& scratch) {
   constexpr double kMostOrigin = 16;
-  const std::span<T> relative = scratch.array<T>(in.q.rows());
+  const std::span<RowLog<T>> relative = scratch.array<RowLog<T>>(in.q.rows());
   Scratch temporary = scratch.nested();
   const std::span<const double> origins = log_origins<Kernel, T>(kernel, sources(in), temporary);
   if (std::any_of(origins.begin(), origins.end(), [](double x) { return std::abs(x) > kMostOrigin; })) {
     const Inputs<T> one_column{in.q, in.k, in.v.leftCols(1), in.mask, in.key_bias};
-    multiply<Kernel, T>(kernel, sources(one_column), temporary.matrix<T>(in.q.rows(), 1), relative.data(), context);
+    multiply<Kernel, T>(kernel, sources(one_column), temporary.matrix<T>(in.q.rows(), 1), {nullptr, relative.data()}, context);
     return relative;
   }
   for (std::size_t i = 0; i < relative.size(); ++i) {
-    relative[i] = static_cast<T>(static_cast<double>(absolute[i]) - origins[i]);
+    relative[i] = {static_cast<T>(static_cast<double>(absolute[i]) - origins[i]), T(0)};
   }
   return relative;
 }
@@ -331,8 +332,9 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have %td entries, for rows are normalized", in.q.rows());
   Scratch scratch = context.scratch();
-  if (normalized) lse = detail::relative_log_sums<Kernel, T>(kernel, in, lse, context, scratch);
-  detail::multiply_backward<Kernel, T>(kernel, in, out, lse, dout, gradients, context, dbias);
+  std::span<const detail::RowLog<T>> relative{};
+  if (normalized) relative = detail::relative_log_sums<Kernel, T>(kernel, in, lse, context, scratch);
+  detail::multiply_backward<Kernel, T>(kernel, in, out, relative, dout, gradients, context, dbias);
 }
 
 }  // namespace attn

@@ -91,7 +91,7 @@ class ShiftedNystrom {
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
     if (saved != nullptr) saved->reset(in.q.rows(), exact);
     if (!exact) return shift(in, out, context, saved);
-    detail::multiply<Kernel, T>(kernel_, in, out, saved != nullptr ? saved->nystrom.lse.data() : nullptr, context);
+    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr}, context);
   }
 
   void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {

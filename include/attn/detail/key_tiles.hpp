@@ -24,20 +24,23 @@ inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> *
 static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
 
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
-/// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2 (or null), and
-/// key_bias, in its own units (or null), counted from bias_origin.
+/// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2, and key_part, what the
+/// key biases are as counted from bias_origin. key_bias: these as they are. Each is null where there are none.
 template <class T>
 struct KeyTile {
   const T *k, *v, *bias;
   Index k_stride, v_stride;
   const Index* rows;
   Index first, count;
-  const T *norm_bias = nullptr, *key_bias = nullptr;
+  const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
   T bias_origin = 0;
+
+  T key_part_of(Index j) const { return key_part == nullptr ? T(0) : key_part[j]; }
 
   KeyTile without_key_bias() const {
     KeyTile tile = *this;
     tile.bias = norm_bias;
+    tile.key_part = nullptr;
     return tile;
   }
 
@@ -71,7 +74,7 @@ class KeyReader {
                                                                       : nullptr),
         v_(drops_keys_ || !in.v.in_place() ? scratch.elements<T>(kTileKeys<T> * in.v.cols()) : nullptr),
         norm_bias_(space.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
-        key_bias_(in.key_bias.empty() ? nullptr : scratch.elements<T>(2 * kTileKeys<T>)),
+        key_bias_(in.key_bias.empty() ? nullptr : scratch.elements<T>(3 * kTileKeys<T>)),
         rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
   /// The kept keys among rows [first, last), at most kTileKeys of them.
@@ -126,14 +129,15 @@ class KeyReader {
 
   /// Biases are counted from the common origin, or where each query has its own, from the largest one of the tile.
   void set_key_bias(KeyTile<T>& tile) const {
-    T* const bias = key_bias_ + kTileKeys<T>;
+    T *const part = key_bias_ + kTileKeys<T>, *const bias = part + kTileKeys<T>;
     for (Index j = 0; j < tile.count; ++j) key_bias_[j] = in_.key_bias.data()[tile.row(j)];
     tile.bias_origin = space_.bias_origins.of_queries == nullptr ? space_.bias_origins.common : largest_origin(key_bias_, tile.count);
     for (Index j = 0; j < tile.count; ++j) {
-      bias[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
-      if (norm_bias_ != nullptr) bias[j] += norm_bias_[j];
+      part[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
+      bias[j] = norm_bias_ == nullptr ? part[j] : part[j] + norm_bias_[j];
     }
     tile.key_bias = key_bias_;
+    tile.key_part = part;
     tile.bias = bias;
   }
 

@@ -62,6 +62,12 @@ template <class T>
   for (; c < d; ++c) to[c] += factor * row[c];
 }
 
+/// row <- row + x, of length d.
+template <class T>
+void add_to_row(T x, T* row, Index d) {
+  for (Index c = 0; c < d; ++c) row[c] += x;
+}
+
 /// to <- factor row, of length d.
 template <class T>
 [[gnu::noinline]] void scale_row(T factor, const T* row, T* to, Index d) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/detail/causal.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/row_states.hpp>
@@ -15,11 +16,18 @@
 
 namespace attn::detail {
 
-/// Where log-sums of rows go, each null if it is not wanted: absolute, log sum_j kappa_ij; relative, the same counted from
-/// Product::origin, which keeps digits that absolute ones lose where that is large.
+/// The log of a row's sum of weights as the kernels count them, which keeps digits that log sum_j kappa_ij would lose: relative to
+/// Product::origin, and to base, see far_pairs.hpp.
+template <class T>
+struct RowLog {
+  T value, base;
+};
+
+/// Where log-sums of rows go, each null if it is not wanted: absolute, log sum_j kappa_ij, and relative.
 template <class T>
 struct LogSums {
-  T *absolute = nullptr, *relative = nullptr;
+  T* absolute = nullptr;
+  RowLog<T>* relative = nullptr;
 };
 
 /// in must outlive it. bounded: no weight is above 1.
@@ -34,7 +42,7 @@ struct Product {
   Partition partition;
 
   /// log2 of what a query's weights are multiplied by in kappa: they are relative to its origin. query_bias: -bias |q|^2, what log2
-  /// kappa has beyond the score.
+  /// kappa has beyond the score, plus the base of that.
   double origin(Index query, T query_bias) const {
     return static_cast<double>(query_bias) + std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
   }
@@ -53,10 +61,10 @@ struct Product {
   }
 
   /// Of a query, whose sum of weights is relative to a maximum.
-  [[gnu::noinline]] void write_log_sums(const LogSums<T>& to, Index query, T relative, T sum, T query_bias) const {
+  [[gnu::noinline]] void write_log_sums(const LogSums<T>& to, Index query, T relative, T sum, T query_bias, T base) const {
     const bool keeps = keeps_query(in, query);
     const T none = -std::numeric_limits<T>::infinity();
-    if (to.relative != nullptr) to.relative[query] = keeps ? row_log_sum(relative, sum) : none;
+    if (to.relative != nullptr) to.relative[query] = {keeps ? row_log_sum(relative, sum) : none, base};
     if (to.absolute == nullptr) return;
     const double maximum_of_kappa = maximum == Maximum::fixed ? 0 : absolute_maximum(query, relative, query_bias);
     to.absolute[query] = keeps ? static_cast<T>(row_log_sum(maximum_of_kappa, static_cast<double>(sum))) : none;

@@ -79,9 +79,21 @@ inline T row_log_sum(T maximum, T sum) {
   return sum == 0 ? -std::numeric_limits<T>::infinity() : std::numbers::ln2_v<T> * (maximum + std::log2(sum));
 }
 
+/// Where one of two states has a base, both get it.
+template <class T>
+void align_bases(const LaneState<T>& a, const LaneState<T>& b, Index lanes) {
+  for (Index i = 0; i < lanes; ++i) {
+    const T base = std::max(a.base[i], b.base[i]);
+    a.maximum[i] -= base - a.base[i];
+    b.maximum[i] -= base - b.base[i];
+    a.base[i] = b.base[i] = base;
+  }
+}
+
 /// total <- total and recent together, for lanes whose weighted has d_v rows.
 template <class T>
 inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, Index lanes, Index d_v) {
+  align_bases(total, recent, lanes);
   for (Index p = 0; p < lanes; p += kLanes<T>) {
     const auto a = load(total.maximum + p), b = load(recent.maximum + p), top = max(a, b);
     const auto keep = exp2(a - top), add = exp2(b - top);

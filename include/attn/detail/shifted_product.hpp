@@ -97,10 +97,10 @@ void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, i
   Scratch scratch = context.scratch();
   MatrixRef<T> plain = scratch.matrix<T>(out.rows(), out.cols()), dplain = scratch.matrix<T>(out.rows(), out.cols());
   MatrixRef<T> values = scratch.matrix<T>(saved.nystrom.sums.rows(), out.cols());
-  const std::span<T> lse = scratch.array<T>(out.rows());
+  const std::span<RowLog<T>> lse = scratch.array<RowLog<T>>(out.rows());
   const ShiftedPinv<T> inverse{iterations, saved.delta};
   landmark_values<SoftmaxKernel, T>(kernel, inverse, saved.nystrom, values, context);
-  multiply<SoftmaxKernel, T>(kernel, {in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse.data(), context);
+  multiply<SoftmaxKernel, T>(kernel, {in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, {nullptr, lse.data()}, context);
   dplain.setZero();
   for (Index i = 0; i < out.rows(); ++i) {
     if (keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);

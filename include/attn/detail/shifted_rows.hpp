@@ -35,10 +35,10 @@ struct ShiftFactors {
         values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
         sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
         ones(scratch.array<T>(landmarks.num_landmarks)),
-        lse(scratch.array<T>(landmarks.num_landmarks)),
+        lse(scratch.array<RowLog<T>>(landmarks.num_landmarks)),
         log_length(scratch.array<T>(landmarks.num_landmarks)),
         log_others(scratch.array<T>(landmarks.num_landmarks)) {
-    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, lse.data(), context);
+    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, {nullptr, lse.data()}, context);
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, sums, 0, values, context);
@@ -82,7 +82,7 @@ struct ShiftFactors {
   MatrixRef<T> values;          ///< Z B v (m, d_v)
   MatrixRef<T> sums;            ///< B v (m, d_v)
   std::span<T> ones;            ///< Z B 1, which is Z 1
-  std::span<T> lse;             ///< log-sums of B's rows
+  std::span<RowLog<T>> lse;     ///< log-sums of B's rows
   std::span<T> log_length;      ///< log2 of each segment's length
   std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
 
@@ -124,7 +124,7 @@ struct ShiftPanels {
         z(Panels<T>::pack(factors.z, scratch)),
         values(Panels<T>::pack(factors.values, scratch)),
         lse(scratch.array<T>(factors.z.rows())) {
-    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](T x) { return x * std::numbers::log2e_v<T>; });
+    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](const RowLog<T>& x) { return x.value * std::numbers::log2e_v<T>; });
   }
 
   T scale, half_square;  ///< s and s^2 / 2, in units of log2, as all scores here

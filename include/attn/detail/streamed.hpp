@@ -25,14 +25,16 @@ class BlockRunner {
   BlockRunner(const Product<T>& product, Scratch& scratch)
       : product_(product),
         reader_(product.in, product.space, scratch),
-        kernel_(product.in.q.cols(), product.in.v.cols(), product.maximum, scratch),
+        kernel_(product.in, product.space.bias, product.maximum, scratch),
         rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
         strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
       Lanes& strip = strips_[s];
       strip.queries = scratch.elements<T>(kTileWidth<T> * d);
-      strip.query_bias = scratch.elements<T>(kTileWidth<T>);
+      strip.query_bias = scratch.elements<T>(2 * kTileWidth<T>);
+      strip.norm = strip.query_bias + kTileWidth<T>;
+      strip.rows_panel = product.space.center == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T> * d);
       strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       strip.recent = LaneState<T>::make(d_v, scratch);
       strip.total = LaneState<T>::make(d_v, scratch);
@@ -68,10 +70,12 @@ class BlockRunner {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
       RowScales<T> scales;
+      for (Index i = 0; i < strip.lanes(); ++i) strip.query_bias[i] += strip.total.base[i];
       product_.set_scales(strip.first, strip.total.maximum, strip.total.sum, strip.query_bias, strip.lanes(), &scales);
       write_rows(strip, scales, out);
       for (Index i = 0; i < strip.count; ++i) {
-        product_.write_log_sums(logs, strip.first + i, strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i]);
+        product_.write_log_sums(logs, strip.first + i, strip.total.maximum[i], strip.total.sum[i], strip.query_bias[i],
+                                strip.total.base[i]);
       }
     }
   }
@@ -95,16 +99,20 @@ class BlockRunner {
   static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
 
   /// A strip, the number-th of all, and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
-  /// query_bias: -bias |q|^2, what log2 kappa has beyond the score. bias_origin: as in Strip.
+  /// query_bias: -bias |q|^2, what log2 kappa has beyond the score, but for the base of a state. bias_origin and far_queries: as in Strip.
   struct Lanes {
-    T *queries, *query_bias, *bias_origin;
+    T *queries, *query_bias, *bias_origin, *norm, *rows_panel;
+    FarQueries<T> far_queries;
+    bool far;
     LaneState<T> recent, total;
     int packets;
     Index number, first, count;
 
     Index lanes() const { return packets * kLanes<T>; }
     Range rows() const { return {first, first + count}; }
-    Strip<T> with(const LaneState<T>& state) const { return {queries, bias_origin, state, packets, count}; }
+    Strip<T> with(const LaneState<T>& state) const {
+      return {queries, bias_origin, far ? &far_queries : nullptr, state, packets, count};
+    }
   };
 
   bool keeps(const Lanes& strip, Index i) const { return keeps_query(product_.in, strip.first + i); }
@@ -152,24 +160,51 @@ class BlockRunner {
     pack_queries(strip);
   }
 
-  void pack_queries(const Lanes& strip) const {
+  /// body(lane, rows) for each packet of a strip: its queries, null where there is none or it is dropped.
+  template <class Body>
+  void for_each_packet(const Lanes& strip, const Body& body) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       const T* rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
         const bool real = p + i < strip.count && keeps(strip, p + i);
         rows[i] = real ? product_.in.q.row(strip.first + p + i, rows_ + i * product_.in.q.cols()) : nullptr;
       }
-      const auto squares =
-          pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale, strip.queries + p, strip.lanes());
-      store(strip.query_bias + p, broadcast(-product_.space.bias) * squares);
+      body(p, rows);
     }
   }
 
+  void pack_queries(Lanes& strip) const {
+    for_each_packet(strip, [&](Index p, const T* const(&rows)[kLanes<T>]) {
+      const auto squares =
+          pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale, strip.queries + p, strip.lanes());
+      store(strip.query_bias + p, broadcast(-product_.space.bias) * squares);
+    });
+    find_far(strip);
+  }
+
+  /// Whether any query is far from the center, and what is needed then.
+  void find_far(Lanes& strip) const {
+    strip.far = false;
+    if (product_.space.center == nullptr) return;
+    for (Index i = 0; i < strip.lanes(); ++i) strip.far = strip.far || is_far(strip, i);
+    if (!strip.far) return;
+    for (Index i = 0; i < strip.lanes(); ++i) strip.norm[i] = -strip.query_bias[i];
+    for_each_packet(strip, [&](Index p, const T* const(&rows)[kLanes<T>]) {
+      pack_rows<T>(rows, product_.in.q.cols(), nullptr, T(1), strip.rows_panel + p, strip.lanes());
+    });
+    strip.far_queries = {strip.norm, strip.rows_panel, strip.lanes()};
+  }
+
+  static bool is_far(const Lanes& strip, Index i) { return -strip.query_bias[i] > kFarNorm<T>; }
+
+  /// Where the maximum is fixed, weights are kappa itself, and what is far from the center has its base from the beginning.
   void reset(const Lanes& strip, const LaneState<T>& state) const {
     for (Index i = 0; i < strip.lanes(); ++i) {
-      state.maximum[i] = product_.maximum == Maximum::running ? kNoMaximum<T>
-                         : std::isnan(strip.query_bias[i])    ? T(0)  // its scores are NaN where it sees a key
-                                                              : -strip.query_bias[i];
+      const bool fixed = product_.maximum == Maximum::fixed;
+      state.base[i] = fixed && strip.far && is_far(strip, i) ? -strip.query_bias[i] : T(0);
+      state.maximum[i] = !fixed ? kNoMaximum<T>
+                         : std::isnan(strip.query_bias[i]) || state.base[i] != 0 ? T(0)  // NaN: its scores are where it sees a key
+                                                                                 : -strip.query_bias[i];
     }
     std::fill_n(state.sum, strip.lanes(), T(0));
     std::fill_n(state.weighted, strip.lanes() * whole_tiles(product_.in.v.cols()), T(0));
@@ -181,7 +216,8 @@ class BlockRunner {
     *scale = 1;
     if (sum == 0) return kNoMaximum<T>;
     if (product_.maximum == Maximum::fixed) return 0;
-    const double origin = product_.origin(strip.first + i, T(0)) + exact_query_bias(strip.first + i);
+    const double query_bias = strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0;
+    const double origin = product_.origin(strip.first + i, T(0)) + query_bias;
     const double relative = static_cast<double>(strip.total.maximum[i]);
     const auto absolute = static_cast<T>(origin + relative);
     constexpr double kMost = std::numeric_limits<T>::max_exponent / 2;

@@ -16,6 +16,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
@@ -34,23 +35,24 @@ template <class T>
 inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
 
 /// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and weighted (d_v rows)
-/// add up. weighted has room for whole tiles.
+/// add up. weighted has room for whole tiles. base: what scores are relative to, see far_pairs.hpp.
 template <class T>
 struct LaneState {
-  T *maximum, *sum, *weighted;
+  T *maximum, *sum, *base, *weighted;
 
   [[gnu::noinline]] static LaneState make(Index d_v, Scratch& scratch) {
-    T* const rows = scratch.elements<T>(kTileWidth<T> * (2 + whole_tiles(d_v)));
-    return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>};
+    T* const rows = scratch.elements<T>(kTileWidth<T> * (3 + whole_tiles(d_v)));
+    return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>, rows + 3 * kTileWidth<T>};
   }
 };
 
 /// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows. bias_origin: what the key biases of each
-/// query are counted from, or null where all are counted from the same.
+/// query are counted from, or null where all are counted from the same. far: null if no query is far from the center.
 template <class T>
 struct Strip {
   const T* panel;
   const T* bias_origin;
+  const FarQueries<T>* far;
   LaneState<T> state;
   int packets;
   Index count;
@@ -196,16 +198,17 @@ template <int kPackets, class T>
 template <class T>
 class StripKernel {
  public:
-  StripKernel(Index d, Index d_v, Maximum maximum, Scratch& scratch)
-      : d_(d),
-        d_v_(d_v),
+  StripKernel(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
+      : d_(in.q.cols()),
+        d_v_(in.v.cols()),
         maximum_(maximum),
+        far_pairs_(in.k, bias, scratch),
         panel_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
         correction_(scratch.elements<T>(kTileWidth<T>)),
         shift_(scratch.elements<T>(kTileWidth<T>)),
         shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
-        finite_values_(scratch.elements<T>(kTileKeys<T> * d_v)) {}
+        finite_values_(scratch.elements<T>(kTileKeys<T> * d_v_)) {}
 
   /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
   /// and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first product and during the second.
@@ -214,12 +217,17 @@ class StripKernel {
     if (count == 0) return;
     const Index seen_by_all = limit == kNoLimit ? count : tile.visible(limit);
     const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
+    const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      score_keys<packets>(partly_seen && own_origins ? tile.without_key_bias() : tile, count, strip.panel, d_, panel_, tile_maximum_,
-                          upcoming[0]);
+      score_keys<packets>(scored, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
     });
-    if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), panel_);
     if (partly_seen) hide_future(strip, tile, seen_by_all, count, limit);
+    if (strip.far != nullptr) refine(strip, scored, count);
+    if (partly_seen && own_origins) {
+      add_key_bias(tile, count, strip.bias_origin, strip.lanes(), panel_);
+      hide_future(strip, tile, seen_by_all, count, limit);
+    }
+    if (partly_seen || strip.far != nullptr) set_tile_maximum(count, strip.lanes());
     const T* const top = partly_seen || !own_origins ? raise_maximum(strip, tile_maximum_) : raise_shifted(strip, tile.bias_origin);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       weigh<packets>(panel_, count, top, highest_exponent<T>(maximum_), strip.state.sum);
@@ -231,12 +239,23 @@ class StripKernel {
   static constexpr Index kNoLimit = CausalLimits::kNone;
 
  private:
-  /// Scores of keys that a query must not see become -infinity, whatever they were, and the maximum is taken anew without them.
+  /// Scores of keys that a query must not see become -infinity, whatever they were.
   void hide_future(const Strip<T>& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
     const Index lanes = strip.lanes();
     for (Index j = first; j < count; ++j) {
       std::fill_n(panel_ + j * lanes, std::min(tile.row(j) - limit, lanes), -std::numeric_limits<T>::infinity());
     }
+  }
+
+  /// Scores of pairs that are far from the center and near each other are mended.
+  void refine(const Strip<T>& strip, const KeyTile<T>& tile, Index count) const {
+    if (maximum_ == Maximum::running) {
+      far_pairs_.find_near(*strip.far, tile, count, panel_, strip.state.base, strip.state.maximum);
+    }
+    far_pairs_.refine(*strip.far, tile, count, strip.state.base, panel_);
+  }
+
+  void set_tile_maximum(Index count, Index lanes) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {
       auto top = broadcast(kNoMaximum<T>);
       for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
@@ -311,6 +330,7 @@ class StripKernel {
 
   Index d_, d_v_;
   Maximum maximum_;
+  FarPairs<T> far_pairs_;
   T *panel_, *tile_maximum_, *correction_, *shift_, *shifted_maximum_, *finite_values_;
 };
 
