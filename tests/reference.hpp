@@ -60,8 +60,11 @@ inline bool visible(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index
 /// the second.
 Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k);
 
-/// log_kernel plus key_bias; -infinity where the query does not see the key.
-Matrix log_weights(const Kernel& kernel, const Problem& p);
+/// The largest finite key bias that each query sees, 0 where there is none: added to a score, a large one would take its digits.
+Vector bias_origins(const Problem& p);
+
+/// log_kernel plus key_bias, less a query's origin unless there are none; -infinity where the query does not see the key.
+Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins = {});
 
 struct Result {
   Matrix out;

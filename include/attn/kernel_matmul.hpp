@@ -179,12 +179,12 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
   kernel_matmul(kernel, in, out, std::span<T>{}, context);
 }
 
-/// states <- the row states of these keys alone: for keys that are spread over machines, or that arrive in parts (decoding with a
-/// cache). Merge the parts, then finish. Causal limits count rows of this call's k.
+/// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or that arrive in
+/// parts (decoding with a cache). Merge the parts, then finish. Causal limits count rows of this call's k.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
                            Context& context) {
-  detail::check_inputs(detail::kMatmulName, in);
+  detail::check_inputs(detail::kMatmulName, in, 0);
   detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
   detail::check_apart(detail::kMatmulName, "weighted", states.weighted, in);
   detail::multiply_partial<Kernel, T>(kernel, detail::sources(in), states, context);

@@ -30,8 +30,8 @@ namespace attn::detail {
 }
 
 template <class M>
-void check_not_empty(std::string_view who, const char* name, const M& m) {
-  if (m.rows() == 0 || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
+void check_not_empty(std::string_view who, const char* name, const M& m, Index fewest_rows = 1) {
+  if (m.rows() < fewest_rows || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
 }
 
 inline void check_length(std::string_view who, const char* name, std::size_t entries, const char* of, Index rows) {
@@ -42,10 +42,10 @@ inline void check_length(std::string_view who, const char* name, std::size_t ent
 
 /// Shapes of inputs agree with one another.
 template <class T>
-void check_inputs(std::string_view who, const Inputs<T>& in) {
+void check_inputs(std::string_view who, const Inputs<T>& in, Index fewest_keys = 1) {
   check_not_empty(who, "q", in.q);
-  check_not_empty(who, "k", in.k);
-  check_not_empty(who, "v", in.v);
+  check_not_empty(who, "k", in.k, fewest_keys);
+  check_not_empty(who, "v", in.v, fewest_keys);
   if (in.q.cols() != in.k.cols()) refuse(who, "q has %td columns, k has %td", in.q.cols(), in.k.cols());
   if (in.k.rows() != in.v.rows()) refuse(who, "k has %td rows, v has %td", in.k.rows(), in.v.rows());
   check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows());

@@ -116,10 +116,12 @@ template <class T>
     for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row_if(rows[i], first, d) - origin;
     transpose(block);
     const Index count = std::min<Index>(kLanes<T>, d - first);
+    auto of_block = broadcast(T(0));
     for (Index c = 0; c < count; ++c) {
-      squares = multiply_add(block[c], block[c], squares);
+      of_block = multiply_add(block[c], block[c], of_block);
       store(panel + (first + c) * stride, block[c] * broadcast(alpha));
     }
+    squares = squares + of_block;
   }
   return squares;
 }

@@ -66,8 +66,8 @@ struct Product {
     const T none = -std::numeric_limits<T>::infinity();
     if (to.relative != nullptr) to.relative[query] = {keeps ? row_log_sum(relative, sum) : none, base};
     if (to.absolute == nullptr) return;
-    const double maximum_of_kappa = maximum == Maximum::fixed ? 0 : absolute_maximum(query, relative, query_bias);
-    to.absolute[query] = keeps ? static_cast<T>(row_log_sum(maximum_of_kappa, static_cast<double>(sum))) : none;
+    const double log_sum = row_log_sum(static_cast<double>(relative) + static_cast<double>(query_bias), static_cast<double>(sum));
+    to.absolute[query] = keeps ? static_cast<T>(log_sum + static_cast<double>(space.bias_origins.of(query))) : none;
   }
 
  private:

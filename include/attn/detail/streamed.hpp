@@ -15,6 +15,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 namespace attn::detail {
 
@@ -216,16 +217,22 @@ class BlockRunner {
     *scale = 1;
     if (sum == 0) return kNoMaximum<T>;
     if (product_.maximum == Maximum::fixed) return 0;
-    const double query_bias = strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0;
-    const double origin = product_.origin(strip.first + i, T(0)) + query_bias;
-    const double relative = static_cast<double>(strip.total.maximum[i]);
+    const auto bias = static_cast<double>(product_.space.bias_origins.of(strip.first + i));
+    const double origin = std::numbers::log2e * bias, rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
+    const double relative =
+        static_cast<double>(strip.total.maximum[i]) + (strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0);
+    const auto rounded = static_cast<T>(origin);
+    if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
+      // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands for its origin.
+      *scale = static_cast<T>(std::exp2(std::clamp(relative, -kMostStateScale, kMostStateScale)));
+      return rounded;
+    }
     const auto absolute = static_cast<T>(origin + relative);
-    constexpr double kMost = std::numeric_limits<T>::max_exponent / 2;
-    const double rest = (origin - static_cast<double>(absolute)) + relative;
-    // Beyond kMost the maximum is coarser than any two origins that matter to one another: it stands for the origin itself.
-    if (std::abs(rest) <= kMost) *scale = static_cast<T>(std::exp2(rest));
+    *scale = static_cast<T>(std::exp2((origin - static_cast<double>(absolute)) + relative + rest));
     return absolute;
   }
+
+  static constexpr double kMostStateScale = std::numeric_limits<T>::max_exponent / 4;  ///< log2 of it
 
   /// -bias |q|^2, in double: states of other keys, whose center may be another, are compared by it.
   double exact_query_bias(Index query) const {

@@ -213,7 +213,7 @@ class BackwardRunner {
     const auto row = static_cast<std::size_t>(strip.first + i);
     const bool real = i < strip.count && keeps_query(product_.in, strip.first + i);
     strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
-    if (strip.bias_origin != nullptr) strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : T(0);
+    if (strip.bias_origin != nullptr) strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : kInfinity;
     const RowLog<T> log_sum = real ? log_sum_of(row, strip.norm[i]) : RowLog<T>{kInfinity, T(0)};
     strip.base[i] = log_sum.base;
     strip.log_divisor[i] = log_sum.value;
