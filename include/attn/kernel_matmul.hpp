@@ -4,6 +4,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/few_keys.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/streamed.hpp>
 #include <attn/detail/streamed_backward.hpp>
@@ -32,7 +33,7 @@ T choose_bias_origin(const Sources<T>& in) {
   T origin = std::numeric_limits<T>::lowest();
   for (Index j = 0; j < static_cast<Index>(in.key_bias.size()); ++j) {
     const T bias = in.key_bias[static_cast<std::size_t>(j)];
-    if (!keeps_key(in, j) || !std::isfinite(bias)) continue;
+    if (!keeps_key(in, j) || !is_finite(bias)) continue;
     origin = std::max(origin, bias);
     if (in.mask.causal != Causal::none) break;
   }
@@ -54,11 +55,11 @@ const T* choose_center(const Sources<T>& in, Scratch& scratch) {
   for (Index j = 0; j < in.k.rows() && sampled * step < in.k.rows(); ++j) {
     if (!keeps_key(in, j) || until_next-- > 0) continue;
     const T* row = in.k.row(j, buffer);
-    for (std::size_t c = 0; c < center.size(); ++c) center[c] += std::isfinite(row[c]) ? row[c] : T(0);
+    for (std::size_t c = 0; c < center.size(); ++c) center[c] += is_finite(row[c]) ? row[c] : T(0);
     until_next = step - 1;
     ++sampled;
   }
-  for (T& x : center) x = std::isfinite(x) && sampled > 0 ? x / static_cast<T>(sampled) : T(0);
+  for (T& x : center) x = is_finite(x) && sampled > 0 ? x / static_cast<T>(sampled) : T(0);
   return center.data();
 }
 

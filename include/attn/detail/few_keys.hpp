@@ -10,6 +10,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/panels.hpp>
@@ -18,7 +19,6 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace attn::detail {
@@ -141,7 +141,7 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  T fixed_maximum(Index i) const { return std::isnan(query_bias_[i]) ? T(0) : -query_bias_[i]; }
+  T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -query_bias_[i]; }
 
   T score_maximum(Index i) const {
     auto top = broadcast(kNoMaximum<T>);
@@ -159,7 +159,7 @@ class FewKeysRunner {
     for (Index j = 0; j < width_; j += kLanes<T>) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto weight = exp2(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
+        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
         total[r] = total[r] + weight;
         store(row + r * width_ + j, weight);
       }

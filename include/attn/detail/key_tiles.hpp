@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
 #include <attn/detail/simd.hpp>
@@ -11,7 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <numbers>
 #include <span>
 
@@ -29,7 +29,7 @@ struct KeptRows {
   const T* bias;
 
   bool operator()(Index row) const {
-    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || bias[row] != -std::numeric_limits<T>::infinity());
+    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || !is_negative_infinity(bias[row]));
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/product.hpp>
@@ -13,7 +14,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 
 namespace attn::detail {
 
@@ -165,7 +165,7 @@ class BlockRunner {
   void reset(const Lanes& strip, const LaneState<T>& state) const {
     for (Index i = 0; i < strip.lanes(); ++i) {
       state.maximum[i] = product_.maximum == Maximum::running ? kNoMaximum<T>
-                         : std::isnan(strip.query_bias[i])    ? T(0)  // its scores are NaN where it sees a key
+                         : is_nan(strip.query_bias[i])        ? T(0)  // its scores are NaN where it sees a key
                                                               : -strip.query_bias[i];
     }
     std::fill_n(state.sum, strip.lanes(), T(0));
