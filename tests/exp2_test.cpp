@@ -29,7 +29,7 @@ double ulp_error(T x) {
 TEST(Exp2, FloatIsAccurateOverItsWholeRange) {
   constexpr std::uint32_t kStride = 397;  // prime: meets every exponent and all kinds of mantissas
   double worst = 0;
-  for (const float limit : {127.0F, -126.0F}) {
+  for (const float limit : {std::nextafter(128.0F, 0.0F), -126.0F}) {
     const std::uint32_t sign = std::bit_cast<std::uint32_t>(limit) & 0x80000000U, end = std::bit_cast<std::uint32_t>(limit);
     for (std::uint32_t bits = sign; bits <= end; bits += kStride) {
       worst = std::max(worst, ulp_error<double>(std::bit_cast<float>(bits)));
@@ -45,7 +45,7 @@ TEST(Exp2, DoubleIsAccurateOverItsWholeRange) {
   double worst = 0;
   for (int i = 0; i < 1'000'000; ++i) {
     const double uniform = random.uniform();
-    worst = std::max(worst, ulp_error<long double>(-1022 + 2045 * uniform));
+    worst = std::max(worst, ulp_error<long double>(-1022 + 2046 * uniform));
     worst = std::max(worst, ulp_error<long double>(-2 * uniform));
     worst = std::max(worst, ulp_error<long double>(uniform * std::exp2(-60 * random.uniform())));
   }
@@ -55,13 +55,13 @@ TEST(Exp2, DoubleIsAccurateOverItsWholeRange) {
 
 TEST(Exp2, IsWithinItsBoundAroundHalfIntegers) {
   double worst_float = 0, worst_double = 0;
-  for (int n = -126; n < 127; ++n) {
+  for (int n = -126; n < 128; ++n) {
     const float half = static_cast<float>(n) + 0.5F;
     for (const float x : {std::nextafter(half, -1000.0F), half, std::nextafter(half, 1000.0F)}) {
       worst_float = std::max(worst_float, ulp_error<double>(x));
     }
   }
-  for (int n = -1022; n < 1023; ++n) {
+  for (int n = -1022; n < 1024; ++n) {
     const double half = n + 0.5;
     for (const double x : {std::nextafter(half, -2000.0), half, std::nextafter(half, 2000.0)}) {
       worst_double = std::max(worst_double, ulp_error<long double>(x));
@@ -96,10 +96,18 @@ TYPED_TEST(Exp2Of, IsExactlyZeroBelowItsRange) {
   }
 }
 
-TYPED_TEST(Exp2Of, IsInfiniteAtItsEnd) {
-  constexpr TypeParam kEnd = attn::detail::Exp2<TypeParam>::kBias + 1;
-  EXPECT_EQ(exp2_scalar(kEnd), std::numeric_limits<TypeParam>::infinity());
-  EXPECT_EQ(exp2_scalar(kEnd - 1), std::ldexp(TypeParam(1), static_cast<int>(kEnd) - 1));
+TYPED_TEST(Exp2Of, IsInfiniteFromItsEndOnAndNoSooner) {
+  using Limits = std::numeric_limits<TypeParam>;
+  constexpr TypeParam kEnd = Limits::max_exponent;
+  EXPECT_EQ(exp2_scalar(kEnd - 1), std::ldexp(TypeParam(1), Limits::max_exponent - 1));
+  for (const TypeParam x : {kEnd - TypeParam(0.5), kEnd - TypeParam(0.25), std::nextafter(kEnd, TypeParam(0))}) {
+    EXPECT_LT(exp2_scalar(x), Limits::infinity()) << x;
+    EXPECT_GT(exp2_scalar(x), Limits::max() / 2) << x;
+  }
+  for (TypeParam x = kEnd; x < 5 * kEnd; x += TypeParam(0.25)) ASSERT_EQ(exp2_scalar(x), Limits::infinity()) << x;
+  for (const TypeParam x : {std::nextafter(kEnd, 2 * kEnd), TypeParam(1e6), TypeParam(1e20), Limits::max(), Limits::infinity()}) {
+    EXPECT_EQ(exp2_scalar(x), Limits::infinity()) << x;
+  }
 }
 
 TYPED_TEST(Exp2Of, SubnormalArgumentsGiveOne) {

@@ -7,6 +7,7 @@
 #include <attn/detail/center.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/few_keys.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/row_states.hpp>
 #include <attn/detail/streamed.hpp>
 #include <attn/detail/streamed_backward.hpp>

@@ -4,6 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>
@@ -79,7 +80,7 @@ class LiftedSoftmax {
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     inverse_.check(kName);
-    if (!(std::isfinite(scale(in)) && scale(in) > 0))
+    if (!(detail::is_finite(scale(in)) && scale(in) > 0))
       detail::refuse(kName, "scale is %g, should be positive and finite", scale(in));
   }
 

@@ -1,6 +1,10 @@
 /// Matrices and views: what every method takes and returns. Row-major, one token a row.
 #pragma once
 
+#if !defined(__cpp_exceptions)
+#error "attn reports wrong arguments and a lack of memory by throwing, and so cannot be compiled with -fno-exceptions"
+#endif
+
 #include <attn/mask.hpp>
 
 #include <Eigen/Core>

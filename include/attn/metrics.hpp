@@ -4,6 +4,7 @@
 #include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>
 
@@ -62,7 +63,7 @@ double worst_row_error(const Eigen::MatrixBase<A>& approximation, const Eigen::M
     size += row;
     rows += row == 0 ? 0 : 1;
     if (!(difference <= worst)) worst = difference;
-    if (std::isnan(difference)) return difference;
+    if (detail::is_nan(difference)) return difference;
   }
   return detail::relative(std::sqrt(worst), std::sqrt(size / static_cast<double>(std::max<Index>(rows, 1))));
 }

@@ -4,12 +4,12 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/causal.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/kept_rows.hpp>
 #include <attn/detail/token_rows.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace attn::detail {
@@ -20,11 +20,11 @@ struct LargestBias {
   T value = -std::numeric_limits<T>::infinity();
 
   void add(T bias) {
-    if (std::isfinite(bias)) value = std::max(value, bias);
+    if (is_finite(bias)) value = std::max(value, bias);
   }
 
   /// What to count from: 0 where no bias is finite.
-  T origin() const { return std::isfinite(value) ? value : T(0); }
+  T origin() const { return is_finite(value) ? value : T(0); }
 };
 
 template <class T>

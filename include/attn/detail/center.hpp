@@ -3,19 +3,19 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/causal.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/kept_rows.hpp>
 #include <attn/detail/token_rows.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 
 namespace attn::detail {
 
 /// The median of the finite ones among count values, which it reorders; 0 if there are none.
 template <class T>
 T median_of_finite(T* values, Index count) {
-  T* const end = std::partition(values, values + count, [](T x) { return std::isfinite(x); });
+  T* const end = std::partition(values, values + count, [](T x) { return is_finite(x); });
   if (end == values) return 0;
   T* const middle = values + (end - values) / 2;
   std::nth_element(values, middle, end);

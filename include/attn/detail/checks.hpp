@@ -1,11 +1,11 @@
 /// Checks of arguments at public entry points: one std::invalid_argument that names the argument and the numbers.
 #pragma once
 
+#include <attn/detail/float_bits.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdio>
@@ -134,7 +134,7 @@ inline void check_saved(std::string_view who, const char* what, Index saved, Ind
 }
 
 inline void check_finite(std::string_view who, const char* name, double value) {
-  if (!std::isfinite(value)) refuse(who, "%s is %g, should be finite", name, value);
+  if (!is_finite(value)) refuse(who, "%s is %g, should be finite", name, value);
 }
 
 inline void check_at_least(std::string_view who, const char* name, double value, double least) {
@@ -164,7 +164,7 @@ inline void check_kernel(std::string_view who, const SoftmaxKernel& kernel) {
 }
 
 inline void check_kernel(std::string_view who, const GaussianKernel& kernel) {
-  if (kernel.bandwidth && !(std::isfinite(*kernel.bandwidth) && *kernel.bandwidth > 0)) {
+  if (kernel.bandwidth && !(is_finite(*kernel.bandwidth) && *kernel.bandwidth > 0)) {
     refuse(who, "bandwidth is %g, should be positive and finite", *kernel.bandwidth);
   }
 }

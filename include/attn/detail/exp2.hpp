@@ -46,14 +46,12 @@ inline Packet<T> polynomial(const T (&coefficients)[kCount], Packet<T> r) {
   return p;
 }
 
-/// 2^x for x <= 128 (float), x <= 1024 (double), where it is infinite, within 3 units in the last place (float) or 1 (double);
-/// exactly 0 below -126.5 (-1022.5), at most the smallest normal number from there to -126 (-1022). NaN stays NaN. Subnormal
-/// weights would make products take many times as long.
+/// exp2 where x is known to be at most 127 (float) or 1023 (double), as it is of every weight relative to a maximum.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
 /// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the
-/// exponent's place are 2^n; n = -kBias makes that 0.
+/// exponent's place are 2^n; n = -kBias makes that 0. Only these sums' own rounding makes n whole, whatever the compiler may assume.
 template <class T>
-inline Packet<T> exp2(Packet<T> x) {
+inline Packet<T> exp2_bounded(Packet<T> x) {
   using C = Exp2<T>;
   if constexpr (kScalesExponents) {
     const auto r = fraction(x);
@@ -61,8 +59,24 @@ inline Packet<T> exp2(Packet<T> x) {
   } else {
     const auto magic = broadcast<T>(C::kRound + C::kBias);
     x = max(x, broadcast<T>(-C::kBias));
-    const auto shifted = x + magic;
-    return polynomial(C::kCoefficients, x - (shifted - magic)) * shift_left<C::kMantissaBits>(shifted);
+    const auto shifted = opaque(x + magic), n = opaque(shifted - magic);
+    return polynomial(C::kCoefficients, x - n) * shift_left<C::kMantissaBits>(shifted);
+  }
+}
+
+/// 2^x within 3 units in the last place (float) or 1 (double); infinite from 128 (1024) on, exactly 0 below -126.5 (-1022.5), at most
+/// the smallest normal number from there to -126 (-1022). NaN stays NaN. Subnormal weights would make products take many times as
+/// long. Above kBias, where 2^n may be infinite although 2^x is not, it is 2 2^(x - 1).
+template <class T>
+inline Packet<T> exp2(Packet<T> x) {
+  if constexpr (kScalesExponents) {
+    return exp2_bounded(x);
+  } else {
+    using C = Exp2<T>;
+    const auto one = broadcast(T(1));
+    x = min(x, broadcast<T>(C::kBias + 1));
+    const auto above = min(max(x - broadcast(C::kBias), broadcast(T(0))) * broadcast(C::kRound), one);  // 0 or 1
+    return exp2_bounded(x - above) * (one + above);
   }
 }
 

@@ -11,6 +11,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
 #include <attn/detail/far_pairs.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/panels.hpp>
@@ -19,7 +20,6 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace attn::detail {
@@ -151,7 +151,7 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  T fixed_maximum(Index i) const { return std::isnan(query_bias_[i]) ? T(0) : -(query_bias_[i] + base_[i]); }
+  T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -(query_bias_[i] + base_[i]); }
 
   /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become relative to a base.
   [[gnu::noinline]] void refine_row(Index query, T* scores, T query_bias, T* base) const {
@@ -189,7 +189,7 @@ class FewKeysRunner {
     for (Index j = 0; j < width_; j += kLanes<T>) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto weight = exp2(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
+        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
         total[r] = total[r] + weight;
         store(row + r * width_ + j, weight);
       }

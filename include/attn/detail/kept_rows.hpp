@@ -1,10 +1,10 @@
 /// Which tokens take part.
 #pragma once
 
+#include <attn/detail/float_bits.hpp>
 #include <attn/matrix.hpp>
 
 #include <cstdint>
-#include <limits>
 
 namespace attn::detail {
 
@@ -15,7 +15,7 @@ struct KeptRows {
   const T* bias;
 
   bool operator()(Index row) const {
-    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || bias[row] != -std::numeric_limits<T>::infinity());
+    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || !is_negative_infinity(bias[row]));
   }
 };
 

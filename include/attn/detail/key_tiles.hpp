@@ -4,6 +4,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/bias_origins.hpp>
 #include <attn/detail/kept_rows.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
 #include <attn/detail/simd.hpp>

@@ -96,7 +96,7 @@ inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, I
   align_bases(total, recent, lanes);
   for (Index p = 0; p < lanes; p += kLanes<T>) {
     const auto a = load(total.maximum + p), b = load(recent.maximum + p), top = max(a, b);
-    const auto keep = exp2(a - top), add = exp2(b - top);
+    const auto keep = exp2_bounded(a - top), add = exp2_bounded(b - top);
     store(total.maximum + p, top);
     store(total.sum + p, multiply_add(load(recent.sum + p), add, load(total.sum + p) * keep));
     for (Index c = 0; c < d_v; ++c) {

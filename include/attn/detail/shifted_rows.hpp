@@ -203,7 +203,7 @@ class ShiftedRows {
       auto total = broadcast(T(0));
       for (Index j = 0; j < m; j += kLanes<T>) {
         // No weight is above 1 but for the rounding of large scores.
-        const auto weight = exp2(min(load_row(&b(i, 0), j, m) - load_row(panels_.lse.data(), j, m), broadcast(T(0))));
+        const auto weight = exp2_bounded(min(load_row(&b(i, 0), j, m) - load_row(panels_.lse.data(), j, m), broadcast(T(0))));
         total = multiply_add(load_row(&fz(i, 0), j, m), weight, total);
       }
       diagonal[static_cast<std::size_t>(i)] = sum(total);

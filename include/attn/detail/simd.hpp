@@ -1,13 +1,16 @@
-/// Packets of the widest vector unit that Eigen was compiled for: the only file that touches Eigen::internal.
+/// Packets of the widest vector unit that Eigen was compiled for: the only file that touches Eigen::internal. Which one that is,
+/// Eigen's macros say, not the compiler's: Eigen may be told to leave a unit alone.
 #pragma once
+
+#include <attn/detail/float_bits.hpp>
 
 #include <Eigen/Core>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
 namespace attn::detail {
@@ -77,7 +80,7 @@ inline Packet<T> operator/(Packet<T> a, Packet<T> b) {
 /// The larger of a and b, lane by lane; a where either is NaN.
 template <class T>
 inline Packet<T> max(Packet<T> a, Packet<T> b) {
-#if defined(__SSE2__)
+#if defined(EIGEN_VECTORIZE_SSE)
   return {Eigen::internal::pmax(a.raw, b.raw)};  // one instruction; the compilers make two of what follows
 #else
   if constexpr (kLanes<T> == 1) {
@@ -92,7 +95,7 @@ inline Packet<T> max(Packet<T> a, Packet<T> b) {
 /// The smaller of a and b, lane by lane; a where either is NaN.
 template <class T>
 inline Packet<T> min(Packet<T> a, Packet<T> b) {
-#if defined(__SSE2__)
+#if defined(EIGEN_VECTORIZE_SSE)
   return {Eigen::internal::pmin(a.raw, b.raw)};
 #else
   if constexpr (kLanes<T> == 1) {
@@ -110,7 +113,7 @@ inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
   return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
 }
 
-#if defined(__AVX512F__)
+#if defined(EIGEN_VECTORIZE_AVX512)
 // Of all lanes, by a mask: without one GCC 12 warns of its own header.
 inline Packet<float> max(Packet<float> a, Packet<float> b) {
   return {_mm512_mask_max_ps(a.raw, 0xFFFF, b.raw, a.raw)};
@@ -126,8 +129,21 @@ inline Packet<double> min(Packet<double> a, Packet<double> b) {
 }
 #endif
 
+/// x, of which the compiler no longer knows how it was computed: under -ffast-math it would take x + a - a for x. No instruction.
+template <class T>
+inline Packet<T> opaque(Packet<T> x) {
+#if defined(__SSE2__)
+  asm("" : "+v"(x.raw));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x.raw));
+#else
+  asm("" : "+m"(x.raw));
+#endif
+  return x;
+}
+
 /// Whether fraction and scale_exponent are a few instructions.
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(EIGEN_VECTORIZE_AVX512) && defined(EIGEN_VECTORIZE_AVX512DQ)
 inline constexpr bool kScalesExponents = true;
 
 /// x minus the nearest integer, in [-1/2, 1/2]; 0 where x is infinite.
@@ -152,13 +168,31 @@ inline constexpr bool kScalesExponents = false;
 /// Each lane's bits moved left by kBits: puts an integer's low bits where the exponent is.
 template <int kBits, class T>
 inline Packet<T> shift_left(Packet<T> x) {
-  using Integer = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
   if constexpr (kLanes<T> == 1) {
-    return {std::bit_cast<T>(std::bit_cast<Integer>(x) << kBits)};
+    return {std::bit_cast<T>(std::bit_cast<BitsOf<T>>(x) << kBits)};
   } else {
-    return std::bit_cast<Packet<T>>(std::bit_cast<typename VectorOf<T, Integer>::Type>(x) << kBits);
+    return std::bit_cast<Packet<T>>(std::bit_cast<typename VectorOf<T, BitsOf<T>>::Type>(x) << kBits);
   }
 }
+
+/// Whether all lanes of some packets are finite, from their bits.
+template <class T>
+class FiniteLanes {
+ public:
+  void add(Packet<T> x) { seen_ |= (std::bit_cast<Lanes>(x) & kMagnitude) + (kMagnitude + 1 - kInfinityBits<T>); }
+
+  bool all() const {
+    BitsOf<T> any = 0;
+    for (const BitsOf<T> bits : std::bit_cast<std::array<BitsOf<T>, kLanes<T>>>(seen_)) any |= bits;
+    return any <= kMagnitude;
+  }
+
+ private:
+  using Lanes = typename VectorOf<T, BitsOf<T>>::Type;
+  static constexpr BitsOf<T> kMagnitude = ~BitsOf<T>{0} >> 1U;
+
+  Lanes seen_{};  ///< the highest bit is set in each lane that has had an infinity or a NaN
+};
 
 /// As many bfloat16 as a packet of floats has lanes: the upper halves of these.
 using BfloatBits [[gnu::vector_size(2 * kLanes<float>)]] = std::uint16_t;
@@ -176,7 +210,7 @@ inline void store_narrow(Eigen::bfloat16* p, Packet<float> x) {
   const auto bits = __builtin_convertvector((wide & 0x7fffffff) > 0x7f800000 ? nan : nearest, BfloatBits);
   std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
 }
-#if defined(__AVX512F__)
+#if defined(EIGEN_VECTORIZE_AVX512)
 inline Packet<float> widen(const Eigen::half* p) {
   return {_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -184,7 +218,7 @@ inline void store_narrow(Eigen::half* p, Packet<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_maskz_cvtps_ph(0xFFFF, x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__AVX__) && defined(__F16C__)
+#elif defined(EIGEN_VECTORIZE_AVX) && defined(__F16C__)
 inline Packet<float> widen(const Eigen::half* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/product.hpp>
@@ -204,7 +205,7 @@ class BlockRunner {
       const bool fixed = product_.maximum == Maximum::fixed;
       state.base[i] = fixed && strip.far && is_far(strip, i) ? -strip.query_bias[i] : T(0);
       state.maximum[i] = !fixed ? kNoMaximum<T>
-                         : std::isnan(strip.query_bias[i]) || state.base[i] != 0 ? T(0)  // NaN: its scores are where it sees a key
+                         : is_nan(strip.query_bias[i]) || state.base[i] != 0 ? T(0)  // NaN: its scores are where it sees a key
                                                                                  : -strip.query_bias[i];
     }
     std::fill_n(state.sum, strip.lanes(), T(0));

@@ -14,6 +14,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
 #include <attn/detail/far_pairs.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/panels.hpp>
@@ -25,7 +26,6 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -55,35 +55,42 @@ inline Index slices_size(Index d, Index lanes) {
 /// Lane's row of slices <- scale (row - center), zeros beyond d; a null row and a null center are zeros. Returns whether all is finite.
 template <class T>
 inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices, Index lanes, Index lane) {
-  auto zero = broadcast(T(0));
+  FiniteLanes<T> elements;
   for (Index c = 0; c < d; c += kLanes<T>) {
     const auto x = row == nullptr ? broadcast(T(0)) : (load_row(row, c, d) - load_row_if(center, c, d)) * broadcast(scale);
-    zero = multiply_add(x, broadcast(T(0)), zero);
+    elements.add(x);
     store(slices + (c / kSliceWidth<T> * lanes + lane) * kSliceWidth<T> + c % kSliceWidth<T>, x);
   }
   for (Index c = (d + kLanes<T> - 1) / kLanes<T> * kLanes<T>; c % kSliceWidth<T> != 0; c += kLanes<T>) {
     store(slices + (c / kSliceWidth<T> * lanes + lane) * kSliceWidth<T> + c % kSliceWidth<T>, broadcast(T(0)));
   }
-  return sum(zero) == 0;
+  return elements.all();
 }
 
-/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. largest: log2 of what no
-/// weight exceeds, but for rounding.
+/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. at_most_one: no weight exceeds 1, but
+/// for rounding.
 template <int kPackets, class T>
-[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, T largest) {
+[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, bool at_most_one) {
   Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
     dots[p] = load(dot + p * kLanes<T>);
   }
-  for (Index j = 0; j < count; ++j, scores += kPackets * kLanes<T>, slopes += kPackets * kLanes<T>) {
+  const auto weigh = [&](const auto& power) {
+    for (Index j = 0; j < count; ++j, scores += kPackets * kLanes<T>, slopes += kPackets * kLanes<T>) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kPackets; ++p) {
-      const auto weight = exp2(min(load(scores + p * kLanes<T>) - divisor[p], broadcast(largest)));
-      store(scores + p * kLanes<T>, weight);
-      store(slopes + p * kLanes<T>, weight * (load(slopes + p * kLanes<T>) - dots[p]));
+      for (int p = 0; p < kPackets; ++p) {
+        const auto weight = power(load(scores + p * kLanes<T>) - divisor[p]);
+        store(scores + p * kLanes<T>, weight);
+        store(slopes + p * kLanes<T>, weight * (load(slopes + p * kLanes<T>) - dots[p]));
+      }
     }
+  };
+  if (at_most_one) {
+    weigh([](Packet<T> x) { return exp2_bounded(min(x, broadcast(T(0)))); });
+  } else {
+    weigh([](Packet<T> x) { return exp2(x); });
   }
 }
 
@@ -176,8 +183,7 @@ class BackwardRunner {
 
   bool has_bias() const { return product_.space.bias != 0; }
 
-  /// log2 of it; what overflows is infinite.
-  T largest_weight() const { return product_.bounded || product_.rows == Rows::normalized ? T(0) : Exp2<T>::kBias + 1; }
+  bool weights_at_most_one() const { return product_.bounded || product_.rows == Rows::normalized; }
 
   void load_strip(Lanes& strip, Index s) const {
     const Range packets = product_.partition.packets_of_strip(s);
@@ -218,8 +224,8 @@ class BackwardRunner {
     strip.base[i] = log_sum.base;
     strip.log_divisor[i] = log_sum.value;
     strip.far = strip.far || log_sum.base != 0;
-    if (!real || strip.log_divisor[i] == -kInfinity) strip.log_divisor[i] = kInfinity;
-    strip.finite = strip.finite && std::isfinite(strip.dot[i]) && !std::isnan(strip.log_divisor[i]);
+    if (!real || is_negative_infinity(strip.log_divisor[i])) strip.log_divisor[i] = kInfinity;
+    strip.finite = strip.finite && is_finite(strip.dot[i]) && !is_nan(strip.log_divisor[i]);
   }
 
   /// The log2 of what a query's weights are divided by, as they are counted, and their base: raw rows that are far from the center have one.
@@ -254,7 +260,7 @@ class BackwardRunner {
       if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), scores_);
       score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
       weigh_slopes<packets>(scores_, slopes_, count, partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile),
-                            strip.dot, largest_weight());
+                            strip.dot, weights_at_most_one());
       if (partly_seen) {
         hide_future(strip, tile, seen_by_all, count, limit);
         if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);
@@ -297,7 +303,7 @@ class BackwardRunner {
   bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
     for (Index j = first; j < count; ++j) {
       for (Index c = 0; c < product_.in.k.cols(); ++c) {
-        if (!std::isfinite(tile.k[j * tile.k_stride + c])) return false;
+        if (!is_finite(tile.k[j * tile.k_stride + c])) return false;
       }
     }
     return true;

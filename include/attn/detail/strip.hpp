@@ -17,6 +17,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
 #include <attn/detail/far_pairs.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
@@ -24,7 +25,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <numbers>
 
@@ -169,7 +169,7 @@ template <int kPackets, class T>
   for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
 #pragma GCC unroll 4
     for (int p = 0; p < kPackets; ++p) {
-      const auto weight = exp2(min(load(panel + p * kLanes<T>) - top[p], broadcast(limit)));
+      const auto weight = exp2_bounded(min(load(panel + p * kLanes<T>) - top[p], broadcast(limit)));
       total[p] = total[p] + weight;
       store(panel + p * kLanes<T>, weight);
     }
@@ -271,7 +271,7 @@ class StripKernel {
         continue;
       }
       const auto before = load(strip.state.maximum + p), after = max(before, load(of_tile + p));
-      const auto correction = exp2(before - after);
+      const auto correction = exp2_bounded(before - after);
       store(strip.state.maximum + p, after);
       store(correction_ + p, correction);
       store(strip.state.sum + p, load(strip.state.sum + p) * correction);
@@ -299,12 +299,12 @@ class StripKernel {
 
   /// Whether the values of keys that only some of a strip's queries see are finite: a weight of 0 then hides them.
   bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
-    auto zero = broadcast(T(0));
+    FiniteLanes<T> values;
     for (Index j = first; j < count; ++j) {
       const T* row = tile.v + j * tile.v_stride;
-      for (Index c = 0; c < d_v_; c += kLanes<T>) zero = multiply_add(broadcast(T(0)), load_row(row, c, d_v_), zero);
+      for (Index c = 0; c < d_v_; c += kLanes<T>) values.add(load_row(row, c, d_v_));
     }
-    return sum(zero) == 0;
+    return values.all();
   }
 
   /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see them.
@@ -313,14 +313,14 @@ class StripKernel {
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
-        finite_values_[j * d_v_ + c] = std::isfinite(x) ? x : T(0);
+        finite_values_[j * d_v_ + c] = is_finite(x) ? x : T(0);
       }
     }
     add_weighted(strip, finite_values_, d_v_, count, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
-        if (std::isfinite(x)) continue;
+        if (is_finite(x)) continue;
         for (Index i = std::max<Index>(0, tile.row(j) - limit); i < strip.lanes(); ++i) {
           strip.state.weighted[c * strip.lanes() + i] += panel_[j * strip.lanes() + i] * x;
         }
