@@ -32,7 +32,10 @@ class ExactAttention {
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
 
   /// Every mask is supported.
-  bool supports(const Inputs<T>&) const { return true; }
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>&) const {
+    return true;
+  }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);

@@ -167,6 +167,7 @@ void multiply_partial(const Kernel& kernel, const Sources<T>& in, const RowState
 /// O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022,
 /// Alg. 1.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    std::type_identity_t<std::span<T>> lse, Context& context) {
   detail::check(detail::kMatmulName, in, out);
@@ -176,6 +177,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
 
 /// The same without log-sums.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
   kernel_matmul(kernel, in, out, std::span<T>{}, context);
 }
@@ -183,6 +185,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
 /// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or that arrive in
 /// parts (decoding with a cache). Merge the parts, then finish. Causal limits count rows of this call's k.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
                            Context& context) {
   detail::check_inputs(detail::kMatmulName, in, 0);
@@ -321,6 +324,7 @@ std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<
 /// gradient by the key bias. Throws std::invalid_argument when shapes disagree. 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens
 /// are so large that lse has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                             std::type_identity_t<std::span<const T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
                             const std::type_identity_t<Gradients<T>>& gradients, Context& context,

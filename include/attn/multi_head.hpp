@@ -5,6 +5,8 @@
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/wide_copies.hpp>
+#include <attn/detail/wide_method.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
@@ -236,6 +238,37 @@ void run_heads(const A& a, const HeadInputs<typename A::Scalar>& inputs, const H
   });
 }
 
+/// The backward pass of the query heads of batch item b that share a key head, from head first on, each with its saved: dk and dv add
+/// up in their order, in the type of the arithmetic.
+template <Approximator A>
+void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<const typename A::Scalar>& out,
+                        const HeadsView<const typename A::Scalar>& dout, Index b, Index first, const typename A::Saved* saved,
+                        const HeadGradients<typename A::Scalar>& gradients, Context& context) {
+  using T = typename A::Scalar;
+  using Wide = Arithmetic<T>;
+  const Index group = inputs.q.heads / inputs.k.heads;
+  const auto& method = wide_method(a);
+  Scratch scratch = context.scratch();
+  const Inputs<T> in = inputs(b, first);
+  const ConstMatrixRef<Wide> k = widened(in.k, scratch, context), v = widened(in.v, scratch, context);
+  const MatrixRef<T> dk = gradients.dk(b, first / group), dv = gradients.dv(b, first / group);
+  MatrixRef<Wide> sum_dk = wide_result(dk, scratch), sum_dv = wide_result(dv, scratch);
+  MatrixRef<Wide> more_dk = scratch.matrix<Wide>(dk.rows(), dk.cols()), more_dv = scratch.matrix<Wide>(dv.rows(), dv.cols());
+  for (Index h = first; h < first + group; ++h, ++saved) {
+    Scratch of_head = scratch.nested();
+    const MatrixRef<T> dq = gradients.dq(b, h);
+    const Gradients<Wide> to{wide_result(dq, of_head), h == first ? sum_dk : more_dk, h == first ? sum_dv : more_dv};
+    method.backward({widened(inputs.q(b, h), of_head, context), k, v, in.mask}, widened(out(b, h), of_head, context),
+                    widened(dout(b, h), of_head, context), *saved, to, context);
+    set_rounded(dq, to.dq, context);
+    if (h == first) continue;
+    sum_dk += more_dk;
+    sum_dv += more_dv;
+  }
+  set_rounded(dk, sum_dk, context);
+  set_rounded(dv, sum_dv, context);
+}
+
 }  // namespace detail
 
 /// out <- attention of every head by method a. Query head h reads key and value head h / (H_q / H_k), so H_k must
@@ -268,8 +301,8 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
 }
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same arguments and the out
-/// and saved of multi_head. Query heads that share a key head add up, in their order. Throws std::invalid_argument before anything is
-/// written when shapes disagree or saved is of another number of heads.
+/// and saved of multi_head. Query heads that share a key head add up in their order, of narrow types in float. Throws
+/// std::invalid_argument before anything is written when shapes disagree or saved is of another number of heads.
 template <Approximator A>
 void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                          const HeadsView<const typename A::Scalar>& v, const HeadsView<const typename A::Scalar>& out,
@@ -286,19 +319,10 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
   if (q.batch == 0) return;
   const Index group = q.heads / k.heads;
   detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context, [&](Index i, Context& on) {
-    const Index b = i / k.heads, kv = i % k.heads;
-    Scratch scratch = on.scratch();
-    MatrixRef<T> dk = gradients.dk(b, kv), dv = gradients.dv(b, kv);
-    MatrixRef<T> more_dk = scratch.matrix<T>(group > 1 ? dk.rows() : 0, dk.cols());
-    MatrixRef<T> more_dv = scratch.matrix<T>(group > 1 ? dv.rows() : 0, dv.cols());
-    for (Index h = kv * group; h < (kv + 1) * group; ++h) {
-      const bool first = h == kv * group;
-      const Gradients<T> to{gradients.dq(b, h), first ? dk : more_dk, first ? dv : more_dv};
-      a.backward(inputs(b, h), out(b, h), dout(b, h), saved[static_cast<std::size_t>(b * q.heads + h)], to, on);
-      if (first) continue;
-      dk += more_dk;
-      dv += more_dv;
-    }
+    const Index b = i / k.heads, h = i % k.heads * group;
+    const typename A::Saved* of_group = saved.data() + b * q.heads + h;
+    if (group > 1) return detail::run_group_backward(a, inputs, out, dout, b, h, of_group, gradients, on);
+    a.backward(inputs(b, h), out(b, h), dout(b, h), *of_group, {gradients.dq(b, h), gradients.dk(b, h), gradients.dv(b, h)}, on);
   });
 }
 

@@ -35,7 +35,8 @@ class Nystrom {
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);

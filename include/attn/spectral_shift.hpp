@@ -55,7 +55,8 @@ class ShiftedNystrom {
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
       : landmarks_(landmarks), shift_(shift), kernel_(kernel) {}
 
-  bool supports(const Inputs<T>& in) const {
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>& in) const {
     return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() && detail::same_masks(in);
   }
 

@@ -80,8 +80,8 @@ class KeyReader {
 
   /// The kept keys among rows [first, last), at most kTileKeys of them.
   KeyTile<T> read(Index first, Index last) const {
-    KeyTile<T> tile{.k = in_.k.data() + first * in_.k.outerStride(),
-                    .v = in_.v.data() + first * in_.v.outerStride(),
+    KeyTile<T> tile{.k = in_.k.row_or_null(first),
+                    .v = in_.v.row_or_null(first),
                     .bias = nullptr,
                     .k_stride = in_.k.outerStride(),
                     .v_stride = in_.v.outerStride(),
