@@ -113,7 +113,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
 /// kernel_matmul_partial for narrow types in memory; row states are float, and so merge without loss.
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const RowStates<float>& states, Context& context) {
-  detail::check_inputs(detail::kMatmulName, in);
+  detail::check_inputs(detail::kMatmulName, in, 0);
   detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
   Scratch scratch = context.scratch();
   detail::multiply_partial<Kernel, float>(kernel, detail::widened_sources(in, scratch), states, context);
@@ -131,14 +131,15 @@ void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&&
   const Rows rows = score_parameters(kernel, d).rows;
   float wide[kColumns];
   for (std::size_t i = 0; i < states.sum.size(); ++i) {
-    const float factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
+    const detail::RowScale<float> scale = detail::row_scale(rows, states.maximum[i], states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
     const Index row = static_cast<Index>(i);
     const float* weighted = states.weighted.data() + row * states.weighted.outerStride();
     T* narrow = to.data() + row * to.outerStride();
     for (Index c = 0; c < to.cols(); c += kColumns) {
       const Index count = std::min(kColumns, to.cols() - c);
-      detail::scale_row(factor, weighted + c, wide, count);
+      detail::scale_row(scale.first, weighted + c, wide, count);
+      detail::scale_row(scale.second, wide, wide, count);
       detail::convert_row(wide, narrow + c, count);
     }
   }
