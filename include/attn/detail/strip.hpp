@@ -107,9 +107,7 @@ template <int kPackets, class T>
 template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
                                   const Upcoming& upcoming) {
-  Packet<T> top[extent(kPackets)];
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) top[p] = broadcast(kNoMaximum<T>);
+  std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
   for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
     upcoming.fetch(j, kTileRows, count);
     const T* const k = tile.k + j * tile.k_stride;
@@ -118,15 +116,17 @@ template <int kPackets, class T>
     multiply_tile(k + first, count - j, tile.k_stride, 1, queries + first * kPackets * kLanes<T>, d - first, score);
     if (first > 0) add_panel(panel, score);
     if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
-#pragma GCC unroll 32
-    for (int i = 0; i < kTileRows * kPackets; ++i) {
-      const auto x = score[i / kPackets][i % kPackets];
-      top[i % kPackets] = max(top[i % kPackets], x);
-      store(panel + i * kLanes<T>, x);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPackets; ++p) {
+      auto top = load(maximum + p * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        top = max(top, score[r][p]);
+        store(panel + (r * kPackets + p) * kLanes<T>, score[r][p]);
+      }
+      store(maximum + p * kLanes<T>, top);
     }
   }
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) store(maximum + p * kLanes<T>, top[p]);
 }
 
 /// panel <- panel + the key biases of count keys, counted from each query's own origin. Those of keys that a query must not see may
