@@ -120,7 +120,8 @@ TYPED_TEST(NarrowDepthwiseConv, RoundsItsSumsOnce) {
   for (auto& [name, other] : test::contexts()) EXPECT_TRUE(test::bitwise_equal(p.convolved(other), p.convolved(context))) << name;
 }
 
-/// dv_j = before_j + sum_i filter_(j - i + 16) dout_i is the convolution with the filter turned round; dfilter_t = sum_i dout_i.v_(i + t - 16).
+/// dv_j = before_j + sum_i filter_(j - i + 16) dout_i is the convolution with the filter turned round, and dfilter_t is
+/// sum_i dout_i.v_(i + t - 16).
 TYPED_TEST(NarrowDepthwiseConv, RoundsItsGradientsOnce) {
   using T = TypeParam;
   const auto keep_key = test::random_keep(700, 0.6, 404), keep_query = test::random_keep(700, 0.7, 405);

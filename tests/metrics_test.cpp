@@ -397,8 +397,9 @@ TYPED_TEST(NarrowOperator, RoundsTheProductsOfMethodsAndOfDifferencesOnce) {
   using T = TypeParam;
   for (const std::string name : {"nystrom", "skyformer"}) {
     SCOPED_TRACE(name);
-    const attn::ApproximatorOperator approximation(attn::make_approximator<T>(name, {.num_landmarks = 12}), this->narrow_.q, this->narrow_.k);
-    const attn::ApproximatorOperator wide(attn::make_approximator<float>(name, {.num_landmarks = 12}), this->wide_.q, this->wide_.k);
+    const auto method = attn::make_approximator<T>(name, {.num_landmarks = 12});
+    const attn::ApproximatorOperator approximation(method, this->narrow_.q, this->narrow_.k);
+    const attn::ApproximatorOperator wide(method.wide(), this->wide_.q, this->wide_.k);
     const attn::ExactOperator<T, SoftmaxKernel> exact({}, this->narrow_.q, this->narrow_.k, {}, this->context);
     const attn::ExactOperator<float, SoftmaxKernel> wide_exact({}, this->wide_.q, this->wide_.k, {}, this->context);
     const attn::Difference difference(approximation, exact);

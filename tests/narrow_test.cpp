@@ -318,6 +318,34 @@ TYPED_TEST(Narrow, SkyformersGradientByTheKeyBiasIsThatOfFloat) {
   for (std::size_t j = 0; j < 60; ++j) EXPECT_EQ(narrow_dbias[j], static_cast<T>(dbias[j]));
 }
 
+/// Elements at any address that is even, rows any number of them apart.
+TYPED_TEST(Narrow, TakesViewsAtAnyElement) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({50, 70, 16, 8}, 32);
+  const auto unaligned = [](const Matrix<T>& m, std::vector<T>& memory) {
+    memory.assign(static_cast<std::size_t>(m.rows() * (m.cols() + 1) + 1), T(7));
+    attn::MatrixRef<T> view(memory.data() + 1, m.rows(), m.cols(), m.cols() + 1);
+    view = m;
+    return view;
+  };
+  std::vector<T> q_memory, k_memory, v_memory, out_memory;
+  const Matrix<T> zero = Matrix<T>::Zero(50, 8);
+  const attn::MatrixRef<T> q = unaligned(x.narrow.q, q_memory), k = unaligned(x.narrow.k, k_memory), v = unaligned(x.narrow.v, v_memory),
+                           out = unaligned(zero, out_memory);
+  const auto keep = test::random_keep(70, 0.8, 33);
+  Context context;
+  for (const auto& entry : attn::methods<T>()) {
+    if (entry.name == "shifted-nystrom") continue;  // which needs as many queries as keys
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep}}) {
+      const auto method = entry.make({.num_landmarks = 12});
+      method.forward({.q = q, .k = k, .v = v, .mask = mask}, out, context);
+      EXPECT_TRUE(out == attn::attention(method, x.narrow.q, x.narrow.k, x.narrow.v, mask)) << entry.name;
+      for (Index i = 0; i < 50; ++i) EXPECT_EQ(out.data()[i * 9 + 8], T(7)) << entry.name;
+    }
+  }
+  EXPECT_EQ(attn::detail::TokenRows<float>(attn::ConstMatrixRef<T>(q)).row_or_null(1), nullptr);  // no float lies there
+}
+
 /// Asked of inputs with and without a bias, whose values are not read.
 TYPED_TEST(Narrow, SupportsWhatTheSameMethodOfFloatSupports) {
   using T = TypeParam;
