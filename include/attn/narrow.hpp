@@ -114,8 +114,7 @@ class Widened {
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, std::span<float> lse,
                    Context& context) {
-  detail::check(detail::kMatmulName, in, out);
-  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
+  detail::check(detail::kMatmulName, in, out, lse);
   Scratch scratch = context.scratch();
   detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out), detail::data_or_null(lse),
                                   context);
