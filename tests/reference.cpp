@@ -49,7 +49,7 @@ Matrix log_weights(const Kernel& kernel, const Problem& p) {
   if (p.key_bias.size() > 0) s.rowwise() += p.key_bias.transpose();
   for (Index i = 0; i < s.rows(); ++i) {
     for (Index j = 0; j < s.cols(); ++j) {
-      if (!visible(p.mask, s.rows(), s.cols(), i, j)) s(i, j) = -kInfinity;
+      if (!visible(p.mask, s.rows(), s.cols(), i, j, p.key_bias)) s(i, j) = -kInfinity;
     }
   }
   return s;

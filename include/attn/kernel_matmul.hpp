@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/causal.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/few_keys.hpp>
 #include <attn/detail/row_states.hpp>
@@ -84,7 +85,8 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
           .rows = parameters.rows,
           .bounded = bounded,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
-          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
+          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers),
+          .causal_offset = causal_offset(in)};
 }
 
 }  // namespace detail
@@ -204,7 +206,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
 }
 
 /// states <- the row states of these keys alone: for keys that are spread over machines, or that arrive in parts (decoding with a
-/// cache). Merge the parts, then finish. Causal limits count rows of this call's k. Throws std::invalid_argument when shapes disagree or
+/// cache). Merge the parts, then finish. Causal limits count the rows of this call's k. Throws std::invalid_argument when shapes disagree or
 /// are empty, or states overlap an input, one another or themselves.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,

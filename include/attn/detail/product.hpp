@@ -14,7 +14,7 @@
 
 namespace attn::detail {
 
-/// in must outlive it. bounded: no weight is above 1.
+/// in must outlive it. bounded: no weight is above 1. causal_offset: of the causal mask, where there is one.
 template <class T>
 struct Product {
   const Sources<T>& in;
@@ -23,18 +23,11 @@ struct Product {
   bool bounded;
   Maximum maximum;
   Partition partition;
+  Index causal_offset = 0;
 
   /// The largest row number of the keys that query i may see.
   [[gnu::noinline]] Index limit(Index i) const {
-    switch (in.mask.causal) {
-      case Causal::upper_left:
-        return i;
-      case Causal::lower_right:
-        return i + in.k.rows() - in.q.rows();
-      case Causal::none:
-        break;
-    }
-    return StripKernel<T>::kNoLimit;
+    return in.mask.causal == Causal::none ? StripKernel<T>::kNoLimit : i + causal_offset;
   }
 
   /// log2 of the factor between sums of weights relative to a maximum and those of kappa. query_bias: -bias |q|^2, what log2 kappa
