@@ -165,7 +165,8 @@ class ExactOperator {
     detail::check_not_empty(kName, "x", x);
     detail::check_shape(kName, "x", x, n_x, x.cols());
     detail::check_shape(kName, "y", y, n_y, x.cols());
-    detail::check_apart<Block>(kName, "y", y, "x", x);
+    const detail::Memory result = detail::Memory::of("y", y), argument = detail::Memory::of("x", x);
+    detail::check_apart(kName, {&result, 1}, {&argument, 1});
   }
 
   /// log_row_weights_ <- -lse; a row that sees no key has no weight.

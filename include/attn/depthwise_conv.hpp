@@ -107,6 +107,15 @@ void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, I
   });
 }
 
+/// What is written overlaps nothing; dout is empty in the forward pass.
+template <class T>
+void check_conv_apart(std::string_view who, std::span<const Memory> results, const ConstMatrixRef<T>& v, std::span<const T> filter,
+                      const ConstMatrixRef<T>& dout, const Mask& mask) {
+  const Memory inputs[] = {Memory::of("v", v), Memory::of("filter", filter), Memory::of("dout", dout),
+                           Memory::of("keep_key", mask.keep_key), Memory::of("keep_query", mask.keep_query)};
+  check_apart(who, results, inputs);
+}
+
 /// dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2) over the rows that are kept: sums of a block, then of blocks.
 template <class T>
 void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& dout, std::span<T> dfilter, const Mask& mask,
@@ -144,13 +153,14 @@ void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& do
 
 /// out_i <- out_i + sum_t filter_t v_(i + t - (taps - 1) / 2): one odd filter for all columns of a head, zeros beyond the sequence, no
 /// bias; to be added to an attention's result. v, out (n, d_v). Rows that mask.keep_key drops count as zeros, those that
-/// mask.keep_query drops get nothing. Throws std::invalid_argument when shapes disagree or are empty, or the taps are not odd.
-/// Narrow types are added up in float. 2 n d_v taps flops. Xiong et al. 2021, section 3.3, with 33 or 35 taps.
+/// mask.keep_query drops get nothing. Throws std::invalid_argument when shapes disagree or are empty, the taps are not odd, or out
+/// overlaps an argument or itself. Narrow types are added up in float. 2 n d_v taps flops. Xiong et al. 2021, section 3.3, with 33 or 35 taps.
 template <class T>
 void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter, std::type_identity_t<MatrixRef<T>> out,
                     Context& context, const Mask& mask = {}) {
   detail::check_conv<T>("depthwise_conv", v, filter.size(), "out", out, mask);
-  detail::check_apart<T>("depthwise_conv", "out", out, "v", v);
+  const detail::Memory result = detail::Memory::of("out", out);
+  detail::check_conv_apart<T>("depthwise_conv", {&result, 1}, v, filter, {nullptr, 0, 0, 0}, mask);
   detail::add_convolution<T>(v, filter, 1, out, mask.keep_key, mask.keep_query, context);
 }
 
@@ -163,8 +173,8 @@ void depthwise_conv(const V& v, std::span<const typename V::Scalar> filter, Matr
 }
 
 /// Its gradients, for dout (n, d_v), that of a loss by out. dv_j <- dv_j + sum_i filter_(j - i + (taps - 1) / 2) dout_i, added to that
-/// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. dv must not overlap v
-/// or dout. Throws std::invalid_argument as above. 4 n d_v taps flops.
+/// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. Throws
+/// std::invalid_argument as above. 4 n d_v taps flops.
 template <class T>
 void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter,
                              std::type_identity_t<ConstMatrixRef<T>> dout, std::type_identity_t<MatrixRef<T>> dv,
@@ -172,9 +182,9 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
   constexpr std::string_view kName = "depthwise_conv_backward";
   detail::check_conv<T>(kName, v, filter.size(), "dout", dout, mask);
   detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
-  detail::check_apart<T>(kName, "dv", dv, "v", v);
-  detail::check_apart<T>(kName, "dv", dv, "dout", dout);
   if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has %zu entries, filter has %zu", dfilter.size(), filter.size());
+  const detail::Memory results[] = {detail::Memory::of("dv", dv), detail::Memory::of("dfilter", dfilter)};
+  detail::check_conv_apart<T>(kName, results, v, filter, dout, mask);
   detail::add_convolution<T>(dout, filter, -1, dv, mask.keep_query, mask.keep_key, context);
   detail::set_filter_gradient<T>(v, dout, dfilter, mask, context);
 }

@@ -9,6 +9,7 @@
 #include <attn/detail/few_keys.hpp>
 #include <attn/detail/float_bits.hpp>
 #include <attn/detail/row_states.hpp>
+#include <attn/detail/state_checks.hpp>
 #include <attn/detail/streamed.hpp>
 #include <attn/detail/streamed_backward.hpp>
 #include <attn/detail/token_rows.hpp>
@@ -56,11 +57,11 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
 
 }  // namespace detail
 
-/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree.
+/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree, or
+/// into overlaps from or itself.
 template <class T>
 void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& from) {
-  detail::check_states("merge", into, from.weighted.rows(), from.weighted.cols());
-  detail::check_states("merge", from, into.weighted.rows(), into.weighted.cols());
+  detail::check_merge("merge", into, from);
   for (std::size_t i = 0; i < into.sum.size(); ++i) {
     const T top = detail::merged_maximum(into.maximum[i], into.sum[i], from.maximum[i], from.sum[i]);
     const T keep = detail::merge_factor(into.maximum[i], into.sum[i], top), add = detail::merge_factor(from.maximum[i], from.sum[i], top);
@@ -73,12 +74,11 @@ void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& f
 }
 
 /// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in kernel_matmul.
-/// out may be states.weighted itself. d: features of the tokens, which the kernel's parameters may depend on.
+/// out may be states.weighted itself; nothing else may overlap. d: features of the tokens, which the kernel's parameters may depend on.
 template <ScoreKernel Kernel, class T>
 void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type_identity_t<MatrixRef<T>> out,
             std::type_identity_t<std::span<T>> lse = {}) {
-  detail::check_states("finish", states, out.rows(), out.cols());
-  detail::check_length("finish", "lse", lse.size(), "out", out.rows());
+  detail::check_finish<T>("finish", states, out, lse);
   const Rows rows = score_parameters(kernel, d).rows;
   for (std::size_t i = 0; i < states.sum.size(); ++i) {
     const detail::RowScale<T> scale = detail::row_scale(rows, states.maximum[i], states.sum[i]);
@@ -163,15 +163,14 @@ void multiply_partial(const Kernel& kernel, const Sources<T>& in, const RowState
 /// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their sum if the
 /// kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key bias.
 /// lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is 0.
-/// Throws std::invalid_argument when shapes disagree or are empty, or out overlaps an input. 2 n_q n_k (d + d_v) flops;
-/// O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022,
-/// Alg. 1.
+/// Throws std::invalid_argument when shapes disagree or are empty, or out or lse overlaps an input, the other or itself.
+/// 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al.
+/// 2022, Alg. 1.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    std::type_identity_t<std::span<T>> lse, Context& context) {
-  detail::check(detail::kMatmulName, in, out);
-  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
+  detail::check(detail::kMatmulName, in, out, lse);
   detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::LogSums<T>{detail::data_or_null(lse), nullptr}, context);
 }
 
@@ -183,14 +182,13 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
 }
 
 /// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or that arrive in
-/// parts (decoding with a cache). Merge the parts, then finish. Causal limits count rows of this call's k.
+/// parts (decoding with a cache). Merge the parts, then finish. Causal limits count the rows of this call's k. Throws
+/// std::invalid_argument when shapes disagree, q is empty, or states overlap an input, one another or themselves.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
                            Context& context) {
-  detail::check_inputs(detail::kMatmulName, in, 0);
-  detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
-  detail::check_apart(detail::kMatmulName, "weighted", states.weighted, in);
+  detail::check_partial(detail::kMatmulName, in, states);
   detail::multiply_partial<Kernel, T>(kernel, detail::sources(in), states, context);
 }
 
@@ -321,8 +319,9 @@ std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as kernel_matmul gave
 /// them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or n_k entries that receive the
-/// gradient by the key bias. Throws std::invalid_argument when shapes disagree. 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens
-/// are so large that lse has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
+/// gradient by the key bias. Throws std::invalid_argument when shapes disagree, or a result overlaps an argument or another.
+/// 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens are so large that lse has lost digits 2 n_q n_k (d + 1) more; memory for up to 7
+/// partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
@@ -330,9 +329,7 @@ void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type
                             const std::type_identity_t<Gradients<T>>& gradients, Context& context,
                             std::type_identity_t<std::span<T>> dbias = {}) {
   constexpr std::string_view kName = "kernel_matmul_backward";
-  detail::check_backward(kName, in, out, dout, gradients);
-  detail::check_length(kName, "lse", lse.size(), "q", in.q.rows());
-  detail::check_length(kName, "dbias", dbias.size(), "k", in.k.rows());
+  detail::check_backward(kName, in, out, dout, gradients, lse, dbias);
   const bool normalized = score_parameters(kernel, in.q.cols()).rows == Rows::normalized;
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have %td entries, for rows are normalized", in.q.rows());

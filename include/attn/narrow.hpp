@@ -97,8 +97,7 @@ class Widened {
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, std::span<float> lse,
                    Context& context) {
-  detail::check(detail::kMatmulName, in, out);
-  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
+  detail::check(detail::kMatmulName, in, out, lse);
   Scratch scratch = context.scratch();
   detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out),
                                   detail::LogSums<float>{detail::data_or_null(lse), nullptr}, context);
@@ -113,8 +112,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
 /// kernel_matmul_partial for narrow types in memory; row states are float, and so merge without loss.
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const RowStates<float>& states, Context& context) {
-  detail::check_inputs(detail::kMatmulName, in, 0);
-  detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
+  detail::check_partial(detail::kMatmulName, in, states);
   Scratch scratch = context.scratch();
   detail::multiply_partial<Kernel, float>(kernel, detail::widened_sources(in, scratch), states, context);
 }
@@ -126,8 +124,7 @@ void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&&
   using T = typename detail::EigenType<Out>::Scalar;
   constexpr Index kColumns = 256;  // at a time
   const MatrixRef<T> to(out);
-  detail::check_states("finish", states, to.rows(), to.cols());
-  detail::check_length("finish", "lse", lse.size(), "out", to.rows());
+  detail::check_finish("finish", states, to, lse);
   const Rows rows = score_parameters(kernel, d).rows;
   float wide[kColumns];
   for (std::size_t i = 0; i < states.sum.size(); ++i) {

@@ -61,7 +61,7 @@ class Skyformer {
   /// The same, and dbias (n_k), unless empty, <- the gradient by the key bias.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, std::span<T> dbias, Context& context) const {
-    detail::check_backward(kName, in, out, dout, gradients);
+    detail::check_backward(kName, in, out, dout, gradients, {}, dbias);
     saved.check(kName, in);
     detail::skyformer_backward<T>(kernel_, landmarks_, inverse_, in, saved, out, dout, gradients, dbias, context);
   }

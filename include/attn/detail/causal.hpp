@@ -5,11 +5,20 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
+#include <span>
 
 namespace attn::detail {
 
-/// Query i sees the keys of rows up to of(i), which without a causal mask is beyond all.
+/// n without the rows at the end that a mask drops.
+inline Index length_kept(Index n, std::span<const std::uint8_t> keep) {
+  while (n > 0 && !keep.empty() && keep[static_cast<std::size_t>(n - 1)] == 0) --n;
+  return n;
+}
+
+/// Query i sees the keys of rows up to of(i), which without a causal mask is beyond all. lower_right counts from the last query and the
+/// last key that the masks keep, so that padding behind them changes nothing; in front of them it moves both by what it adds.
 struct CausalLimits {
   static constexpr Index kNone = std::numeric_limits<Index>::max();
 
@@ -18,7 +27,9 @@ struct CausalLimits {
 
   template <class In>
   static CausalLimits of_inputs(const In& in) {
-    return {in.mask.causal != Causal::none, in.mask.causal == Causal::lower_right ? in.k.rows() - in.q.rows() : 0};
+    const Mask& mask = in.mask;
+    if (mask.causal != Causal::lower_right) return {mask.causal != Causal::none, 0};
+    return {true, length_kept(in.k.rows(), mask.keep_key) - length_kept(in.q.rows(), mask.keep_query)};
   }
 
   Index of(Index query) const { return causal ? query + offset : kNone; }
