@@ -152,7 +152,7 @@ class ShiftedRows {
         factors_(factors),
         panels_(panels),
         ranks_(ranks) {
-    for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch}) {
+    for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch, &added}) {
       *row = scratch.array<T>(static_cast<Index>(ranks.size()));
     }
     Scratch temporary = scratch.nested();
@@ -165,25 +165,36 @@ class ShiftedRows {
     set_rows_of_f(scores);
     set_diagonal(q, k, temporary);
     estimate_diagonal(q, scores, temporary);
-    for (std::size_t i = 0; i < stretch.size(); ++i) {
-      stretch[i] = std::clamp<T>((1 - exact_diagonal[i]) / std::max<T>(row_sum[i] - diagonal[i], T(0.1)), 0, 2);
-    }
+    for (std::size_t i = 0; i < stretch.size(); ++i) set_row(i);
   }
 
   /// to (c, d_v) <- factor times the rows of N v.
   void multiply_values(const RowFactors<T>& factor, MatrixRef<T> to) const { panels_.values.multiply(factor, f, 0, to, {}); }
-
-  /// R_i = stretch_i (N v)_i + added_i v_i.
-  T added(std::size_t i) const { return exact_diagonal[i] - stretch[i] * diagonal[i]; }
 
   MatrixRef<T> f;               ///< (c, m)
   std::span<T> own_score;       ///< s q_i.k_i
   std::span<T> diagonal;        ///< g_i = N_ii
   std::span<T> row_sum;         ///< rho_i = (N 1)_i
   std::span<T> exact_diagonal;  ///< estimate of S_ii
-  std::span<T> stretch;         ///< alpha_i
+  std::span<T> stretch, added;  ///< R_i = stretch_i (N v)_i + added_i v_i
 
  private:
+  /// R_i = (N v)_i + w (alpha ((N v)_i - g v_i) + s v_i - (N v)_i), alpha = (1 - s) / (rho - g): the part w of the way to a row whose
+  /// own weight is s and whose sum is 1, so that no row's sum is further from 1 than N's. w = 1 but where N has less than .1 beside its
+  /// diagonal to stretch, or alpha is above 2; there w falls to 0 with rho - g, and the part of N v in R_i stays at most 2.
+  void set_row(std::size_t i) {
+    constexpr T kLeast = T(0.1), kMost = 2;
+    const T s = exact_diagonal[i], others = row_sum[i] - diagonal[i], wanted = 1 - s;
+    stretch[i] = 1;
+    added[i] = 0;
+    if (!(others > 0)) return;
+    T part = std::min<T>(others / kLeast, 1);
+    if (wanted > kMost * others) part *= (kMost - 1) * others / (wanted - others);
+    const T alpha = part * (wanted / others);
+    stretch[i] = alpha + (1 - part);
+    added[i] = part * s - alpha * diagonal[i];
+  }
+
   /// scores: F's, in units of log2.
   void set_rows_of_f(const ConstMatrixRef<T>& scores) {
     f = scores;
