@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/elementwise.hpp>
 #include <attn/detail/shifted_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -106,16 +107,6 @@ struct StepSums {
   static constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
   std::span<double> along, size;
 };
-
-/// The largest magnitude of m's elements.
-template <class T>
-T largest_magnitude(const ConstMatrixRef<T>& m) {
-  T largest = 0;
-  for (Index i = 0; i < m.rows(); ++i) {
-    for (Index c = 0; c < m.cols(); ++c) largest = std::max(largest, std::abs(m(i, c)));
-  }
-  return largest;
-}
 
 /// On the probed rows, of the steps a = R - N v and what is wanted, b = S v - N v: the sums, and the largest |b|, for values times unit.
 /// In double, since they are squares of squares of values.

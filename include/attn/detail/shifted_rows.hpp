@@ -6,6 +6,7 @@
 #include <attn/core.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/kernel_matrix.hpp>
+#include <attn/detail/long_sums.hpp>
 #include <attn/detail/panels.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -100,13 +101,16 @@ struct ShiftFactors {
     Scratch scratch = context.scratch();
     const Index n = static_cast<Index>(rows.size()), m = variance.rows(), d = variance.cols();
     const std::span<T> buffers = scratch.array<T>(context.workers() * d);
+    const LongSums<T> sums(n / m + 1, d, context.workers(), scratch);
     variance.setZero();
     context.for_each(m, [&](Index c, int worker) {
       const Range range = segment(n, m, c);
-      for (Index i = range.first; i < range.last; ++i) {
-        const T* k = in.k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
-        add_squared_difference(k, &k_land(c, 0), &variance(c, 0), d);
-      }
+      sums.add(range.last - range.first, worker, &variance(c, 0), [&, i = range.first](Index some, T* to) mutable {
+        for (const Index last = i + some; i < last; ++i) {
+          const T* k = in.k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
+          add_squared_difference(k, &k_land(c, 0), to, d);
+        }
+      });
       variance.row(c) /= static_cast<T>(range.last - range.first);
     });
   }
