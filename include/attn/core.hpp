@@ -116,7 +116,7 @@ void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& 
   const T limit = largest_iterate<T>(a);
   int steps = 0;
   for (; steps < iterations; ++steps) {
-    iterate(steps) = steps == 0 ? z : iterate(steps - 1);
+    set_scaled<T>(iterate(steps), 1, steps == 0 ? z : ConstMatrixRef<T>(iterate(steps - 1)));
     if (steps > 0) iterate_pinv<T>(a, iterate(steps), 1, context);
     if (largest_magnitude<T>(iterate(steps)) > limit) break;
   }

@@ -34,7 +34,7 @@ template <class T>
 struct ShiftSaved {
   NystromSaved<T> nystrom{};
   std::vector<T> scale{}, shift{};
-  T delta = 0;
+  double delta = 0;
 
   void reset(Index n, bool exact) {
     nystrom.reset(n, exact);
@@ -48,9 +48,19 @@ struct ShiftSaved {
   }
 };
 
+/// values <- (Z - delta Z Z) B v, delta that of the paper mode, which it returns.
+template <class T>
+double set_paper_values(const ShiftLandmarks<T>& factors, int iterations, Context& context) {
+  Scratch scratch = context.scratch();
+  const MatrixRef<double> values = in_double<T>(factors.sums, scratch);
+  const ShiftedPinv core = ShiftedPinv::of_paper(in_double<T>(factors.a, scratch), values, iterations, context);
+  set_rounded<T>(factors.values, values);
+  return core.delta;
+}
+
 /// out <- F values + delta v, where values are scale times those of N. saved may be null.
 template <class T>
-void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftFactors<T>& factors, T scale, T delta,
+void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftLandmarks<T>& factors, T scale, T delta,
                    const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
@@ -127,7 +137,7 @@ void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, i
   MatrixRef<T> plain = scratch.matrix<T>(out.rows(), out.cols()), dplain = scratch.matrix<T>(out.rows(), out.cols());
   MatrixRef<T> values = scratch.matrix<T>(saved.nystrom.sums.rows(), out.cols());
   const std::span<T> lse = scratch.array<T>(out.rows());
-  const ShiftedPinv<T> inverse{iterations, saved.delta};
+  const ShiftedPinv inverse{iterations, saved.delta};
   landmark_values<SoftmaxKernel, T>(kernel, inverse, saved.nystrom, values, context);
   kernel_matmul(kernel, Inputs<T>{in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse, context);
   dplain.setZero();

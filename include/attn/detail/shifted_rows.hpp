@@ -21,71 +21,27 @@
 
 namespace attn::detail {
 
-/// The m-sized side of N, over the n kept rows (their row numbers in rows).
+/// The m-sized side of N but for its core, over the n kept rows (their row numbers in rows).
 template <class T>
-struct ShiftFactors {
-  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
-               Scratch& scratch)
-      : scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
-        rows(list_kept(in, scratch)),
+struct ShiftLandmarks {
+  ShiftLandmarks(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, Context& context, Scratch& scratch)
+      : rows(list_kept(in, scratch)),
         q_land(landmarks.select<T>(in.q, kept_queries(in), scratch, context)),
         k_land(landmarks.select<T>(in.k, kept_keys(in), scratch, context)),
-        variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
         a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
-        z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
         sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
-        ones(scratch.array<T>(landmarks.num_landmarks)),
-        lse(scratch.array<T>(landmarks.num_landmarks)),
-        log_length(scratch.array<T>(landmarks.num_landmarks)),
-        log_others(scratch.array<T>(landmarks.num_landmarks)) {
+        lse(scratch.array<T>(landmarks.num_landmarks)) {
     multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, lse.data(), context);
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
-    IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
-    gemm<T>(1, z, sums, 0, values, context);
-    for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
-    set_variance(in, context);
-    for (Index c = 0; c < variance.rows(); ++c) {
-      const Range range = segment(static_cast<Index>(rows.size()), variance.rows(), c);
-      log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
-      log_others[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first - 1));
-    }
   }
 
-  /// delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is, within [0, 1].
-  T paper_shift(Context& context) const {
-    const Index m = a.rows();
-    Scratch scratch = context.scratch();
-    MatrixRef<T> residual = scratch.matrix<T>(m, m);
-    gemm<T>(-1, z, a, 0, residual, context);
-    residual.diagonal().array() += T(1);
-    T trace = 0, product = 0;
-    for (Index i = 0; i < m; ++i) {
-      trace += residual(i, i);
-      for (Index j = 0; j < m; ++j) product += residual(i, j) * a(j, i);
-    }
-    return trace > T(1e-6) * static_cast<T>(m) ? std::clamp<T>(product / trace, 0, 1) : T(0);
-  }
-
-  /// values <- values - delta Z values.
-  void subtract_twice_inverted(T delta, Context& context) const {
-    Scratch scratch = context.scratch();
-    MatrixRef<T> old = scratch.matrix<T>(values.rows(), values.cols());
-    old = values;
-    gemm<T>(-delta, z, old, 1, values, context);
-  }
-
-  T scale;
   std::span<const Index> rows;
   MatrixRef<T> q_land, k_land;  ///< segment means (m, d)
-  MatrixRef<T> variance;        ///< of each segment's keys, per coordinate (m, d)
-  MatrixRef<T> a, z;            ///< A and what stands for its inverse (m, m)
-  MatrixRef<T> values;          ///< Z B v (m, d_v)
+  MatrixRef<T> a;               ///< A (m, m)
+  MatrixRef<T> values;          ///< the core's product with B v (m, d_v), which whoever chooses the core sets
   MatrixRef<T> sums;            ///< B v (m, d_v)
-  std::span<T> ones;            ///< Z B 1, which is Z 1
   std::span<T> lse;             ///< log-sums of B's rows
-  std::span<T> log_length;      ///< log2 of each segment's length
-  std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
 
  private:
   static std::span<const Index> list_kept(const Sources<T>& in, Scratch& scratch) {
@@ -96,10 +52,42 @@ struct ShiftFactors {
     }
     return kept;
   }
+};
 
+/// The same with the core Z, values Z B v, and what rows of N and the exact diagonal's estimate need.
+template <class T>
+struct ShiftFactors : ShiftLandmarks<T> {
+  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
+               Scratch& scratch)
+      : ShiftLandmarks<T>(in, landmarks, kernel, context, scratch),
+        scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
+        variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
+        z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
+        ones(scratch.array<T>(landmarks.num_landmarks)),
+        log_length(scratch.array<T>(landmarks.num_landmarks)),
+        log_others(scratch.array<T>(landmarks.num_landmarks)) {
+    IterativePinv{.iterations = iterations}.invert<T>(this->a, z, context);
+    gemm<T>(1, z, this->sums, 0, this->values, context);
+    for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
+    set_variance(in, context);
+    for (Index c = 0; c < variance.rows(); ++c) {
+      const Range range = segment(static_cast<Index>(this->rows.size()), variance.rows(), c);
+      log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
+      log_others[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first - 1));
+    }
+  }
+
+  T scale;
+  MatrixRef<T> variance;    ///< of each segment's keys, per coordinate (m, d)
+  MatrixRef<T> z;           ///< what stands for A's inverse (m, m)
+  std::span<T> ones;        ///< Z B 1, which is Z 1
+  std::span<T> log_length;  ///< log2 of each segment's length
+  std::span<T> log_others;  ///< log2 of one less, -infinity for a single token
+
+ private:
   void set_variance(const Sources<T>& in, Context& context) {
     Scratch scratch = context.scratch();
-    const Index n = static_cast<Index>(rows.size()), m = variance.rows(), d = variance.cols();
+    const Index n = static_cast<Index>(this->rows.size()), m = variance.rows(), d = variance.cols();
     const std::span<T> buffers = scratch.array<T>(context.workers() * d);
     const LongSums<T> sums(n / m + 1, d, context.workers(), scratch);
     variance.setZero();
@@ -107,8 +95,8 @@ struct ShiftFactors {
       const Range range = segment(n, m, c);
       sums.add(range.last - range.first, worker, &variance(c, 0), [&, i = range.first](Index some, T* to) mutable {
         for (const Index last = i + some; i < last; ++i) {
-          const T* k = in.k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
-          add_squared_difference(k, &k_land(c, 0), to, d);
+          const T* k = in.k.row(this->rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
+          add_squared_difference(k, &this->k_land(c, 0), to, d);
         }
       });
       variance.row(c) /= static_cast<T>(range.last - range.first);
