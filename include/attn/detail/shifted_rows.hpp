@@ -89,11 +89,11 @@ struct ShiftFactors : ShiftLandmarks<T> {
     Scratch scratch = context.scratch();
     const Index n = static_cast<Index>(this->rows.size()), m = variance.rows(), d = variance.cols();
     const std::span<T> buffers = scratch.array<T>(context.workers() * d);
-    const LongSums<T> sums(n / m + 1, d, context.workers(), scratch);
+    const LongSums<T> chains(n / m + 1, d, context.workers(), scratch);
     variance.setZero();
     context.for_each(m, [&](Index c, int worker) {
       const Range range = segment(n, m, c);
-      sums.add(range.last - range.first, worker, &variance(c, 0), [&, i = range.first](Index some, T* to) mutable {
+      chains.add(range.last - range.first, worker, &variance(c, 0), [&, i = range.first](Index some, T* to) mutable {
         for (const Index last = i + some; i < last; ++i) {
           const T* k = in.k.row(this->rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
           add_squared_difference(k, &this->k_land(c, 0), to, d);
