@@ -97,14 +97,15 @@ class ShiftedNystrom {
 
   void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
-    detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
-    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse.data()});
     if (shift_.mode == ShiftMode::paper) {
-      const T delta = factors.paper_shift(context);
-      factors.subtract_twice_inverted(delta, context);
+      const detail::ShiftLandmarks<T> factors(in, landmarks_, kernel_, context, scratch);
+      keep(factors, saved);
+      const double delta = detail::set_paper_values(factors, shift_.iterations, context);
       if (saved != nullptr) saved->delta = delta;
-      return detail::add_one_shift(kernel_, in, factors, T(1), delta, out, saved, context);
+      return detail::add_one_shift(kernel_, in, factors, T(1), static_cast<T>(delta), out, saved, context);
     }
+    detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
+    keep(factors, saved);
     const detail::ShiftPanels<T> panels(factors, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
     if (shift_.mode == ShiftMode::row) {
@@ -113,7 +114,11 @@ class ShiftedNystrom {
     }
     const T delta = detail::probed_shift(probes, in, factors, panels, context);
     factors.values *= 1 - delta;
-    detail::add_one_shift(kernel_, in, factors, 1 - delta, delta, out, saved, context);
+    detail::add_one_shift<T>(kernel_, in, factors, 1 - delta, delta, out, saved, context);
+  }
+
+  static void keep(const detail::ShiftLandmarks<T>& factors, Saved* saved) {
+    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse.data()});
   }
 
   void check(const detail::Sources<T>& in) const {

@@ -76,17 +76,19 @@ template <class T>
   for (; c < d; ++c) to[c] = factor * row[c];
 }
 
-/// to <- to + count rows, one after another, of length d.
+/// to <- to + (the sum of count >= 1 rows), of length d.
 template <class T>
 inline void add_rows(const T* const* rows, Index count, T* to, Index d) {
   Index c = 0;
   for (; c + kLanes<T> <= d; c += kLanes<T>) {
-    auto total = load_unaligned(to + c);
-    for (Index i = 0; i < count; ++i) total = total + load_unaligned(rows[i] + c);
-    store_unaligned(to + c, total);
+    auto total = load_unaligned(rows[0] + c);
+    for (Index i = 1; i < count; ++i) total = total + load_unaligned(rows[i] + c);
+    store_unaligned(to + c, load_unaligned(to + c) + total);
   }
   for (; c < d; ++c) {
-    for (Index i = 0; i < count; ++i) to[c] += rows[i][c];
+    T total = rows[0][c];
+    for (Index i = 1; i < count; ++i) total += rows[i][c];
+    to[c] += total;
   }
 }
 
