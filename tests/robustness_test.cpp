@@ -49,8 +49,8 @@ std::vector<T> nans() {
 /// A problem with masks of its own.
 template <class T>
 struct Scene {
-  Scene(Index n_q, Index n_k, Causal causal, bool masked)
-      : x(test::make_tokens<T>(Family::init, {n_q, n_k, 20, 6}, 21)),
+  Scene(Index n_q, Index n_k, Causal causal, bool masked, Index d_v = 6)
+      : x(test::make_tokens<T>(Family::init, {n_q, n_k, 20, d_v}, 21)),
         keep_key(test::random_keep(n_k, 0.8, 22)),
         keep_query(test::random_keep(n_q, 0.8, 23)) {
     mask.causal = causal;
@@ -151,6 +151,40 @@ TYPED_TEST(Robustness, NaNInAValueReachesTheRowsThatSeeItInItsColumn) {
       }
     }
   });
+}
+
+/// In every column of several packets and a tail, near the diagonal, where one tile holds queries that see the key and others that
+/// do not.
+TYPED_TEST(Robustness, ANonFiniteValueReachesOneColumnOfTheRowsThatSeeIt) {
+  using T = TypeParam;
+  constexpr Index kColumns = 37;
+  for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {
+    for (const bool masked : {false, true}) {
+      for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 70}, {90, 50}}) {
+        const Scene<T> scene(n_q, n_k, causal, masked, kColumns);
+        const Index row = n_k / 2;
+        for (const Kind kind : {Kind::softmax, Kind::raw_gaussian, Kind::normalized_gaussian}) {
+          SCOPED_TRACE("causal " + std::to_string(static_cast<int>(causal)) + (masked ? ", masked" : "") + ", n_q " +
+                       std::to_string(n_q) + ", kind " + std::to_string(static_cast<int>(kind)));
+          const Matrix<T> clean = run(kind, scene.inputs());
+          for (Index column = 0; column < kColumns; ++column) {
+            Inputs<T> in = scene.inputs();
+            Matrix<T> v = in.v;
+            v(row, column) = column % 2 == 0 ? test::kNaN<T> : test::kInf<T>;
+            const Matrix<T> out = run<T>(kind, {.q = in.q, .k = in.k, .v = v, .mask = in.mask});
+            for (Index i = 0; i < n_q; ++i) {
+              Matrix<T> expected = clean.row(i), found = out.row(i);
+              if (scene.sees(i, row)) {
+                ASSERT_FALSE(std::isfinite(found(0, column))) << "row " << i << ", column " << column;
+                found(0, column) = expected(0, column);
+              }
+              ASSERT_TRUE(test::bitwise_equal(found, expected)) << "row " << i << ", column " << column;
+            }
+          }
+        }
+      }
+    }
+  }
 }
 
 TYPED_TEST(Robustness, WhatTheMasksDropHasNoInfluence) {
