@@ -153,38 +153,63 @@ TYPED_TEST(Robustness, NaNInAValueReachesTheRowsThatSeeItInItsColumn) {
   });
 }
 
-/// In every column of several packets and a tail, near the diagonal, where one tile holds queries that see the key and others that
-/// do not.
-TYPED_TEST(Robustness, ANonFiniteValueReachesOneColumnOfTheRowsThatSeeIt) {
-  using T = TypeParam;
-  constexpr Index kColumns = 37;
+/// Calls body(scene, kind) for causal scenes of few tokens, whose rows and columns can all be tried.
+template <class T, class Body>
+void for_each_small_scene(Index d_v, const Body& body) {
   for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {
     for (const bool masked : {false, true}) {
-      for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 70}, {90, 50}}) {
-        const Scene<T> scene(n_q, n_k, causal, masked, kColumns);
-        const Index row = n_k / 2;
+      for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 70}, {90, 50}, {2, 2}}) {
+        const Scene<T> scene(n_q, n_k, causal, masked, d_v);
         for (const Kind kind : {Kind::softmax, Kind::raw_gaussian, Kind::normalized_gaussian}) {
           SCOPED_TRACE("causal " + std::to_string(static_cast<int>(causal)) + (masked ? ", masked" : "") + ", n_q " +
                        std::to_string(n_q) + ", kind " + std::to_string(static_cast<int>(kind)));
-          const Matrix<T> clean = run(kind, scene.inputs());
-          for (Index column = 0; column < kColumns; ++column) {
-            Inputs<T> in = scene.inputs();
-            Matrix<T> v = in.v;
-            v(row, column) = column % 2 == 0 ? test::kNaN<T> : test::kInf<T>;
-            const Matrix<T> out = run<T>(kind, {.q = in.q, .k = in.k, .v = v, .mask = in.mask});
-            for (Index i = 0; i < n_q; ++i) {
-              Matrix<T> expected = clean.row(i), found = out.row(i);
-              if (scene.sees(i, row)) {
-                ASSERT_FALSE(std::isfinite(found(0, column))) << "row " << i << ", column " << column;
-                found(0, column) = expected(0, column);
-              }
-              ASSERT_TRUE(test::bitwise_equal(found, expected)) << "row " << i << ", column " << column;
-            }
-          }
+          body(scene, kind);
         }
       }
     }
   }
+}
+
+/// Of every key, and in every column of several packets and a tail: near the diagonal one tile holds queries that see the key and
+/// others that do not.
+TYPED_TEST(Robustness, ANonFiniteValueReachesOneColumnOfTheRowsThatSeeIt) {
+  using T = TypeParam;
+  constexpr Index kColumns = 37;
+  for_each_small_scene<T>(kColumns, [](const auto& scene, Kind kind) {
+    const Matrix<T> clean = run(kind, scene.inputs());
+    for (Index row = 0; row < scene.x.k.rows(); ++row) {
+      const Index column = 11 * row % kColumns;
+      Inputs<T> in = scene.inputs();
+      Matrix<T> v = in.v;
+      v(row, column) = row % 2 == 0 ? test::kNaN<T> : test::kInf<T>;
+      const Matrix<T> out = run<T>(kind, {.q = in.q, .k = in.k, .v = v, .mask = in.mask});
+      for (Index i = 0; i < out.rows(); ++i) {
+        const Matrix<T> expected = clean.row(i);
+        Matrix<T> found = out.row(i);
+        if (scene.sees(i, row)) {
+          ASSERT_FALSE(std::isfinite(found(0, column))) << "row " << i << ", key " << row << ", column " << column;
+          found(0, column) = expected(0, column);
+        }
+        ASSERT_TRUE(test::bitwise_equal(found, expected)) << "row " << i << ", key " << row << ", column " << column;
+      }
+    }
+  });
+}
+
+/// Rows that see no key, amid others that see some, stay zero.
+TYPED_TEST(Robustness, NaNInAnyQueryStaysInItsRow) {
+  using T = TypeParam;
+  for_each_small_scene<T>(3, [](const auto& scene, Kind kind) {
+    const Matrix<T> clean = run(kind, scene.inputs());
+    for (Index row = 0; row < scene.x.q.rows(); ++row) {
+      Inputs<T> in = scene.inputs();
+      Matrix<T> q = in.q;
+      q(row, row % q.cols()) = test::kNaN<T>;
+      const Matrix<T> out = run<T>(kind, {.q = q, .k = in.k, .v = in.v, .mask = in.mask});
+      const bool sees_a_key = (clean.row(row).array() != 0).any();
+      expect_confined(out, clean, [&](Index i) { return i == row && sees_a_key; });
+    }
+  });
 }
 
 TYPED_TEST(Robustness, WhatTheMasksDropHasNoInfluence) {

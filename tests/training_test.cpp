@@ -345,9 +345,9 @@ TEST_P(Training, ATokenReachesOnlyWhatIsConnectedWithIt) {
   });
 }
 
-/// NaN in one entry of k or v, or of q or dout, in every column of several packets and a tail. The token stands near the diagonal,
-/// where one tile holds queries that see it and others that do not.
-TEST_P(Training, NaNInAnyColumnReachesOnlyWhatIsConnectedWithIt) {
+/// Poison in one entry of k or v, or of q or dout: of every token, and in every column of several packets and a tail. Near the
+/// diagonal one tile holds queries that see the token and others that do not.
+TEST_P(Training, AnEntryReachesOnlyWhatIsConnectedWithIt) {
   in_both_precisions([&]<class T>(T) {
     Context context;
     const auto method = make<T>(8);
@@ -361,21 +361,37 @@ TEST_P(Training, NaNInAnyColumnReachesOnlyWhatIsConnectedWithIt) {
         SCOPED_TRACE(describe(in) + ", causal " + std::to_string(static_cast<int>(causal)));
         const Step<T> clean = train(method, in, dout, context);
         for (const bool of_key : {true, false}) {
-          const Index row = (of_key ? n_k : n_q) / 2;
-          std::vector<bool> queries(static_cast<std::size_t>(n_q)), keys(static_cast<std::size_t>(n_k));
-          (of_key ? keys : queries)[static_cast<std::size_t>(row)] = true;
-          const Connected<T> connected(in, queries, keys);
-          for (Index column = 0; column < kColumns; ++column) {
+          for (Index row = 0; row < (of_key ? n_k : n_q); ++row) {
+            std::vector<bool> queries(static_cast<std::size_t>(n_q)), keys(static_cast<std::size_t>(n_k));
+            (of_key ? keys : queries)[static_cast<std::size_t>(row)] = true;
+            const Connected<T> connected(in, queries, keys);
             for (const bool first : {true, false}) {
+              const T poison = (row % 2 == 0) == first ? test::kNaN<T> : test::kInf<T>;
               Tokens<T> y = x;
               Matrix<T> seed = dout;
-              (of_key ? (first ? y.k : y.v) : (first ? y.q : seed))(row, column) = test::kNaN<T>;
+              (of_key ? (first ? y.k : y.v) : (first ? y.q : seed))(row, 11 * row % kColumns) = poison;
               const Step<T> step = train(method, {.q = y.q, .k = y.k, .v = y.v, .mask = in.mask}, seed, context);
-              expect_the_rest_unchanged(step, clean, connected, test::kNaN<T>);
+              expect_the_rest_unchanged(step, clean, connected, poison);
             }
           }
         }
       }
+    }
+  });
+}
+
+/// Whatever the tokens that it would see hold.
+TEST_P(Training, ADroppedQueryIsZeroAmidNaN) {
+  in_both_precisions([&]<class T>(T) {
+    MaskedInputs<T> inputs(140);
+    inputs.x.k.setConstant(test::kNaN<T>);
+    inputs.x.v.setConstant(test::kNaN<T>);
+    for (const Inputs<T>& in : inputs.all()) {
+      const auto method = make<T>(20);
+      if (!method.supports(in)) continue;
+      const Step<T> step = train(method, in, random_dout<T>(140, 18));
+      EXPECT_TRUE(dropped_are_zero(step.out, in.mask.keep_query)) << describe(in);
+      EXPECT_TRUE(dropped_are_zero(step.dq, in.mask.keep_query)) << describe(in);
     }
   });
 }
