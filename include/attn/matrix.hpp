@@ -4,6 +4,9 @@
 #if !defined(__cpp_exceptions)
 #error "attn reports wrong arguments and a lack of memory by throwing, and so cannot be compiled with -fno-exceptions"
 #endif
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "attn says what becomes of NaN and infinity, which -ffinite-math-only (part of -ffast-math) does not: add -fno-finite-math-only"
+#endif
 
 #include <attn/mask.hpp>
 

@@ -1,4 +1,5 @@
-# cmake -DSOURCE=case.cpp -P check.cmake -- COMPILER FLAGS...     Compiles the case and holds the outcome against its first line.
+# cmake -DSOURCE=case.cpp -P check.cmake -- COMPILER FLAGS...     Compiles the case, with what flags its second line adds, and holds the
+# outcome against its first line.
 set(command)
 set(separator_seen FALSE)
 math(EXPR last "${CMAKE_ARGC} - 1")
@@ -10,7 +11,12 @@ foreach(i RANGE ${last})
   endif()
 endforeach()
 
-file(STRINGS ${SOURCE} expectation LIMIT_COUNT 1)
+file(STRINGS ${SOURCE} lines LIMIT_COUNT 2)
+list(GET lines 0 expectation)
+if(lines MATCHES ";// flags: ([^;]+)")
+  separate_arguments(flags UNIX_COMMAND "${CMAKE_MATCH_1}")
+  list(APPEND command ${flags})
+endif()
 execute_process(COMMAND ${command} ${SOURCE} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
 
 if(expectation STREQUAL "// compiles")

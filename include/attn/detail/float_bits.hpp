@@ -1,4 +1,4 @@
-/// Questions about one number that its bits answer: the answers of <cmath> become constants under -ffinite-math-only.
+/// Questions about one number that its bits answer, whatever the compiler may assume of its value.
 #pragma once
 
 #include <bit>

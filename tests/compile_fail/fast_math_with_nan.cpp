@@ -1,0 +1,3 @@
+// compiles
+// flags: -O3 -ffast-math -fno-finite-math-only
+#include <attn/attn.hpp>

@@ -1,0 +1,3 @@
+// error: attn reports wrong arguments .* by throwing, and so cannot be compiled with -fno-exceptions
+// flags: -fno-exceptions
+#include <attn/attn.hpp>
