@@ -5,10 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <string>
 #include <string_view>
+#include <utility>
 
 namespace {
 
+using attn::IterativePinv;
 using attn::PreconditionedPinv;
 using attn::RidgeInverse;
 using test::Context;
@@ -61,6 +64,57 @@ TYPED_TEST(CoreOf, PreconditionedPinvFollowsItsIteration) {
       const Matrix<T> y = apply<T>(PreconditionedPinv{.gamma = 0.1, .iterations = iterations}, a, x, context);
       EXPECT_LE(test::relative_error(y, reference::preconditioned_pinv(a, 0.1, iterations) * x), sizeof(T) == 4 ? 1e-4 : 1e-12);
     }
+  }
+}
+
+/// Rows of softmax between other queries than keys, so that the matrix is not symmetric.
+reference::Matrix softmax_rows(Index m, std::uint64_t seed) {
+  test::Random random(seed);
+  const reference::Matrix q = random.normal(m, 16), k = random.normal(m, 16);
+  return attend(reference::softmax_kernel(16), {q, k, reference::Matrix::Identity(m, m)}).out;
+}
+
+TYPED_TEST(CoreOf, IterativePinvFollowsItsIteration) {
+  using T = TypeParam;
+  Context context;
+  for (const Index m : kSizes) {
+    for (const int iterations : {1, 6}) {
+      SCOPED_TRACE(std::to_string(m) + ", " + std::to_string(iterations) + " iterations");
+      const reference::Matrix a = softmax_rows(m, 51), x = test::Random(52).normal(m, 20);
+      const reference::Matrix z = reference::iterated_inverse(a, iterations);
+      const IterativePinv core{.iterations = iterations};
+      EXPECT_LE(test::relative_error(apply<T>(core, a, x, context), z * x), sizeof(T) == 4 ? 1e-5 : 1e-12);
+      test::Padded<T> from(Matrix<T>(a.cast<T>()), 5, test::kNaN<T>), to(m, m, 3, T(-7));
+      core.invert<T>(from.view(), to.view(), context);
+      EXPECT_LE(test::relative_error(to.matrix(), z), sizeof(T) == 4 ? 1e-5 : 1e-12);
+      EXPECT_TRUE(from.padding_untouched() && to.padding_untouched());
+    }
+  }
+}
+
+/// What a core's backward pass makes of a, x and dx, in matrices with so many columns of padding.
+template <class T, class Core>
+std::pair<Matrix<T>, Matrix<T>> backward(const Core& core, const reference::Matrix& a, const reference::Matrix& x, Index padding,
+                                         Context& context) {
+  const auto padded = [&](const reference::Matrix& m) { return test::Padded<T>(Matrix<T>(m.cast<T>()), padding, T(-7)); };
+  test::Padded<T> of_a = padded(a), of_x = padded(x), dx = padded(x.array().sin()), da = padded(a);
+  core.backward(of_a.view(), of_x.view(), dx.view(), da.view(), context);
+  EXPECT_TRUE(of_a.padding_untouched() && of_x.padding_untouched() && dx.padding_untouched() && da.padding_untouched());
+  return {dx.matrix(), da.matrix()};
+}
+
+TYPED_TEST(CoreOf, BackwardTakesStridedMatrices) {
+  using T = TypeParam;
+  Context context;
+  const auto expect_same = [&](const auto& core, const reference::Matrix& a) {
+    const reference::Matrix x = test::Random(53).normal(a.rows(), 7);
+    const auto dense = backward<T>(core, a, x, 0, context), strided = backward<T>(core, a, x, 3, context);
+    EXPECT_TRUE(test::bitwise_equal(strided.first, dense.first) && test::bitwise_equal(strided.second, dense.second));
+  };
+  for (const Index m : {5, 70}) {
+    expect_same(RidgeInverse{}, landmark_kernel(m, 54));
+    expect_same(PreconditionedPinv{}, landmark_kernel(m, 54));
+    expect_same(IterativePinv{}, softmax_rows(m, 55));
   }
 }
 

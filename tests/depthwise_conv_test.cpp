@@ -1,9 +1,13 @@
 #include <attn/depthwise_conv.hpp>
 
+#include "rounding.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,7 +25,7 @@ struct Problem {
   Problem(Index n, Index d_v, Index taps)
       : v(test::Random(401).normal(n, d_v).cast<T>()), before(test::Random(402).normal(n, d_v).cast<T>()) {
     test::Random random(403);
-    for (Index t = 0; t < taps; ++t) filter.push_back(static_cast<T>(random.normal()));
+    for (Index t = 0; t < taps; ++t) filter.push_back(static_cast<T>(static_cast<float>(random.normal())));
   }
 
   Matrix<T> convolved(Context& context, const Mask& mask = {}) const {
@@ -94,6 +98,70 @@ TYPED_TEST(DepthwiseConvOf, BitwiseEqualWhateverTheWorkersAndStrides) {
   attn::depthwise_conv(v.view(), p.filter, out.view(), serial);
   EXPECT_TRUE(test::bitwise_equal(out.matrix(), expected));
   EXPECT_TRUE(out.padding_untouched());
+}
+
+template <class T>
+class NarrowDepthwiseConv : public ::testing::Test {};
+using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(NarrowDepthwiseConv, NarrowScalars);
+
+TYPED_TEST(NarrowDepthwiseConv, RoundsItsSumsOnce) {
+  using T = TypeParam;
+  const auto keep_key = test::random_keep(700, 0.6, 404), keep_query = test::random_keep(700, 0.7, 405);
+  Context context;
+  for (const Index n : {1, 33, 257, 700}) {
+    const auto first = [&](const std::vector<std::uint8_t>& all) { return std::span(all).first(static_cast<std::size_t>(n)); };
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = first(keep_key), .keep_query = first(keep_query)}}) {
+      const Problem<T> p(n, 21, 33);
+      EXPECT_LE(test::share_beyond_one_rounding<T>(p.convolved(context, mask), p.defined(mask)), test::kShareOfHardCases) << n;
+    }
+  }
+  const Problem<T> p(700, 21, 33);
+  for (auto& [name, other] : test::contexts()) EXPECT_TRUE(test::bitwise_equal(p.convolved(other), p.convolved(context))) << name;
+}
+
+/// dv_j = before_j + sum_i filter_(j - i + 16) dout_i is the convolution with the filter turned round, and dfilter_t is
+/// sum_i dout_i.v_(i + t - 16).
+TYPED_TEST(NarrowDepthwiseConv, RoundsItsGradientsOnce) {
+  using T = TypeParam;
+  const auto keep_key = test::random_keep(700, 0.6, 404), keep_query = test::random_keep(700, 0.7, 405);
+  const Matrix<T> dout = test::Random(406).normal(700, 21).template cast<T>();
+  Context context;
+  for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    const Problem<T> p(700, 21, 33);
+    Problem<T> turned = p;
+    turned.v = dout;
+    turned.filter.assign(p.filter.rbegin(), p.filter.rend());
+    reference::Matrix dfilter_exact = reference::Matrix::Zero(1, 33);
+    for (Index t = 0; t < 33; ++t) {
+      for (Index i = std::max<Index>(0, 16 - t); i < std::min<Index>(700, 716 - t); ++i) {
+        if (!reference::kept(mask.keep_query, i) || !reference::kept(mask.keep_key, i + t - 16)) continue;
+        dfilter_exact(0, t) += dout.row(i).template cast<double>().dot(p.v.row(i + t - 16).template cast<double>());
+      }
+    }
+    Matrix<T> dv = p.before, dfilter(1, 33);
+    attn::depthwise_conv_backward(p.v, p.filter, dout, dv, {dfilter.data(), 33}, context, mask);
+    const Mask swapped{.keep_key = mask.keep_query, .keep_query = mask.keep_key};
+    EXPECT_LE(test::share_beyond_one_rounding<T>(dv, turned.defined(swapped)), test::kShareOfHardCases);
+    EXPECT_LE(test::share_beyond_one_rounding<T>(dfilter, dfilter_exact), 2.0 / 33);
+  }
+}
+
+/// Views with strides, temporaries and vectors, as for float.
+TYPED_TEST(NarrowDepthwiseConv, TakesViews) {
+  using T = TypeParam;
+  const Problem<T> p(300, 12, 9);
+  Context context;
+  Padded<T> v(p.v, 3, T(7)), out(p.before, 5, T(-7)), dv(p.before, 2, T(-7));
+  attn::depthwise_conv(v.view(), p.filter, out.view(), context);
+  EXPECT_TRUE(test::bitwise_equal(out.matrix(), p.convolved(context)));
+  std::vector<T> dfilter(9), expected_dfilter(9);
+  Matrix<T> expected_dv = p.before;
+  attn::depthwise_conv_backward(v.view(), p.filter, v.view(), dv.view(), dfilter, context);
+  attn::depthwise_conv_backward<T>(p.v, p.filter, p.v, expected_dv, expected_dfilter, context);
+  EXPECT_TRUE(test::bitwise_equal(dv.matrix(), expected_dv));
+  EXPECT_EQ(dfilter, expected_dfilter);
+  EXPECT_TRUE(out.padding_untouched() && dv.padding_untouched());
 }
 
 TEST(DepthwiseConv, RefusesWhatDoesNotFit) {

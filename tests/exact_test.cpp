@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdint>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -48,6 +50,90 @@ void expect_both_kernels_close(Family family, const Shape& shape) {
   const auto softmax = reference::softmax_kernel(shape.d), gaussian = reference::gaussian_kernel(shape.d);
   test::expect_close(forward_on_strided_views(SoftmaxAttention<T>{}, x, {}, context), attend(softmax, p), p, softmax);
   test::expect_close(forward_on_strided_views(GaussianAttention<T>{}, x, {}, context), attend(gaussian, p), p, gaussian);
+}
+
+/// Rows [first, first + count) of n are kept.
+struct Filled {
+  Index n, first, count;
+
+  bool holds(Index i) const { return i >= first && i < first + count; }
+  std::vector<std::uint8_t> keep() const {
+    std::vector<std::uint8_t> all(static_cast<std::size_t>(n));
+    for (Index i = 0; i < n; ++i) all[static_cast<std::size_t>(i)] = holds(i) ? 1 : 0;
+    return all;
+  }
+};
+
+/// x with NaN where a row is not filled.
+template <class T>
+Matrix<T> only_filled(const Matrix<T>& x, const Filled& filled) {
+  Matrix<T> y = x;
+  for (Index i = 0; i < y.rows(); ++i) {
+    if (!filled.holds(i)) y.row(i).setConstant(static_cast<T>(test::kNaN<float>));
+  }
+  return y;
+}
+
+/// m's filled rows are those of expected, the others 0.
+template <class T>
+void expect_filled_rows(const Matrix<T>& m, const reference::Matrix& expected, const Filled& filled, double tolerance) {
+  EXPECT_LE(test::relative_error<T>(m.middleRows(filled.first, filled.count), expected), tolerance);
+  for (Index i = 0; i < m.rows(); ++i) EXPECT_TRUE(filled.holds(i) || (m.row(i).array() == T(0)).all()) << i;
+}
+
+/// Results and gradients under lower_right are those of the oracle for the filled rows alone, of which no mask drops any.
+template <class T, class Kernel>
+void expect_as_trimmed(const Kernel& kernel, const reference::Kernel& oracle, const Filled& queries, const Filled& keys,
+                       double tolerance) {
+  const auto x = test::make_tokens<double>(Family::init, {queries.n, keys.n, 9, 6}, 91);
+  const auto in_memory = [](const reference::Matrix& m, const Filled& filled) { return only_filled<T>(m.template cast<T>(), filled); };
+  const Matrix<T> q = in_memory(x.q, queries), k = in_memory(x.k, keys), v = in_memory(x.v, keys);
+  const Matrix<T> dout = in_memory(test::Random(92).normal(queries.n, 6), queries);
+  const auto keep_key = keys.keep(), keep_query = queries.keep();
+  const Inputs<T> in{
+      .q = q, .k = k, .v = v, .mask = {.causal = Causal::lower_right, .keep_key = keep_key, .keep_query = keep_query}};
+  Matrix<T> out(queries.n, 6), dq(queries.n, 9), dk(keys.n, 9), dv(keys.n, 6);
+  const attn::ExactAttention<T, Kernel> method{kernel};
+  typename attn::ExactAttention<T, Kernel>::Saved saved;
+  Context context;
+  method.forward(in, out, context, saved);
+  method.backward(in, out, dout, saved, {dq, dk, dv}, context);
+
+  const auto filled = [](const Matrix<T>& m, const Filled& of) -> reference::Matrix {
+    return m.middleRows(of.first, of.count).template cast<double>();
+  };
+  const reference::Problem p{filled(q, queries), filled(k, keys), filled(v, keys), {.causal = Causal::lower_right}};
+  const reference::Gradients gradients = attend_backward(oracle, p, filled(dout, queries));
+  expect_filled_rows(out, attend(oracle, p).out, queries, tolerance);
+  expect_filled_rows(dq, gradients.dq, queries, 10 * tolerance);
+  expect_filled_rows(dk, gradients.dk, keys, 10 * tolerance);
+  expect_filled_rows(dv, gradients.dv, keys, 10 * tolerance);
+}
+
+template <class T>
+class LowerRight : public ::testing::Test {};
+using AllScalars = ::testing::Types<float, double, Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(LowerRight, AllScalars);
+
+TYPED_TEST(LowerRight, CountsToTheLastKeptRows) {
+  constexpr bool kNarrow = sizeof(TypeParam) == 2, kHalf = std::is_same_v<TypeParam, Eigen::half>;
+  constexpr double kTolerance = kHalf ? 2e-3 : kNarrow ? 1.6e-2 : sizeof(TypeParam) == 4 ? 2e-6 : 1e-13;
+  struct Case {
+    Filled queries, keys;
+  };
+  for (const auto& [queries, keys] : {Case{{4, 0, 4}, {10, 0, 7}},  // a cache that is not full
+                                      Case{{7, 0, 5}, {7, 0, 5}},   // one mask for both
+                                      Case{{6, 1, 3}, {10, 2, 5}},  // padding on both sides
+                                      Case{{40, 0, 40}, {30, 0, 20}},
+                                      Case{{300, 20, 250}, {700, 30, 500}},
+                                      Case{{1, 0, 1}, {3000, 0, 2100}}}) {
+    SCOPED_TRACE(std::to_string(keys.n) + " keys");
+    expect_as_trimmed<TypeParam>(SoftmaxKernel{}, reference::softmax_kernel(9), queries, keys, kTolerance);
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      expect_as_trimmed<TypeParam>(GaussianKernel{.rows = rows}, reference::gaussian_kernel(9, {}, rows == Rows::normalized), queries,
+                                   keys, kTolerance);
+    }
+  }
 }
 
 class Widths : public ::testing::TestWithParam<Index> {};

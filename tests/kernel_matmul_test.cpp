@@ -317,6 +317,114 @@ TYPED_TEST(KernelMatmulOf, StatesOfNothingMergeToNothing) {
   EXPECT_TRUE((out.array() == T(0)).all());
 }
 
+/// Scores 0 of one key and -100, in units of log2, of another, whose value is 2^100 times as large: each adds 1 to every row. The
+/// others weigh nothing.
+template <class T>
+struct TwoKeys {
+  TwoKeys(Index n_q, Index n_k) : q(Matrix<T>::Ones(n_q, 1)), k(n_k, 1), v(n_k, 1), keep(static_cast<std::size_t>(n_k)) {}
+
+  void place(Index first, Index second) {
+    k.setConstant(T(-4000));
+    v.setZero();
+    k(first, 0) = 0;
+    k(second, 0) = -100;
+    v(first, 0) = 1;
+    v(second, 0) = std::ldexp(T(1), 100);
+    std::fill(keep.begin(), keep.end(), std::uint8_t{0});
+    keep[static_cast<std::size_t>(first)] = keep[static_cast<std::size_t>(second)] = 1;
+  }
+
+  Matrix<T> q, k, v;
+  std::vector<std::uint8_t> keep;
+};
+
+/// In one tile, in two, in parts that are summed up apart and, where queries are few, in parts that are split off.
+TYPED_TEST(KernelMatmulOf, AKeyFarBelowTheMaximumCountsByItsValueWhereverItLies) {
+  using T = TypeParam;
+  constexpr Index kKeys = 17'000, kPlaces[] = {0, 100, 700, 5000, 8192, 16'000};
+  const SoftmaxKernel softmax{.scale = std::log(2.0)};
+  const GaussianKernel gaussian{.bandwidth = std::sqrt(50 / std::log(2.0)), .rows = Rows::normalized};  // kappa(1, 101) = 2^-100
+  for (const Index n_q : {1, 60, 420}) {
+    TwoKeys<T> x(n_q, kKeys);
+    for (const Index first : kPlaces) {
+      for (const Index second : kPlaces) {
+        if (first == second) continue;
+        SCOPED_TRACE(std::to_string(n_q) + " queries, keys " + std::to_string(first) + " and " + std::to_string(second));
+        x.place(first, second);
+        Matrix<T> out(n_q, 1);
+        Context context;
+        const auto expect_two = [&] { EXPECT_LE((out.array() - T(2)).abs().maxCoeff(), sizeof(T) == 4 ? T(1e-4) : T(1e-12)); };
+        for (const Causal causal : {Causal::none, Causal::lower_right}) {
+          kernel_matmul(softmax, Inputs<T>{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}}, out, context);
+          expect_two();
+        }
+        x.k(first, 0) = 1;
+        x.k(second, 0) = 101;
+        kernel_matmul(gaussian, Inputs<T>{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_key = x.keep}}, out, context);
+        expect_two();
+      }
+    }
+  }
+}
+
+TYPED_TEST(KernelMatmulOf, MergedStatesFarApartCountByTheirSums) {
+  using T = TypeParam;
+  TwoKeys<T> x(3, 2);
+  x.place(0, 1);
+  const SoftmaxKernel kernel{.scale = std::log(2.0)};
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  Context context;
+  for (const bool forwards : {true, false}) {
+    States<T> a = partial(kernel, in, 0, 1, context), b = partial(kernel, in, 1, 2, context);
+    States<T>& into = forwards ? a : b;
+    merge(into.ref(), (forwards ? b : a).ref());
+    Matrix<T> out(3, 1);
+    finish(kernel, into.ref(), 1, out);
+    EXPECT_LE((out.array() - T(2)).abs().maxCoeff(), sizeof(T) == 4 ? T(1e-4) : T(1e-12)) << forwards;
+  }
+  for (const int apart : {0, 1, 30, 60, 100}) {
+    States<T> near(1, 2), far(1, 2);
+    near.maximum = {T(3)};
+    near.sum = {T(1)};
+    near.weighted << 1, 5;
+    far.maximum = {T(3 - apart)};
+    far.sum = {std::ldexp(T(3), apart)};
+    far.weighted << std::ldexp(T(7), apart), std::ldexp(T(-1), apart);
+    for (const bool forwards : {true, false}) {
+      States<T> into = forwards ? near : far, from = forwards ? far : near;
+      merge(into.ref(), from.ref());
+      Matrix<T> out(1, 2);
+      std::vector<T> lse(1);
+      finish(kernel, into.ref(), 1, out, lse);
+      EXPECT_EQ(out(0, 0), T(2)) << apart;
+      EXPECT_EQ(out(0, 1), T(1)) << apart;
+      EXPECT_NEAR(static_cast<double>(lse[0]), 5 * std::log(2.0), 1e-6) << apart;
+    }
+  }
+}
+
+/// Between views that are wider than their rows.
+TYPED_TEST(KernelMatmulOf, StatesMayBeStrided) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::unit, {6, 40, 8, 3});
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  Context context;
+  States<T> into = partial(SoftmaxKernel{}, in, 0, 20, context), from = partial(SoftmaxKernel{}, in, 20, 40, context);
+  Padded<T> wide_into(into.weighted, 3, test::kNaN<T>), wide_from(from.weighted, 2, test::kNaN<T>), out(6, 3, 4, T(-7));
+  merge(RowStates<T>{into.maximum, into.sum, wide_into.view()}, RowStates<T>{from.maximum, from.sum, wide_from.view()});
+  finish(SoftmaxKernel{}, RowStates<T>{into.maximum, into.sum, wide_into.view()}, 8, out.view());
+  const reference::Problem p = test::to_reference(in);
+  const reference::Kernel kernel = reference::softmax_kernel(8);
+  test::expect_close(out.matrix(), attend(kernel, p), p, kernel);
+  EXPECT_TRUE(out.padding_untouched() && wide_into.padding_untouched());
+  Padded<T> written(6, 3, 5, T(-7));
+  attn::kernel_matmul_partial(SoftmaxKernel{}, in, {into.maximum, into.sum, written.view()}, context);
+  Matrix<T> dense(6, 3);
+  attn::kernel_matmul_partial(SoftmaxKernel{}, in, {into.maximum, into.sum, dense}, context);
+  EXPECT_TRUE(test::bitwise_equal(written.matrix(), dense));
+  EXPECT_TRUE(written.padding_untouched());
+}
+
 TYPED_TEST(KernelMatmulOf, ValuesMayLieInTheSameMatrixAsKeys) {
   using T = TypeParam;
   const auto x = test::make_tokens<T>(Family::unit, {20, 70, 24, 24});

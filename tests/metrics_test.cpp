@@ -2,6 +2,7 @@
 #include <attn/any_approximator.hpp>
 
 
+#include "rounding.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
@@ -12,6 +13,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -346,6 +348,111 @@ TEST(AttentionOperators, RefuseCausalMasksAndOtherShapes) {
   EXPECT_EQ(error_of([&] { Softmax({}, x.q, x.v, {}, context); }), "exact operator: q has 16 columns, k has 12");
   const Softmax a({}, x.q, x.k, {}, context), b({}, x.k, x.q, {}, context);
   EXPECT_EQ(error_of([&] { attn::Difference(a, b); }), "difference: a is 30 x 40, b is 40 x 30");
+}
+
+template <class T>
+class NarrowOperator : public ::testing::Test {
+ protected:
+  /// Tokens of T, and the same in float and in double.
+  explicit NarrowOperator(const test::Shape& shape = {70, 90, 16, 12}) {
+    const auto x = test::make_tokens<float>(Family::smooth, shape);
+    narrow_ = {x.q.template cast<T>(), x.k.template cast<T>(), x.v.template cast<T>()};
+    wide_ = {narrow_.q.template cast<float>(), narrow_.k.template cast<float>(), narrow_.v.template cast<float>()};
+    exact_ = {wide_.q.template cast<double>(), wide_.k.template cast<double>(), wide_.v.template cast<double>()};
+  }
+
+  test::Tokens<T> narrow_;
+  test::Tokens<float> wide_;
+  test::Tokens<double> exact_;
+  Context context;
+};
+using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(NarrowOperator, NarrowScalars);
+
+/// Both products of an operator of T, against a matrix in double.
+template <class Op>
+void expect_rounded_products(const Op& op, const Matrix<double>& dense, Context& context) {
+  using T = typename Op::Scalar;
+  test::Random random(9);
+  const Matrix<T> x = random.normal(op.cols(), 12).template cast<T>(), z = random.normal(op.rows(), 12).template cast<T>();
+  Matrix<T> y(op.rows(), 12), w(op.cols(), 12);
+  op.apply(x, y, context);
+  op.apply_transpose(z, w, context);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(y, dense.lazyProduct(x.template cast<double>())), 2 * test::kShareOfHardCases);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(w, dense.transpose().lazyProduct(z.template cast<double>())), 2 * test::kShareOfHardCases);
+}
+
+TYPED_TEST(NarrowOperator, RoundsTheProductsOfExactAttentionOnce) {
+  using T = TypeParam;
+  const auto keep_key = test::random_keep(90, 0.7, 1), keep_query = test::random_keep(70, 0.7, 2);
+  for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    expect_rounded_products(attn::ExactOperator<T, SoftmaxKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
+                            dense_attention(reference::softmax_kernel(16), this->exact_, mask), this->context);
+    expect_rounded_products(attn::ExactOperator<T, GaussianKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
+                            dense_attention(reference::gaussian_kernel(16), this->exact_, mask), this->context);
+  }
+}
+
+TYPED_TEST(NarrowOperator, RoundsTheProductsOfMethodsAndOfDifferencesOnce) {
+  using T = TypeParam;
+  for (const std::string name : {"nystrom", "skyformer"}) {
+    SCOPED_TRACE(name);
+    const auto method = attn::make_approximator<T>(name, {.num_landmarks = 12});
+    const attn::ApproximatorOperator approximation(method, this->narrow_.q, this->narrow_.k);
+    const attn::ApproximatorOperator wide(method.wide(), this->wide_.q, this->wide_.k);
+    const attn::ExactOperator<T, SoftmaxKernel> exact({}, this->narrow_.q, this->narrow_.k, {}, this->context);
+    const attn::ExactOperator<float, SoftmaxKernel> wide_exact({}, this->wide_.q, this->wide_.k, {}, this->context);
+    const attn::Difference difference(approximation, exact);
+    const attn::Difference wide_difference(wide, wide_exact);
+    const auto expect_same = [&](const auto& op, const auto& of_float) {
+      Matrix<T> y(70, 12), w(90, 12), v = this->narrow_.v, q = this->narrow_.q.leftCols(12);
+      Matrix<float> wide_y(70, 12), wide_w(90, 12), wide_q = this->wide_.q.leftCols(12);
+      op.apply(v, y, this->context);
+      op.apply_transpose(q, w, this->context);
+      of_float.apply(this->wide_.v, wide_y, this->context);
+      of_float.apply_transpose(wide_q, wide_w, this->context);
+      EXPECT_TRUE(y == wide_y.template cast<T>());
+      EXPECT_TRUE(w == wide_w.template cast<T>());
+    };
+    expect_same(approximation, wide);
+    expect_same(difference, wide_difference);
+    EXPECT_NEAR(attn::spectral_norm(difference, {}, this->context) / attn::spectral_norm(wide_difference, {}, this->context), 1, 1e-5);
+    EXPECT_NEAR(attn::estimate_frobenius_norm(difference, 20, 1, this->context) /
+                    attn::estimate_frobenius_norm(wide_difference, 20, 1, this->context), 1, 1e-5);
+  }
+}
+
+/// A narrow operator as a user would write it, of blocks of T alone.
+template <class T>
+struct OwnNarrow {
+  using Scalar = T;
+  Matrix<double> a;
+
+  Index rows() const { return a.rows(); }
+  Index cols() const { return a.cols(); }
+  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const { y = (a * x.template cast<double>()).template cast<T>(); }
+  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const {
+    y = (a.transpose() * x.template cast<double>()).template cast<T>();
+  }
+};
+
+TYPED_TEST(NarrowOperator, HasTheSingularValuesOfTheMatrix) {
+  using T = TypeParam;
+  const Matrix<double> dense = dense_attention(reference::softmax_kernel(16), this->exact_, {});
+  const Eigen::VectorXd expected = reference::singular_values(dense).head(6);
+  const attn::ExactOperator<T, SoftmaxKernel> exact({}, this->narrow_.q, this->narrow_.k, {}, this->context);
+  const SubspaceIteration options{.tolerance = 1e-9};
+  const auto found = attn::leading_singular_values(exact, 6, options, this->context);
+  EXPECT_TRUE(found.converged);
+  EXPECT_LE((found.values - expected).cwiseAbs().maxCoeff(), 1e-5 * expected[0]);
+  EXPECT_LE(attn::spectral_norm_lower_bound(exact, 20, 1, this->context), expected[0] * (1 + 1e-5));
+  // An operator that rounds, to the size of its rounding.
+  constexpr double kUnit = std::is_same_v<T, Eigen::half> ? 0x1p-10 : 0x1p-7;
+  const auto rounded = attn::leading_singular_values(OwnNarrow<T>{dense}, 6, options, this->context);
+  EXPECT_TRUE(rounded.converged);
+  EXPECT_LE((rounded.values - expected).cwiseAbs().maxCoeff(), 2 * kUnit * expected[0]);
+  const attn::Difference none(OwnNarrow<T>{dense}, exact);
+  EXPECT_LE(attn::spectral_norm(none, {}, this->context), 2 * kUnit * expected[0]);
 }
 
 }  // namespace

@@ -6,9 +6,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -151,6 +156,100 @@ TEST(MultiHeadBackward, SavedOfOtherHeadsAndWrongShapesAreRefused) {
                                         context);
             }),
             "multi_head: dk is 2 x 4 x 6 x 5, k is 2 x 2 x 6 x 5");
+}
+
+/// What one training step of heads in T leaves in the arrays of dq, dk and dv: 2 batch items, 4 query heads; tokens and what the forward
+/// pass found are rounded to Stored.
+template <class T, class Stored = T>
+struct Trained {
+  template <class A>
+  Trained(const A& a, Index key_heads, Index n) : dq(q_size(n)), dk(k_size(n, key_heads)), dv(v_size(n, key_heads)) {
+    test::Random random(11);
+    std::vector<T> q(dq.size()), k(dk.size()), v(dv.size()), dout(static_cast<std::size_t>(2 * n * 4 * 3)), out(dout.size());
+    for (auto* array : {&q, &k, &v, &dout}) {
+      for (T& x : *array) x = static_cast<T>(static_cast<Stored>(static_cast<float>(random.normal())));
+    }
+    const auto queries = [&](auto* x, Index dim) { return token_major(x, 2, n, 4, dim); };
+    const auto keys = [&](auto* x, Index dim) { return token_major(x, 2, n, key_heads, dim); };
+    const auto read = [](const std::vector<T>& x) { return x.data(); };
+    std::vector<typename A::Saved> saved;
+    Context context;
+    attn::multi_head(a, queries(read(q), 5), keys(read(k), 5), keys(read(v), 3), queries(out.data(), 3), {}, context, saved);
+    for (T& x : out) x = static_cast<T>(static_cast<Stored>(x));
+    attn::multi_head_backward(a, queries(read(q), 5), keys(read(k), 5), keys(read(v), 3), queries(read(out), 3),
+                              queries(read(dout), 3), {}, saved,
+                              {queries(dq.data(), 5), keys(dk.data(), 5), keys(dv.data(), 3)}, context);
+  }
+
+  static std::size_t q_size(Index n) { return static_cast<std::size_t>(2 * n * 4 * 5); }
+  static std::size_t k_size(Index n, Index heads) { return static_cast<std::size_t>(2 * n * heads * 5); }
+  static std::size_t v_size(Index n, Index heads) { return static_cast<std::size_t>(2 * n * heads * 3); }
+
+  std::vector<T> dq, dk, dv;
+};
+
+/// Whether x is y, rounded once.
+template <class T>
+bool is_rounded(const std::vector<T>& x, const std::vector<float>& y) {
+  return std::equal(x.begin(), x.end(), y.begin(), y.end(), [](T a, float b) { return a == static_cast<T>(b); });
+}
+
+/// A narrow method as a user would write it: its results are rounded, whoever adds them up.
+template <class T>
+struct OwnMethod {
+  using Scalar = T;
+  using Saved = typename attn::SoftmaxAttention<T>::Saved;
+  static constexpr std::string_view kName = "own";
+
+  bool supports(const attn::Inputs<T>& in) const { return method.supports(in); }
+  void forward(const attn::Inputs<T>& in, attn::MatrixRef<T> out, Context& context) const { method.forward(in, out, context); }
+  void forward(const attn::Inputs<T>& in, attn::MatrixRef<T> out, Context& context, Saved& saved) const {
+    method.forward(in, out, context, saved);
+  }
+  void backward(const attn::Inputs<T>& in, attn::ConstMatrixRef<T> out, attn::ConstMatrixRef<T> dout, const Saved& saved,
+                const attn::Gradients<T>& gradients, Context& context) const {
+    method.backward(in, out, dout, saved, gradients, context);
+  }
+
+  attn::SoftmaxAttention<T> method{};
+};
+
+template <class T>
+class NarrowMultiHeadBackward : public ::testing::Test {};
+using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
+TYPED_TEST_SUITE(NarrowMultiHeadBackward, NarrowScalars);
+
+TYPED_TEST(NarrowMultiHeadBackward, AddsGroupsUpInFloatAndRoundsOnce) {
+  using T = TypeParam;
+  for (const Index key_heads : {1, 2, 4}) {
+    SCOPED_TRACE(key_heads);
+    const Trained<float, T> wide(attn::SoftmaxAttention<float>{}, key_heads, 40);
+    const Trained<T> narrow(attn::SoftmaxAttention<T>{}, key_heads, 40);
+    EXPECT_TRUE(is_rounded(narrow.dq, wide.dq));
+    EXPECT_TRUE(is_rounded(narrow.dk, wide.dk));
+    EXPECT_TRUE(is_rounded(narrow.dv, wide.dv));
+    const Trained<T> chosen(attn::make_approximator<T>("softmax"), key_heads, 40);
+    EXPECT_EQ(chosen.dq, narrow.dq);
+    EXPECT_EQ(chosen.dk, narrow.dk);
+    EXPECT_EQ(chosen.dv, narrow.dv);
+  }
+}
+
+/// Sums of gradients that are rounded already, in float: the error of one more rounding, not of four.
+TYPED_TEST(NarrowMultiHeadBackward, AddsUpWhatMethodsOfOnesOwnRound) {
+  using T = TypeParam;
+  constexpr float kUnit = std::is_same_v<T, Eigen::half> ? 0x1p-10F : 0x1p-7F;
+  const Trained<float, T> wide(attn::SoftmaxAttention<float>{}, 1, 40);
+  const Trained<T> own(OwnMethod<T>{}, 1, 40), chosen(attn::AnyApproximator<T>(OwnMethod<T>{}), 1, 40);
+  EXPECT_TRUE(is_rounded(own.dq, wide.dq));
+  EXPECT_EQ(own.dk, chosen.dk);
+  EXPECT_EQ(own.dv, chosen.dv);
+  float error = 0, size = 0;
+  for (std::size_t i = 0; i < own.dv.size(); ++i) {
+    error += (static_cast<float>(own.dv[i]) - wide.dv[i]) * (static_cast<float>(own.dv[i]) - wide.dv[i]);
+    size += wide.dv[i] * wide.dv[i];
+  }
+  EXPECT_LE(std::sqrt(error / size), 0.5F * kUnit);
 }
 
 }  // namespace

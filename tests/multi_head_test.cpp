@@ -229,6 +229,34 @@ TYPED_TEST(MultiHead, MasksNoneOneOrOneForEachItem) {
   expect_equal_to_forward(softmax, x, masks.masks);
 }
 
+TYPED_TEST(MultiHead, CausalItemsHaveLengthsOfTheirOwn) {
+  const Shapes s{3, 4, 2, {6, 40, 16, 12}};
+  constexpr Index kQueries[] = {6, 4, 1}, kKeys[] = {23, 40, 3};  // kept, of each item
+  std::vector<std::vector<std::uint8_t>> keep;
+  for (int b = 0; b < 3; ++b) {
+    for (const auto& [n, length] : {std::pair(s.head.n_q, kQueries[b]), std::pair(s.head.n_k, kKeys[b])}) {
+      keep.emplace_back(static_cast<std::size_t>(n), std::uint8_t{0});
+      std::fill_n(keep.back().begin(), length, std::uint8_t{1});
+    }
+  }
+  std::vector<Mask> masks;
+  for (std::size_t b = 0; b < 3; ++b) {
+    masks.push_back({.causal = Causal::lower_right, .keep_key = keep[2 * b + 1], .keep_query = keep[2 * b]});
+  }
+  Arrays<TypeParam> x(s, Layout::token_major);
+  Context context;
+  x.run(SoftmaxAttention<TypeParam>{}, masks, context);
+  for_each_head(x, masks, [&](Index b, Index h, const Inputs<TypeParam>& in) {
+    const Index n_q = kQueries[b], n_k = kKeys[b];
+    const reference::Problem trimmed = test::to_reference<TypeParam>(
+        {.q = in.q.topRows(n_q), .k = in.k.topRows(n_k), .v = in.v.topRows(n_k), .mask = {.causal = Causal::lower_right}});
+    const reference::Kernel kernel = reference::softmax_kernel(16);
+    const Matrix<TypeParam> out = x.out.head(b, h);
+    test::expect_close<TypeParam>(out.topRows(n_q), reference::attend(kernel, trimmed), trimmed, kernel);
+    EXPECT_TRUE((out.bottomRows(s.head.n_q - n_q).array() == TypeParam(0)).all());
+  });
+}
+
 TYPED_TEST(MultiHead, TakesAProjectionOfAllThree) {
   constexpr Index kBatch = 2, kLength = 12, kHeads = 3, kDim = 8, kRow = 3 * kHeads * kDim;
   Matrix<TypeParam> qkv = test::Random(5).normal(kBatch * kLength, kRow).template cast<TypeParam>();

@@ -1,10 +1,12 @@
 /// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
 #include <attn/attn.hpp>
 
+#include "rounding.hpp"
 #include "support.hpp"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -209,6 +211,160 @@ TYPED_TEST(Narrow, ThePrimitiveKeepsItsLogSumsInFloat) {
   EXPECT_EQ(lse, expected_lse);
   attn::kernel_matmul(kernel, x.inputs({}), out, context);
   EXPECT_TRUE(out == expected.template cast<TypeParam>());
+}
+
+/// Row states of float, for the keys [first, last) of an input.
+struct States {
+  template <class T, class Kernel>
+  States(const Kernel& kernel, const Inputs<T>& in, Index first, Index last, Context& context)
+      : maximum(static_cast<std::size_t>(in.q.rows())), sum(maximum.size()), weighted(in.q.rows(), in.v.cols()) {
+    const auto from = static_cast<std::size_t>(first), count = static_cast<std::size_t>(last - first);
+    const Inputs<T> some{.q = in.q,
+                         .k = in.k.middleRows(first, last - first),
+                         .v = in.v.middleRows(first, last - first),
+                         .key_bias = in.key_bias.subspan(from, count)};
+    attn::kernel_matmul_partial(kernel, some, {maximum, sum, weighted}, context);
+  }
+  attn::RowStates<float> ref() { return {maximum, sum, weighted}; }
+
+  std::vector<float> maximum, sum;
+  Matrix<float> weighted;
+};
+
+TYPED_TEST(Narrow, StatesOfPartsMergeInFloatAndAreRoundedOnce) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({31, 700, 16, 300}, 21);
+  const auto bias = test::random_key_bias<float>(700, 0.1, 22);
+  std::vector<T> narrow_bias(700);
+  std::transform(bias.begin(), bias.end(), narrow_bias.begin(), [](float b) { return static_cast<T>(b); });
+  Inputs<T> in = x.inputs({});
+  in.key_bias = narrow_bias;
+  Context context;
+  for (const auto rows : {attn::Rows::raw, attn::Rows::normalized}) {
+    const attn::GaussianKernel kernel{.rows = rows};
+    States all(kernel, in, 0, 300, context), more(kernel, in, 300, 700, context);
+    merge(all.ref(), more.ref());
+    const auto expected = reference::attend(reference::gaussian_kernel(16, {}, rows == attn::Rows::normalized), test::to_reference(in));
+    Matrix<T> out(31, 300), wider = Matrix<T>::Zero(31, 302);
+    std::vector<float> lse(31);
+    finish(kernel, all.ref(), 16, out, lse);
+    EXPECT_LE(test::share_beyond_one_rounding<T>(out, expected.out), test::kShareOfHardCases);
+    for (Index i = 0; i < 31; ++i) EXPECT_NEAR(lse[static_cast<std::size_t>(i)], expected.lse[i], 1e-5);
+    finish(kernel, all.ref(), 16, wider.leftCols(300));
+    EXPECT_TRUE(wider.leftCols(300) == out);
+    EXPECT_TRUE((wider.rightCols(2).array() == T(0)).all());
+    EXPECT_EQ(test::error_of([&] { finish(kernel, all.ref(), 16, wider); }), "finish: weighted is 31 x 300, should be 31 x 302");
+  }
+}
+
+TYPED_TEST(Narrow, ThePrimitivesGradientsAreRoundedOnce) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({60, 90, 16, 8}, 23), seed({60, 60, 16, 8}, 24);
+  const auto keep = test::random_keep(90, 0.8, 26);
+  const std::vector<T> bias(90, T(0.5F));
+  Inputs<T> in = x.inputs({.keep_key = keep});
+  in.key_bias = bias;
+  Context context;
+  Matrix<T> out(60, 8), dq(60, 16), dk(90, 16), dv(90, 8);
+  std::vector<float> lse(60), dbias(90);
+  std::vector<T> narrow_dbias(90);
+  const auto problem = test::to_reference(in);
+  const reference::Matrix dout = seed.narrow.v.template cast<double>();
+  const attn::GaussianKernel raw;  // whose gradients do not depend on out, which is rounded
+  attn::kernel_matmul(raw, in, out, context);
+  attn::kernel_matmul_backward(raw, in, out, {}, seed.narrow.v, {dq, dk, dv}, context, dbias);
+  const auto of_raw = reference::attend_backward(reference::gaussian_kernel(16), problem, dout);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(dq, of_raw.dq), 2 * test::kShareOfHardCases);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(dk, of_raw.dk), 2 * test::kShareOfHardCases);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(dv, of_raw.dv), 2 * test::kShareOfHardCases);
+  for (std::size_t j = 0; j < 90; ++j) EXPECT_NEAR(dbias[j], of_raw.dbias[static_cast<Index>(j)], 1e-4);
+  attn::kernel_matmul_backward(raw, in, out, {}, seed.narrow.v, {dq, dk, dv}, context, narrow_dbias);
+  for (std::size_t j = 0; j < 90; ++j) EXPECT_EQ(narrow_dbias[j], static_cast<T>(dbias[j]));
+  const attn::SoftmaxKernel softmax;
+  attn::kernel_matmul(softmax, in, out, lse, context);
+  attn::kernel_matmul_backward(softmax, in, out, lse, seed.narrow.v, {.dq = dq, .dk = dk, .dv = dv}, context);
+  const auto of_softmax = reference::attend_backward(reference::softmax_kernel(16), problem, dout);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(dv, of_softmax.dv), 2 * test::kShareOfHardCases);
+  EXPECT_LE(test::relative_error(dq, of_softmax.dq), 10 * TestFixture::kTolerance);
+  EXPECT_LE(test::relative_error(dk, of_softmax.dk), 10 * TestFixture::kTolerance);
+  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_backward(softmax, in, out, {}, seed.narrow.v, {dq, dk, dv}, context); }),
+            "kernel_matmul_backward: lse is empty, should have 60 entries, for rows are normalized");
+}
+
+TYPED_TEST(Narrow, SkyformersGradientByTheKeyBiasIsThatOfFloat) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({60, 60, 16, 8}, 27), seed({60, 60, 16, 8}, 28);
+  const std::vector<T> bias(60, T(0.5F));
+  const std::vector<float> wide_bias(60, 0.5F);
+  std::vector<float> dbias(60), wide_dbias(60);
+  std::vector<T> narrow_dbias(60);
+  Inputs<T> in = x.inputs({});
+  in.key_bias = bias;
+  Inputs<float> wide_in = x.wide_inputs({});
+  wide_in.key_bias = wide_bias;
+  const attn::Skyformer<T> method(attn::UniformSample{.num_landmarks = 12});
+  const attn::Skyformer<float> wide(attn::UniformSample{.num_landmarks = 12});
+  Context context;
+  Matrix<T> out(60, 8), dq(60, 16), dk(60, 16), dv(60, 8);
+  Matrix<float> wide_dq(60, 16), wide_dk(60, 16), wide_dv(60, 8);
+  typename attn::Skyformer<T>::Saved saved;
+  method.forward(in, out, context, saved);
+  const Matrix<float> wide_out = out.template cast<float>();
+  method.backward(in, out, seed.narrow.v, saved, {dq, dk, dv}, dbias, context);
+  wide.backward(wide_in, wide_out, seed.wide.v, saved, {wide_dq, wide_dk, wide_dv}, wide_dbias, context);
+  EXPECT_EQ(dbias, wide_dbias);
+  EXPECT_TRUE(dk == wide_dk.template cast<T>());
+  method.backward(in, out, seed.narrow.v, saved, {dq, dk, dv}, narrow_dbias, context);
+  for (std::size_t j = 0; j < 60; ++j) EXPECT_EQ(narrow_dbias[j], static_cast<T>(dbias[j]));
+}
+
+/// Elements at any address that is even, rows any number of them apart.
+TYPED_TEST(Narrow, TakesViewsAtAnyElement) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({50, 70, 16, 8}, 32);
+  const auto unaligned = [](const Matrix<T>& m, std::vector<T>& memory) {
+    memory.assign(static_cast<std::size_t>(m.rows() * (m.cols() + 1) + 1), T(7));
+    attn::MatrixRef<T> view(memory.data() + 1, m.rows(), m.cols(), m.cols() + 1);
+    view = m;
+    return view;
+  };
+  std::vector<T> q_memory, k_memory, v_memory, out_memory;
+  const Matrix<T> zero = Matrix<T>::Zero(50, 8);
+  const attn::MatrixRef<T> q = unaligned(x.narrow.q, q_memory), k = unaligned(x.narrow.k, k_memory), v = unaligned(x.narrow.v, v_memory),
+                           out = unaligned(zero, out_memory);
+  const auto keep = test::random_keep(70, 0.8, 33);
+  Context context;
+  for (const auto& entry : attn::methods<T>()) {
+    if (entry.name == "shifted-nystrom") continue;  // which needs as many queries as keys
+    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep}}) {
+      const auto method = entry.make({.num_landmarks = 12});
+      method.forward({.q = q, .k = k, .v = v, .mask = mask}, out, context);
+      EXPECT_TRUE(out == attn::attention(method, x.narrow.q, x.narrow.k, x.narrow.v, mask)) << entry.name;
+      for (Index i = 0; i < 50; ++i) EXPECT_EQ(out.data()[i * 9 + 8], T(7)) << entry.name;
+    }
+  }
+  EXPECT_EQ(attn::detail::TokenRows<float>(attn::ConstMatrixRef<T>(q)).row_or_null(1), nullptr);  // no float lies there
+}
+
+/// Asked of inputs with and without a bias, whose values are not read.
+TYPED_TEST(Narrow, SupportsWhatTheSameMethodOfFloatSupports) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({12, 12, 4, 4}, 30);
+  const std::vector<T> bias(12, T(0.5F));
+  const std::vector<float> wide_bias(12, 0.5F);
+  const auto keep = test::random_keep(12, 0.5, 31);
+  for (const auto& entry : attn::methods<T>()) {
+    const auto method = entry.make({});
+    const auto wide = attn::make_approximator<float>(entry.name, {});
+    for (const Mask& mask : {Mask{}, Mask{.causal = attn::Causal::upper_left}, Mask{.keep_key = keep}}) {
+      Inputs<T> in = x.inputs(mask);
+      Inputs<float> wide_in = x.wide_inputs(mask);
+      EXPECT_EQ(method.supports(in), wide.supports(wide_in)) << entry.name;
+      in.key_bias = bias;
+      wide_in.key_bias = wide_bias;
+      EXPECT_EQ(method.supports(in), wide.supports(wide_in)) << entry.name;
+    }
+  }
 }
 
 TYPED_TEST(Narrow, BitwiseEqualWhateverTheWorkers) {

@@ -44,9 +44,23 @@ Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k) {
   return s;
 }
 
-Matrix log_weights(const Kernel& kernel, const Problem& p) {
+Vector bias_origins(const Problem& p) {
+  Vector origins = Vector::Zero(p.q.rows());
+  for (Index i = 0; i < origins.size() && p.key_bias.size() > 0; ++i) {
+    double largest = -kInfinity;
+    for (Index j = 0; j < p.k.rows(); ++j) {
+      if (visible(p.mask, p.q.rows(), p.k.rows(), i, j) && std::isfinite(p.key_bias[j])) largest = std::max(largest, p.key_bias[j]);
+    }
+    if (std::isfinite(largest)) origins[i] = largest;
+  }
+  return origins;
+}
+
+Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins) {
   Matrix s = log_kernel(kernel, p.q, p.k);
-  if (p.key_bias.size() > 0) s.rowwise() += p.key_bias.transpose();
+  for (Index i = 0; i < s.rows() && p.key_bias.size() > 0; ++i) {
+    for (Index j = 0; j < s.cols(); ++j) s(i, j) += p.key_bias[j] - (origins.size() > 0 ? origins[i] : 0);
+  }
   for (Index i = 0; i < s.rows(); ++i) {
     for (Index j = 0; j < s.cols(); ++j) {
       if (!visible(p.mask, s.rows(), s.cols(), i, j)) s(i, j) = -kInfinity;
@@ -56,7 +70,8 @@ Matrix log_weights(const Kernel& kernel, const Problem& p) {
 }
 
 Result attend(const Kernel& kernel, const Problem& p) {
-  const Matrix s = log_weights(kernel, p);
+  const Vector origins = bias_origins(p);
+  const Matrix s = log_weights(kernel, p, origins);
   Result result{Matrix::Zero(p.q.rows(), p.v.cols()), Vector::Constant(p.q.rows(), -kInfinity)};
   for (Index i = 0; i < s.rows(); ++i) {
     const double top = s.row(i).maxCoeff();
@@ -68,24 +83,26 @@ Result attend(const Kernel& kernel, const Problem& p) {
       sum += w;
       result.out.row(i) += w * p.v.row(j);
     }
-    result.out.row(i) *= kernel.normalized ? 1 / sum : std::exp(top);
-    result.lse[i] = top + std::log(sum);
+    result.out.row(i) *= kernel.normalized ? 1 / sum : std::exp(top + origins[i]);
+    result.lse[i] = top + std::log(sum) + origins[i];
   }
   return result;
 }
 
 Gradients attend_backward(const Kernel& kernel, const Problem& p, const Matrix& dout) {
-  const Matrix s = log_weights(kernel, p);
-  const Vector lse = attend(kernel, p).lse;
+  const Vector origins = bias_origins(p);
+  const Matrix s = log_weights(kernel, p, origins);
   const auto zeros = [](const Matrix& m) -> Matrix { return Matrix::Zero(m.rows(), m.cols()); };
   Gradients g{zeros(p.q), zeros(p.k), zeros(p.v), Vector::Zero(p.k.rows())};
   for (Index i = 0; i < s.rows(); ++i) {
     Vector weights = Vector::Zero(s.cols()), slopes = Vector::Zero(s.cols());
+    const double top = kernel.normalized ? s.row(i).maxCoeff() : -origins[i];
     for (Index j = 0; j < s.cols(); ++j) {
       if (s(i, j) == -kInfinity) continue;
-      weights[j] = std::exp(s(i, j) - (kernel.normalized ? lse[i] : 0));
+      weights[j] = std::exp(s(i, j) - top);
       slopes[j] = dout.row(i).dot(p.v.row(j));
     }
+    if (kernel.normalized && top != -kInfinity) weights /= weights.sum();
     const double origin = kernel.normalized ? weights.dot(slopes) : 0;
     for (Index j = 0; j < s.cols(); ++j) {
       if (s(i, j) == -kInfinity) continue;

@@ -48,20 +48,27 @@ inline bool kept(std::span<const std::uint8_t> keep, Index i) {
   return keep.empty() || keep[static_cast<std::size_t>(i)] != 0;
 }
 
-/// Whether query i of n_q sees key j of n_k.
+/// Whether query i of n_q sees key j of n_k. lower_right: the last kept query sees the last kept key, and a query so many rows before it
+/// does not see as many rows of keys.
 inline bool visible(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
   if (!kept(mask.keep_query, i) || !kept(mask.keep_key, j)) return false;
   if (mask.causal == attn::Causal::upper_left) return j <= i;
-  if (mask.causal == attn::Causal::lower_right) return j <= i + n_k - n_q;
-  return true;
+  if (mask.causal == attn::Causal::none) return true;
+  Index last_query = n_q - 1, last_key = n_k - 1;
+  while (!kept(mask.keep_query, last_query)) --last_query;  // ends at i or before
+  while (!kept(mask.keep_key, last_key)) --last_key;  // at j or before
+  return last_key - j >= last_query - i;
 }
 
 /// log kappa of every pair, written as -bias |q - k|^2 + (scale - 2 bias) q.k: a Gaussian kernel has the first term alone, softmax
 /// the second.
 Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k);
 
-/// log_kernel plus key_bias; -infinity where the query does not see the key.
-Matrix log_weights(const Kernel& kernel, const Problem& p);
+/// The largest finite key bias that each query sees, 0 where there is none: added to a score, a large one would take its digits.
+Vector bias_origins(const Problem& p);
+
+/// log_kernel plus key_bias, less a query's origin unless there are none; -infinity where the query does not see the key.
+Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins = {});
 
 struct Result {
   Matrix out;

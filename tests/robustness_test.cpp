@@ -49,8 +49,8 @@ std::vector<T> nans() {
 /// A problem with masks of its own.
 template <class T>
 struct Scene {
-  Scene(Index n_q, Index n_k, Causal causal, bool masked)
-      : x(test::make_tokens<T>(Family::init, {n_q, n_k, 20, 6}, 21)),
+  Scene(Index n_q, Index n_k, Causal causal, bool masked, Index d_v = 6)
+      : x(test::make_tokens<T>(Family::init, {n_q, n_k, 20, d_v}, 21)),
         keep_key(test::random_keep(n_k, 0.8, 22)),
         keep_query(test::random_keep(n_q, 0.8, 23)) {
     mask.causal = causal;
@@ -149,6 +149,65 @@ TYPED_TEST(Robustness, NaNInAValueReachesTheRowsThatSeeItInItsColumn) {
         EXPECT_TRUE(test::bitwise_equal(Matrix<TypeParam>(out.leftCols(2)), Matrix<TypeParam>(clean.leftCols(2))));
         EXPECT_TRUE(test::bitwise_equal(Matrix<TypeParam>(out.rightCols(3)), Matrix<TypeParam>(clean.rightCols(3))));
       }
+    }
+  });
+}
+
+/// Calls body(scene, kind) for causal scenes of few tokens, whose rows and columns can all be tried.
+template <class T, class Body>
+void for_each_small_scene(Index d_v, const Body& body) {
+  for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {
+    for (const bool masked : {false, true}) {
+      for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 70}, {90, 50}, {2, 2}}) {
+        const Scene<T> scene(n_q, n_k, causal, masked, d_v);
+        for (const Kind kind : {Kind::softmax, Kind::raw_gaussian, Kind::normalized_gaussian}) {
+          SCOPED_TRACE("causal " + std::to_string(static_cast<int>(causal)) + (masked ? ", masked" : "") + ", n_q " +
+                       std::to_string(n_q) + ", kind " + std::to_string(static_cast<int>(kind)));
+          body(scene, kind);
+        }
+      }
+    }
+  }
+}
+
+/// Of every key, and in every column of several packets and a tail: near the diagonal one tile holds queries that see the key and
+/// others that do not.
+TYPED_TEST(Robustness, ANonFiniteValueReachesOneColumnOfTheRowsThatSeeIt) {
+  using T = TypeParam;
+  constexpr Index kColumns = 37;
+  for_each_small_scene<T>(kColumns, [](const auto& scene, Kind kind) {
+    const Matrix<T> clean = run(kind, scene.inputs());
+    for (Index row = 0; row < scene.x.k.rows(); ++row) {
+      const Index column = 11 * row % kColumns;
+      Inputs<T> in = scene.inputs();
+      Matrix<T> v = in.v;
+      v(row, column) = row % 2 == 0 ? test::kNaN<T> : test::kInf<T>;
+      const Matrix<T> out = run<T>(kind, {.q = in.q, .k = in.k, .v = v, .mask = in.mask});
+      for (Index i = 0; i < out.rows(); ++i) {
+        const Matrix<T> expected = clean.row(i);
+        Matrix<T> found = out.row(i);
+        if (scene.sees(i, row)) {
+          ASSERT_FALSE(std::isfinite(found(0, column))) << "row " << i << ", key " << row << ", column " << column;
+          found(0, column) = expected(0, column);
+        }
+        ASSERT_TRUE(test::bitwise_equal(found, expected)) << "row " << i << ", key " << row << ", column " << column;
+      }
+    }
+  });
+}
+
+/// Rows that see no key, amid others that see some, stay zero.
+TYPED_TEST(Robustness, NaNInAnyQueryStaysInItsRow) {
+  using T = TypeParam;
+  for_each_small_scene<T>(3, [](const auto& scene, Kind kind) {
+    const Matrix<T> clean = run(kind, scene.inputs());
+    for (Index row = 0; row < scene.x.q.rows(); ++row) {
+      Inputs<T> in = scene.inputs();
+      Matrix<T> q = in.q;
+      q(row, row % q.cols()) = test::kNaN<T>;
+      const Matrix<T> out = run<T>(kind, {.q = q, .k = in.k, .v = in.v, .mask = in.mask});
+      const bool sees_a_key = (clean.row(row).array() != 0).any();
+      expect_confined(out, clean, [&](Index i) { return i == row && sees_a_key; });
     }
   });
 }

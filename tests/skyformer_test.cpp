@@ -218,6 +218,69 @@ TYPED_TEST(SkyformerOf, ACommonShiftChangesNothing) {
   EXPECT_LE(test::relative_error(attn::attention(method, q, k, x.v), expected), kTolerance<T>);
 }
 
+/// Tokens far from the origin that are exact in T: |q|^2 is then 10^6 times as large as |q - k|^2.
+template <class T>
+test::Tokens<T> far_tokens(const test::Shape& shape, T shift) {
+  auto x = test::make_tokens<T>(Family::init, shape, 71);
+  for (Matrix<T>* tokens : {&x.q, &x.k}) {
+    *tokens = ((*tokens * T(256)).array().round() / T(256)).matrix();
+    tokens->array() += shift;
+  }
+  return x;
+}
+
+TYPED_TEST(SkyformerOf, KeepsItsDigitsFarFromTheOrigin) {
+  using T = TypeParam;
+  const auto x = far_tokens<T>({90, 130, 16, 12}, T(1000));
+  const auto keep_query = test::random_keep(90, 0.8, 72), keep_key = test::random_keep(130, 0.7, 73);
+  Context context;
+  for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = mask};
+    const reference::Problem p = test::to_reference(in);
+    const reference::Matrix landmarks = strided_landmarks(p, 24);
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      const auto kernel = reference::gaussian_kernel(16, {}, rows == Rows::normalized);
+      const auto ridge = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.1); };
+      const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
+      const StridedSample strided{.num_landmarks = 24};
+      const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-10;
+      EXPECT_LE(test::relative_error(forward<T>(Strided<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
+                                     skyformer(kernel, p, landmarks, ridge)),
+                tolerance);
+      EXPECT_LE(test::relative_error(forward<T>(StridedIterative<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
+                                     skyformer(kernel, p, landmarks, iterated)),
+                tolerance);
+    }
+  }
+}
+
+/// The gradients are those at the origin, which double computes.
+TEST(Skyformer, GradientsKeepTheirDigitsFarFromTheOrigin) {
+  const auto far = far_tokens<float>({50, 70, 16, 5}, 1000);
+  const auto train = [&]<class T>(const test::Tokens<T>& x, Rows rows) {
+    const Strided<T> method(StridedSample{.num_landmarks = 12}, {}, GaussianKernel{.rows = rows});
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+    const Matrix<T> dout = test::Random(74).normal(50, 5).template cast<T>();
+    Matrix<T> out(50, 5);
+    test::Tokens<T> gradients = x;
+    typename Strided<T>::Saved saved;
+    Context context;
+    method.forward(in, out, context, saved);
+    method.backward(in, out, dout, saved, {gradients.q, gradients.k, gradients.v}, context);
+    return gradients;
+  };
+  test::Tokens<double> near{far.q.cast<double>(), far.k.cast<double>(), far.v.cast<double>()};
+  near.q.array() -= 1000;
+  near.k.array() -= 1000;
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const auto found = train(far, rows);
+    const auto expected = train(near, rows);
+    EXPECT_LE(test::relative_error(found.q, expected.q), 1e-4);
+    EXPECT_LE(test::relative_error(found.k, expected.k), 1e-4);
+    EXPECT_LE(test::relative_error(found.v, expected.v), 1e-4);
+  }
+}
+
 TYPED_TEST(SkyformerOf, ARotationChangesNothing) {
   using T = TypeParam;
   const auto x = test::make_tokens<double>(Family::init, {90, 130, 16, 12}, 62);

@@ -286,6 +286,21 @@ bool row_unchanged(const Matrix<T>& poisoned, const Matrix<T>& clean, Index i, T
   return (poisoned.row(i) - clean.row(i)).norm() <= kTolerance * (clean.row(i).norm() + 1);
 }
 
+/// What is not connected with the poison is as in clean.
+template <class T>
+void expect_the_rest_unchanged(const Step<T>& poisoned, const Step<T>& clean, const Connected<T>& connected, T poison) {
+  for (Index i = 0; i < clean.dq.rows(); ++i) {
+    if (connected.queries[static_cast<std::size_t>(i)]) continue;
+    EXPECT_TRUE(test::same_row(poisoned.out, clean.out, i)) << "query " << i << ", " << poison;
+    EXPECT_TRUE(row_unchanged(poisoned.dq, clean.dq, i, poison)) << "query " << i << ", " << poison;
+  }
+  for (Index j = 0; j < clean.dk.rows(); ++j) {
+    if (connected.keys[static_cast<std::size_t>(j)]) continue;
+    EXPECT_TRUE(row_unchanged(poisoned.dk, clean.dk, j, poison)) << "key " << j << ", " << poison;
+    EXPECT_TRUE(row_unchanged(poisoned.dv, clean.dv, j, poison)) << "key " << j << ", " << poison;
+  }
+}
+
 template <class T>
 void expect_reaches_only_what_is_connected(const AnyApproximator<T>& method, const Inputs<T>& in,
                                            const std::vector<bool>& queries, const std::vector<bool>& keys,
@@ -295,16 +310,7 @@ void expect_reaches_only_what_is_connected(const AnyApproximator<T>& method, con
   const Connected<T> connected(in, queries, keys);
   for (const T poison : {T(50), test::kNaN<T>}) {
     const Step<T> poisoned = train_poisoned(method, in, dout, poison, queries, keys, context);
-    for (Index i = 0; i < in.q.rows(); ++i) {
-      if (connected.queries[static_cast<std::size_t>(i)]) continue;
-      EXPECT_TRUE(test::same_row(poisoned.out, clean.out, i)) << "query " << i << ", " << poison;
-      EXPECT_TRUE(row_unchanged(poisoned.dq, clean.dq, i, poison)) << "query " << i << ", " << poison;
-    }
-    for (Index j = 0; j < in.k.rows(); ++j) {
-      if (connected.keys[static_cast<std::size_t>(j)]) continue;
-      EXPECT_TRUE(row_unchanged(poisoned.dk, clean.dk, j, poison)) << "key " << j << ", " << poison;
-      EXPECT_TRUE(row_unchanged(poisoned.dv, clean.dv, j, poison)) << "key " << j << ", " << poison;
-    }
+    expect_the_rest_unchanged(poisoned, clean, connected, poison);
   }
 }
 
@@ -335,6 +341,57 @@ TEST_P(Training, ATokenReachesOnlyWhatIsConnectedWithIt) {
           }
         }
       }
+    }
+  });
+}
+
+/// Poison in one entry of k or v, or of q or dout: of every token, and in every column of several packets and a tail. Near the
+/// diagonal one tile holds queries that see the token and others that do not.
+TEST_P(Training, AnEntryReachesOnlyWhatIsConnectedWithIt) {
+  in_both_precisions([&]<class T>(T) {
+    Context context;
+    const auto method = make<T>(8);
+    constexpr Index kColumns = 37;
+    for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 70}, {70, 40}}) {
+      const auto x = test::make_tokens<T>(Family::init, {n_q, n_k, kColumns, kColumns}, 309);
+      const Matrix<T> dout = random_dout<T>(n_q, kColumns);
+      for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {
+        const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}};
+        if (!method.supports(in)) continue;
+        SCOPED_TRACE(describe(in) + ", causal " + std::to_string(static_cast<int>(causal)));
+        const Step<T> clean = train(method, in, dout, context);
+        for (const bool of_key : {true, false}) {
+          for (Index row = 0; row < (of_key ? n_k : n_q); ++row) {
+            std::vector<bool> queries(static_cast<std::size_t>(n_q)), keys(static_cast<std::size_t>(n_k));
+            (of_key ? keys : queries)[static_cast<std::size_t>(row)] = true;
+            const Connected<T> connected(in, queries, keys);
+            for (const bool first : {true, false}) {
+              const T poison = (row % 2 == 0) == first ? test::kNaN<T> : test::kInf<T>;
+              Tokens<T> y = x;
+              Matrix<T> seed = dout;
+              (of_key ? (first ? y.k : y.v) : (first ? y.q : seed))(row, 11 * row % kColumns) = poison;
+              const Step<T> step = train(method, {.q = y.q, .k = y.k, .v = y.v, .mask = in.mask}, seed, context);
+              expect_the_rest_unchanged(step, clean, connected, poison);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+/// Whatever the tokens that it would see hold.
+TEST_P(Training, ADroppedQueryIsZeroAmidNaN) {
+  in_both_precisions([&]<class T>(T) {
+    MaskedInputs<T> inputs(140);
+    inputs.x.k.setConstant(test::kNaN<T>);
+    inputs.x.v.setConstant(test::kNaN<T>);
+    for (const Inputs<T>& in : inputs.all()) {
+      const auto method = make<T>(20);
+      if (!method.supports(in)) continue;
+      const Step<T> step = train(method, in, random_dout<T>(140, 18));
+      EXPECT_TRUE(dropped_are_zero(step.out, in.mask.keep_query)) << describe(in);
+      EXPECT_TRUE(dropped_are_zero(step.dq, in.mask.keep_query)) << describe(in);
     }
   });
 }

@@ -31,6 +31,7 @@ template <class T>
 struct Array {
   std::vector<Index> shape;
   std::vector<T> values;
+  bool of_floats;  ///< whether the file's own elements are floating-point numbers, rather than integers, bytes or booleans
 };
 
 /// "(2, 3)", and "(4,)" for one dimension, as NumPy writes them.
@@ -157,7 +158,7 @@ Array<T> read_as(const std::filesystem::path& path, std::istream& file, const He
                      " of " + header.type + ", found " + std::to_string(found));
   }
   file.seekg(static_cast<std::streamoff>(header.data_offset));
-  Array<T> array{header.shape, read_values<T, File>(file, header, *count)};
+  Array<T> array{header.shape, read_values<T, File>(file, header, *count), header.type.starts_with("<f")};
   if (!file) refuse(path, "cannot be read");
   return array;
 }

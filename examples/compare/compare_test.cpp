@@ -110,6 +110,61 @@ TEST(Sequences, TakeAMaskForAllOrForEachBatchItem) {
   EXPECT_TRUE(cross.inputs(1).mask.keep_query.empty());
 }
 
+/// The tokens of three that a mask keeps, or what load says of it.
+struct ReadMask {
+  ReadMask(const std::string& type, const std::string& bytes) {
+    const NpyFile x = float_file("(3, 2)", numbers(6, 0)), mask(npy_header(type, "False", "(3,)"), bytes);
+    Options options = options_for(x, x, x);
+    options.mask = mask.path().string();
+    try {
+      keep = load(options).keep;
+    } catch (const std::runtime_error& e) {
+      error = std::string(e.what()).substr(options.mask->size());
+    }
+  }
+
+  std::vector<std::uint8_t> keep;
+  std::string error;
+};
+
+TEST(Masks, OfBooleansAndIntegersDropZeros) {
+  const std::vector<std::uint8_t> kept{1, 0, 1};
+  EXPECT_EQ(ReadMask("|b1", bytes_of<std::uint8_t>({1, 0, 1})).keep, kept);
+  EXPECT_EQ(ReadMask("|u1", bytes_of<std::uint8_t>({1, 0, 255})).keep, kept);
+  EXPECT_EQ(ReadMask("<i4", bytes_of<std::int32_t>({1, 0, 2})).keep, kept);
+  EXPECT_EQ(ReadMask("<i8", bytes_of<std::int64_t>({1, 0, -1})).keep, kept);
+  EXPECT_EQ(ReadMask("|b1", bytes_of<std::uint8_t>({0, 0, 0})).keep, (std::vector<std::uint8_t>{0, 0, 0}));
+}
+
+TEST(Masks, OfFloatsAreUnderstoodByTheirValues) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const std::vector<std::uint8_t> kept{1, 0, 1};
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({1, 0, 1})).keep, kept);
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({1, 1, 1})).keep, (std::vector<std::uint8_t>{1, 1, 1}));
+  for (const double dropped : {-kInfinity, -1e4, -65504.0, -1e9, std::numeric_limits<double>::lowest()}) {
+    EXPECT_EQ(ReadMask("<f8", bytes_of<double>({0, dropped, 0})).keep, kept) << dropped;
+    EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, static_cast<float>(std::max(dropped, -3.4e38)), -0.0F})).keep, kept) << dropped;
+  }
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, -std::numeric_limits<float>::infinity(), 0})).keep, kept);
+  EXPECT_EQ(ReadMask("<f2", bytes_of<std::uint16_t>({0, 0xfc00, 0})).keep, kept);
+  EXPECT_EQ(ReadMask("<f8", bytes_of<double>({-kInfinity, -kInfinity, -kInfinity})).keep, (std::vector<std::uint8_t>{0, 0, 0}));
+}
+
+TEST(Masks, ThatCouldMeanEitherAreRefused) {
+  const std::string expected =
+      ": expected a mask of 1 to keep and 0 to drop, or of floating-point 0 to keep and -infinity, or at most -10000, to drop, found ";
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, 0, 0})).error, expected + "zeros alone, which could be either");
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, 0.5F, 1})).error, expected + "0.5");
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, -1, 0})).error, expected + "-1");
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, -9999, 0})).error, expected + "-9999");
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, 1, -kInfinity})).error, expected + "-inf");
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, 1, kInfinity})).error, expected + "inf");
+  EXPECT_EQ(ReadMask("<f8", bytes_of<double>({0, 1e-300, 1})).error, expected + "1e-300");
+  EXPECT_EQ(ReadMask("<i8", bytes_of<std::int64_t>({0, -10000, 0})).error, expected + "-10000");
+  EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, kNaN, 0})).error, ": expected numbers, found NaN");
+}
+
 TEST(Sequences, RefuseFilesThatDoNotFit) {
   const NpyFile a = float_file("(2, 4, 3)", numbers(24, 0)), wide = float_file("(2, 4, 4)", numbers(32, 0));
   const NpyFile three = float_file("(3, 4, 3)", numbers(36, 0)), shorter = float_file("(2, 3, 3)", numbers(18, 0));

@@ -15,12 +15,16 @@ inline attn::Matrix<float> mean_of_values(const attn::Inputs<float>& in) {
   const auto kept = [](std::span<const std::uint8_t> keep, attn::Index i) {
     return keep.empty() || keep[static_cast<std::size_t>(i)] != 0;
   };
+  const auto length = [&](std::span<const std::uint8_t> keep, attn::Index n) {
+    while (n > 0 && !kept(keep, n - 1)) --n;
+    return n;
+  };
   const attn::Index n_q = in.q.rows(), n_k = in.k.rows();
   attn::Matrix<float> out = attn::Matrix<float>::Zero(n_q, in.v.cols());
   Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(in.v.cols());
-  attn::Index next = 0, count = 0;
+  attn::Index next = 0, count = 0, offset = 0;
+  if (in.mask.causal == attn::Causal::lower_right) offset = length(in.mask.keep_key, n_k) - length(in.mask.keep_query, n_q);
   for (attn::Index i = 0; i < n_q; ++i) {
-    const attn::Index offset = in.mask.causal == attn::Causal::lower_right ? n_k - n_q : 0;
     const attn::Index seen = in.mask.causal == attn::Causal::none ? n_k : std::min(n_k, i + 1 + offset);
     for (; next < seen; ++next) {
       if (!kept(in.mask.keep_key, next)) continue;

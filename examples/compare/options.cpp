@@ -57,8 +57,10 @@ void add_inputs(CLI::App& app, Options& options) {
            ->capture_default_str());
   app.add_option("--seed", options.seed, "seed of those tokens and of sampled landmarks")->capture_default_str();
   CLI::Option* mask = app.add_option("--mask", options.mask,
-                                     "tokens to keep, a .npy file: (n) or (batch, n), 0 drops one; "
-                                     "for keys, and for queries where there are as many");
+                                     "tokens to keep, a .npy file: (n) or (batch, n). 0 or false drops one; of "
+                                     "floating-point numbers 1 keeps and 0 drops, or, where they are 0 and -inf (or at "
+                                     "most -10000) as added to scores, 0 keeps. For keys, and for queries where there "
+                                     "are as many");
   app.add_option("--keep-length", options.keep_length, "keep only the first tokens, this many, in the same way")
       ->check(CLI::Range(Index{1}, kMost))
       ->excludes(mask);

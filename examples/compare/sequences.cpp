@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -66,20 +67,41 @@ void check_finite(const File& file, std::span<const std::uint8_t> keep) {
   }
 }
 
+/// What a mask's values say: keep where they are not 0, or, of an additive mask, keep where they are 0.
+enum class MaskMeaning { keeps, adds };
+
+/// Of booleans and integers 0 drops. Floating-point numbers are 1 to keep and 0 to drop, or what frameworks add to scores: 0 to keep
+/// and -infinity, or something as good, to drop. Refused: anything else, and zeros alone, which could be either.
+MaskMeaning mask_meaning(const std::string& path, const npy::Array<double>& mask) {
+  constexpr double kAsGoodAsInfinity = -1e4;
+  const auto all = [&](const auto& fits) { return std::all_of(mask.values.begin(), mask.values.end(), fits); };
+  const auto any = [&](const auto& fits) { return std::any_of(mask.values.begin(), mask.values.end(), fits); };
+  const auto is_positive = [](double x) { return x > 0; };
+  const auto is_negative = [](double x) { return x < 0; };
+  if (any([](double x) { return std::isnan(x); })) refuse(path, "numbers", "NaN");
+  if (!mask.of_floats && (any(is_positive) || !any(is_negative))) return MaskMeaning::keeps;
+  if (mask.of_floats && any(is_positive) && all([](double x) { return x == 0 || x == 1; })) return MaskMeaning::keeps;
+  if (mask.of_floats && any(is_negative) && all([](double x) { return x == 0 || x <= kAsGoodAsInfinity; })) return MaskMeaning::adds;
+  const auto odd = std::find_if(mask.values.begin(), mask.values.end(), [](double x) { return x != 0 && x != 1; });
+  std::ostringstream found;
+  if (odd == mask.values.end()) found << "zeros alone, which could be either";
+  else found << *odd;
+  refuse(path, "a mask of 1 to keep and 0 to drop, or of floating-point 0 to keep and -infinity, or at most -10000, to drop",
+         found.str());
+}
+
 /// (batch, n_k) from a file of (n_k) or (batch, n_k).
 std::vector<std::uint8_t> read_mask(const std::string& path, Index batch, Index n_k) {
-  const npy::Array<float> array = npy::read<float>(path);
+  const npy::Array<double> array = npy::read<double>(path);
   const bool shared = array.shape == std::vector<Index>{n_k};
   if (!shared && array.shape != std::vector<Index>{batch, n_k}) {
     refuse(path, npy::shape_text({n_k}) + " or " + npy::shape_text({batch, n_k}) + ", an entry for each key",
            npy::shape_text(array.shape));
   }
+  const bool zero_keeps = mask_meaning(path, array) == MaskMeaning::adds;
   std::vector<std::uint8_t> keep;
   for (Index item = 0; item < (shared ? batch : 1); ++item) {
-    for (const float x : array.values) {
-      if (std::isnan(x)) refuse(path, "numbers", "NaN");
-      keep.push_back(x != 0 ? 1 : 0);
-    }
+    for (const double x : array.values) keep.push_back((x == 0) == zero_keeps ? 1 : 0);
   }
   return keep;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/approximator.hpp>
+#include <attn/detail/wide_method.hpp>
 #include <attn/exact.hpp>
 #include <attn/lifted_softmax.hpp>
 #include <attn/nystrom.hpp>
@@ -21,9 +22,43 @@
 
 namespace attn {
 
+template <class T>
+class AnyApproximator;
+
+namespace detail {
+
+/// What any method saves, by any type.
+struct AnySaved {
+  std::any of_method{};  ///< empty before the first forward pass
+};
+
+/// What AnyApproximator<T> knows of a method besides: of narrow matrices, the same of float.
+template <class T>
+class WideTwin {
+ protected:
+  template <class A>
+  explicit WideTwin(const A&) {}
+};
+
+template <NarrowScalar T>
+class WideTwin<T> {
+ public:
+  /// The method inside, of float; saves the same.
+  const AnyApproximator<Arithmetic<T>>& wide() const { return wide_; }
+
+ protected:
+  template <class A>
+  explicit WideTwin(const A& method) : wide_(wide_method(method)) {}
+
+ private:
+  AnyApproximator<Arithmetic<T>> wide_;
+};
+
+}  // namespace detail
+
 /// Any Approximator as one type, and an Approximator itself. Copies share the method, which is immutable; one virtual call a forward.
 template <class T>
-class AnyApproximator {
+class AnyApproximator : public detail::WideTwin<T> {
  public:
   /// @{ As Approximator says.
   using Scalar = T;
@@ -32,7 +67,8 @@ class AnyApproximator {
   /// Holds a copy of the method.
   template <class A>
     requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> && std::same_as<typename A::Scalar, T>
-  explicit AnyApproximator(A method) : method_(std::make_shared<const Holder<A>>(std::move(method))) {}
+  explicit AnyApproximator(A method)
+      : detail::WideTwin<T>(method), method_(std::make_shared<const Holder<A>>(std::move(method))) {}
 
   /// The name of the method inside.
   std::string_view name() const { return method_->name(); }
@@ -40,9 +76,7 @@ class AnyApproximator {
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { method_->forward(in, out, context); }
 
   /// What the method inside saves.
-  struct Saved {
-    std::any of_method{};  ///< empty before the first forward pass
-  };
+  using Saved = detail::AnySaved;
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const { method_->forward(in, out, context, saved); }
 

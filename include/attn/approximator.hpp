@@ -22,6 +22,7 @@ namespace attn {
 ///   a.backward(inputs, out, dout, saved, gradients, context)
 ///                                       for the same inputs, the out and the saved of that forward, and dout (n_q, d_v), the gradient
 ///                                       of a loss by out: gradients of the loss by q, k and v
+/// Optional for a narrow type: a.wide(), the same method of float, with the same Saved. What adds up its results then rounds sums once.
 template <class A>
 concept Approximator = std::copyable<A> && std::default_initializable<typename A::Saved> &&
                        requires(const A& a, const Inputs<typename A::Scalar>& inputs, MatrixRef<typename A::Scalar> out,

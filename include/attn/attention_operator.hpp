@@ -4,14 +4,19 @@
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/token_rows.hpp>
+#include <attn/detail/wide_copies.hpp>
+#include <attn/detail/wide_method.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
+#include <attn/narrow.hpp>
 
 #include <algorithm>
 #include <concepts>
 #include <limits>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -21,6 +26,8 @@ namespace attn {
 ///   typename A::Scalar          the type of the blocks' elements
 ///   a.rows(), a.cols()          the shape of A
 ///   a.apply(x, y, context)      y (rows, b) <- A x for x (cols, b)
+/// Optional for a narrow type: a.apply_wide(x, y, context), the same for blocks of float, and a.apply_transpose_wide. Differences and
+/// the measures of <attn/metrics.hpp> then round nothing on their way.
 template <class A>
 concept ForwardOperator = requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y,
                                    Context& context) {
@@ -37,6 +44,50 @@ concept LinearOperator = ForwardOperator<A> &&
 };
 
 namespace detail {
+
+template <class A>
+using WideBlock = Arithmetic<typename A::Scalar>;
+
+/// An operator of narrow blocks that takes wide ones too, without rounding them; every operator of other blocks.
+template <class A>
+concept TakesWideBlocks = !NarrowScalar<typename A::Scalar> ||
+    requires(const A& a, ConstMatrixRef<WideBlock<A>> x, MatrixRef<WideBlock<A>> y, Context& context) {
+  a.apply_wide(x, y, context);
+};
+
+/// y <- product(x) for a product of blocks of T, to which x is rounded.
+template <NarrowScalar T, class Product>
+void round_blocks(const ConstMatrixRef<float>& x, MatrixRef<float> y, Context& context, const Product& product) {
+  Scratch scratch = context.scratch();
+  const MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
+  convert<T, float>(x, from, context);
+  product(ConstMatrixRef<T>(from), to);
+  convert<float, T>(to, y, context);
+}
+
+/// y <- A x in the type of the arithmetic.
+template <ForwardOperator A>
+void apply_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y, Context& context) {
+  if constexpr (!NarrowScalar<typename A::Scalar>) {
+    a.apply(x, y, context);
+  } else if constexpr (TakesWideBlocks<A>) {
+    a.apply_wide(x, y, context);
+  } else {
+    round_blocks<typename A::Scalar>(x, y, context, [&](const auto& from, const auto& to) { a.apply(from, to, context); });
+  }
+}
+
+/// y <- A^T x in the type of the arithmetic.
+template <LinearOperator A>
+void apply_transpose_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y, Context& context) {
+  if constexpr (!NarrowScalar<typename A::Scalar>) {
+    a.apply_transpose(x, y, context);
+  } else if constexpr (requires { a.apply_transpose_wide(x, y, context); }) {
+    a.apply_transpose_wide(x, y, context);
+  } else {
+    round_blocks<typename A::Scalar>(x, y, context, [&](const auto& from, const auto& to) { a.apply_transpose(from, to, context); });
+  }
+}
 
 /// A kernel with given parameters and raw rows.
 struct RawRows {
@@ -55,9 +106,11 @@ struct RawRows {
 ///   (A^T x)_j = sum_i kappa(k_j, q_i) exp(-lse_i) x_i     the same, q and k in each other's place, a bias of -lse_i
 /// q (n_q, d), k (n_k, d), both views that must outlive it, as must the mask. Throws std::invalid_argument when shapes
 /// disagree or are empty, the kernel's parameter is out of range, or the mask is causal. Each product costs 2 n_q n_k
-/// (d + b) flops and O(tile) memory; the operator itself keeps n_q numbers.
+/// (d + b) flops and O(tile) memory; the operator itself keeps n_q numbers, for narrow types in float.
 template <class T, ScoreKernel Kernel>
 class ExactOperator {
+  using Wide = detail::Arithmetic<T>;
+
  public:
   /// @{ As LinearOperator says.
   using Scalar = T;
@@ -76,32 +129,60 @@ class ExactOperator {
   Index rows() const { return q_.rows(); }
   Index cols() const { return k_.rows(); }
 
-  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const {
-    kernel_matmul(kernel_, Inputs<T>{q_, k_, x, mask_}, y, context);
-  }
+  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { multiply(x, y, context); }
 
-  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const {
-    const detail::RawRows raw{score_parameters(kernel_, q_.cols())};
-    const Mask swapped{.keep_key = mask_.keep_query, .keep_query = mask_.keep_key};
-    kernel_matmul(raw, Inputs<T>{k_, q_, x, swapped, log_row_weights_}, y, context);
+  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { multiply_transposed(x, y, context); }
+
+  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const { multiply(x, y, context); }
+
+  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
+    multiply_transposed(x, y, context);
   }
   /// @}
 
  private:
+  /// Blocks of T or of float.
+  template <class Block>
+  void multiply(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
+    check_blocks(x, cols(), y, rows());
+    const detail::Sources<Wide> in{detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(x), mask_};
+    detail::multiply<Kernel, Wide>(kernel_, in, detail::ResultRows<Wide>(y), nullptr, context);
+  }
+
+  template <class Block>
+  void multiply_transposed(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
+    check_blocks(x, rows(), y, cols());
+    const detail::RawRows raw{score_parameters(kernel_, q_.cols())};
+    const Mask swapped{.keep_key = mask_.keep_query, .keep_query = mask_.keep_key};
+    const detail::Sources<Wide> in{detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(x), swapped,
+                                   log_row_weights_};
+    detail::multiply<detail::RawRows, Wide>(raw, in, detail::ResultRows<Wide>(y), nullptr, context);
+  }
+
+  /// x (n_x, b) and y (n_y, b), apart.
+  template <class Block>
+  static void check_blocks(const ConstMatrixRef<Block>& x, Index n_x, const MatrixRef<Block>& y, Index n_y) {
+    detail::check_not_empty(kName, "x", x);
+    detail::check_shape(kName, "x", x, n_x, x.cols());
+    detail::check_shape(kName, "y", y, n_y, x.cols());
+    const detail::Memory result = detail::Memory::of("y", y), argument = detail::Memory::of("x", x);
+    detail::check_apart(kName, {&result, 1}, {&argument, 1});
+  }
+
   /// log_row_weights_ <- -lse; a row that sees no key has no weight.
   void find_row_weights(Context& context) {
     Scratch scratch = context.scratch();
     log_row_weights_.resize(static_cast<std::size_t>(q_.rows()));
     const Inputs<T> in{q_, k_, k_.leftCols(1), mask_};
     kernel_matmul(kernel_, in, scratch.matrix<T>(q_.rows(), 1), log_row_weights_, context);
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    for (T& x : log_row_weights_) x = x == -kInfinity ? -kInfinity : -x;
+    constexpr Wide kInfinity = std::numeric_limits<Wide>::infinity();
+    for (Wide& x : log_row_weights_) x = x == -kInfinity ? -kInfinity : -x;
   }
 
   Kernel kernel_;
   ConstMatrixRef<T> q_, k_;
   Mask mask_;
-  std::vector<T> log_row_weights_;  // empty: the rows are raw
+  std::vector<Wide> log_row_weights_;  // empty: the rows are raw
 };
 
 /// The matrix of any method that is linear in v: A x is the method with v = x (cols, b). Not ShiftedNystrom in its row
@@ -112,6 +193,7 @@ class ApproximatorOperator {
  public:
   /// @{ As LinearOperator says.
   using Scalar = typename Method::Scalar;
+  using Wide = detail::Arithmetic<Scalar>;  ///< what narrow blocks are computed in
 
   /// Of q (n_q, d) and k (n_k, d).
   ApproximatorOperator(Method method, ConstMatrixRef<Scalar> q, ConstMatrixRef<Scalar> k, Mask mask = {})
@@ -133,9 +215,26 @@ class ApproximatorOperator {
     method_.forward(in, out, context, saved);
     method_.backward(in, out, x, saved, {dq, dk, y}, context);
   }
+
+  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
+    widen(context, [&](const auto& wide) { wide.apply(x, y, context); });
+  }
+
+  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
+    widen(context, [&](const auto& wide) { wide.apply_transpose(x, y, context); });
+  }
   /// @}
 
  private:
+  /// product(operator) for the operator of the method in the type of its arithmetic, on copies of narrow q and k.
+  template <class Product>
+  void widen(Context& context, const Product& product) const {
+    using WideMethod = std::remove_cvref_t<decltype(detail::wide_method(method_))>;
+    Scratch scratch = context.scratch();
+    const ConstMatrixRef<Wide> q = detail::widened(q_, scratch, context), k = detail::widened(k_, scratch, context);
+    product(ApproximatorOperator<WideMethod>(detail::wide_method(method_), q, k, mask_));
+  }
+
   Method method_;
   ConstMatrixRef<Scalar> q_, k_;
   Mask mask_;
@@ -149,6 +248,7 @@ class Difference {
  public:
   /// @{ As ForwardOperator and LinearOperator say.
   using Scalar = typename A::Scalar;
+  using Wide = detail::Arithmetic<Scalar>;  ///< what narrow blocks are computed in
 
   /// Of operators of one shape.
   Difference(A a, B b) : a_(std::move(a)), b_(std::move(b)) {
@@ -159,23 +259,43 @@ class Difference {
   Index rows() const { return a_.rows(); }
   Index cols() const { return a_.cols(); }
 
-  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
-    subtract(y, context, [&](const auto& op, MatrixRef<Scalar> to) { op.apply(x, to, context); });
-  }
+  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const { round(x, y, context, kForward); }
 
   void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y,
                        Context& context) const requires LinearOperator<A> && LinearOperator<B> {
-    subtract(y, context, [&](const auto& op, MatrixRef<Scalar> to) { op.apply_transpose(x, to, context); });
+    round(x, y, context, kTransposed);
+  }
+
+  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const { subtract(x, y, context, kForward); }
+
+  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y,
+                            Context& context) const requires LinearOperator<A> && LinearOperator<B> {
+    subtract(x, y, context, kTransposed);
   }
   /// @}
 
  private:
+  static constexpr auto kForward = [](const auto& op, const auto& x, const auto& y, Context& context) {
+    detail::apply_wide(op, x, y, context);
+  };
+  static constexpr auto kTransposed = [](const auto& op, const auto& x, const auto& y, Context& context) {
+    detail::apply_transpose_wide(op, x, y, context);
+  };
+
   template <class Product>
-  void subtract(MatrixRef<Scalar> y, Context& context, const Product& product) const {
+  void round(const ConstMatrixRef<Scalar>& x, const MatrixRef<Scalar>& y, Context& context, const Product& product) const {
     Scratch scratch = context.scratch();
-    MatrixRef<Scalar> other = scratch.matrix<Scalar>(y.rows(), y.cols());
-    product(a_, y);
-    product(b_, other);
+    const MatrixRef<Wide> to = detail::wide_result(y, scratch);
+    subtract(detail::widened(x, scratch, context), to, context, product);
+    detail::set_rounded(y, to, context);
+  }
+
+  template <class Product>
+  void subtract(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context, const Product& product) const {
+    Scratch scratch = context.scratch();
+    MatrixRef<Wide> other = scratch.matrix<Wide>(y.rows(), y.cols());
+    product(a_, x, y, context);
+    product(b_, x, other, context);
     y -= other;
   }
 

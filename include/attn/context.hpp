@@ -177,14 +177,14 @@ class Scratch {
 
   /// n elements, 64-byte aligned, uninitialised.
   template <class T>
-    requires std::is_trivially_default_constructible_v<T> && std::is_trivially_destructible_v<T>
+    requires std::is_trivially_copyable_v<T>
   std::span<T> array(Index n) {
     return {elements<T>(n), static_cast<std::size_t>(n)};
   }
 
   /// The first of them.
   template <class T>
-    requires std::is_trivially_default_constructible_v<T> && std::is_trivially_destructible_v<T>
+    requires std::is_trivially_copyable_v<T>
   T* elements(Index n) {
     return reinterpret_cast<T*>(arena_.take(n, sizeof(T)));
   }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
+#include <limits>
 #include <string_view>
 
 namespace attn {
@@ -62,21 +63,33 @@ template <class T>
 T largest_row_sum(const ConstMatrixRef<T>& a) {
   T largest = 0;
   for (Index i = 0; i < a.rows(); ++i) {
-    T sum = 0;
-    for (Index j = 0; j < a.cols(); ++j) sum += std::abs(a.data()[i * a.outerStride() + j]);
-    largest = std::max(largest, sum);
+    auto total = broadcast(T(0));
+    for (Index j = 0; j < a.cols(); j += kLanes<T>) {
+      const auto x = load_row(a.data() + i * a.outerStride(), j, a.cols());
+      total = total + max(x, broadcast(T(0)) - x);
+    }
+    largest = std::max(largest, sum(total));
   }
   return largest;
 }
 
-/// z <- (z (13 I - az (15 I - az (7 I - az)))) / 4 with az = a z, iterations times. a, z (m, m). 8 m^3 flops each.
-/// Razavi et al. 2014; Xiong et al. 2021, eq. 11.
+/// The largest magnitude of an element of z with which iterate_pinv takes a step: 1 / (64 epsilon |a|_inf). Beyond it a z is little but
+/// rounding: what still grows are directions in which a is 0 but for rounding, and some steps later nothing is finite.
+template <class T>
+T largest_iterate(const ConstMatrixRef<T>& a) {
+  return 1 / (64 * std::numeric_limits<T>::epsilon() * largest_row_sum<T>(a));
+}
+
+/// z <- (z (13 I - az (15 I - az (7 I - az)))) / 4 with az = a z, iterations times, but no more where z has grown beyond largest_iterate,
+/// which takes more than ten steps for rows of softmax. a, z (m, m). 8 m^3 flops each. Razavi et al. 2014; Xiong et al. 2021, eq. 11.
 template <class T>
 void iterate_pinv(const ConstMatrixRef<T>& a, MatrixRef<T> z, int iterations, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = a.rows();
+  const T limit = largest_iterate<T>(a);
   auto az = scratch.matrix<T>(m, m), even = scratch.matrix<T>(m, m), odd = scratch.matrix<T>(m, m);
   for (int i = 0; i < iterations; ++i) {
+    if (largest_magnitude<T>(z) > limit) return;
     gemm<T>(1, a, z, 0, az, context);
     set_scaled(even, -1, az);
     add_to_diagonal(even, 7);
@@ -100,14 +113,14 @@ void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& 
   MatrixRef<T> x = scratch.matrix<T>(m, m), e1 = scratch.matrix<T>(m, m), e2 = scratch.matrix<T>(m, m), e3 = scratch.matrix<T>(m, m);
   MatrixRef<T> de = scratch.matrix<T>(m, m), dx = scratch.matrix<T>(m, m), next = scratch.matrix<T>(m, m);
   const auto iterate = [&](int i) { return MatrixRef<T>(iterates.data() + i * m * m, m, m, m); };
-  for (int i = 0; i < iterations; ++i) {
-    if (i == 0) iterate(0) = z;
-    if (i > 0) {
-      iterate(i) = iterate(i - 1);
-      iterate_pinv<T>(a, iterate(i), 1, context);
-    }
+  const T limit = largest_iterate<T>(a);
+  int steps = 0;
+  for (; steps < iterations; ++steps) {
+    set_scaled<T>(iterate(steps), 1, steps == 0 ? z : ConstMatrixRef<T>(iterate(steps - 1)));
+    if (steps > 0) iterate_pinv<T>(a, iterate(steps), 1, context);
+    if (largest_magnitude<T>(iterate(steps)) > limit) break;
   }
-  for (int i = iterations - 1; i >= 0; --i) {
+  for (int i = steps - 1; i >= 0; --i) {
     const MatrixRef<T> before = iterate(i);
     gemm<T>(1, a, before, 0, x, context);
     set_scaled(e1, -1, x);
@@ -150,7 +163,8 @@ T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
 
 /// What stands for the inverse of A, rows of softmax between landmarks, in Nystromformer: iterations steps from A^T / (|A|_1 |A|_inf).
 /// On an eigenvalue x of A Z one step takes 1 - x to (3 (1 - x)^3 + (1 - x)^4) / 4, so small ones grow 3.25 times a step: six steps
-/// are a spectral filter, and far better than the pseudo-inverse that more of them would reach. 8 m^3 flops a step.
+/// are a spectral filter, and far better than the pseudo-inverse that more of them would reach. 8 m^3 flops a step. Where z has grown so
+/// far that further steps would only raise its rounding, none are taken: whatever their number, z is finite.
 /// Razavi et al. 2014; Xiong et al. 2021, eqs. 11-12.
 struct IterativePinv {
   int iterations = 6;  ///< steps, at least 1

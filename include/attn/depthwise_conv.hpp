@@ -5,6 +5,7 @@
 #include <attn/detail/checks.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/token_rows.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
@@ -31,41 +32,136 @@ void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::size_t ta
   if (taps % 2 == 0) refuse(who, "filter has %zu taps, should be odd", taps);
 }
 
-/// body(i) for each of n rows, some at a time on each worker.
-template <class Body>
-void for_each_row(Index n, Context& context, const Body& body) {
-  constexpr Index kRows = 256;
-  const Index blocks = (n + kRows - 1) / kRows;
-  context.for_each(blocks, [&](Index block, int) {
-    const Range rows = nth_part(n, blocks, block);
-    for (Index i = rows.first; i < rows.last; ++i) body(i);
+/// The rows that a filter of so many taps reaches from the given ones of n.
+inline Range reached_rows(Index n, Index taps, Range rows) {
+  return {std::max<Index>(0, rows.first - taps / 2), std::min(n, rows.last + taps / 2)};
+}
+
+/// The n rows of a convolution in blocks, which are tasks of their own.
+struct ConvBlocks {
+  static constexpr Index kRows = 256;
+
+  Index n, taps;
+
+  Index count() const { return (n + kRows - 1) / kRows; }
+  Range rows(Index block) const { return nth_part(n, count(), block); }
+  Range reached(Index block) const { return reached_rows(n, taps, rows(block)); }
+
+  /// The most rows that a block reaches.
+  Index most_reached() const { return std::min(n, kRows + taps - 1); }
+};
+
+/// Some rows of a matrix as arithmetic reads them: in place, or copies.
+template <class T>
+class RowWindow {
+  using Wide = Arithmetic<T>;
+
+ public:
+  /// Of most rows at the most.
+  RowWindow(const ConstMatrixRef<T>& m, Index most, Scratch& scratch)
+      : rows_(m), copies_(rows_.in_place() ? nullptr : scratch.elements<Wide>(most * m.cols())) {}
+
+  /// Turns to the given rows.
+  void open(Range rows) {
+    first_ = rows.first;
+    if (rows_.in_place()) return;
+    for (Index i = rows.first; i < rows.last; ++i) rows_.copy_row(i, copies_ + (i - first_) * rows_.cols());
+  }
+
+  const Wide* row(Index i) const { return rows_.in_place() ? rows_.row_or_null(i) : copies_ + (i - first_) * rows_.cols(); }
+
+ private:
+  TokenRows<Wide> rows_;
+  Wide* copies_;
+  Index first_ = 0;
+};
+
+/// to_i <- to_i + sum_t filter_t from_(i + direction (t - (taps - 1) / 2)) over the rows that are kept; each row is rounded once.
+template <class T>
+void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, Index direction, const MatrixRef<T>& to,
+                     std::span<const std::uint8_t> keep_from, std::span<const std::uint8_t> keep_to, Context& context) {
+  using Wide = Arithmetic<T>;
+  Scratch scratch = context.scratch();
+  const ConvBlocks blocks{from.rows(), static_cast<Index>(filter.size())};
+  const Index most = blocks.most_reached();
+  RowWindow<T>* const windows = scratch.make<RowWindow<T>>(context.workers(), from, most, scratch);
+  Wide* const sums = scratch.elements<Wide>(context.workers() * to.cols());
+  const TokenRows<Wide> before{ConstMatrixRef<T>(to)};
+  const ResultRows<Wide> after{to};
+  context.for_each(blocks.count(), [&](Index block, int worker) {
+    const Range rows = blocks.rows(block);
+    Wide* const buffer = sums + worker * to.cols();
+    windows[worker].open(blocks.reached(block));
+    for (Index i = rows.first; i < rows.last; ++i) {
+      if (!keeps_row(keep_to, i)) continue;
+      before.row(i, buffer);
+      Wide* const sum = after.row(i, buffer);
+      const Range near = reached_rows(blocks.n, blocks.taps, {i, i + 1});
+      for (Index j = near.first; j < near.last; ++j) {
+        if (!keeps_row(keep_from, j)) continue;
+        const T tap = filter[static_cast<std::size_t>(direction * (j - i) + blocks.taps / 2)];
+        add_row(static_cast<Wide>(tap), windows[worker].row(j), sum, to.cols());
+      }
+      after.finish_row(i, sum);
+    }
   });
 }
 
-/// The rows that a filter of so many taps reaches from row i of n.
-inline Range reached_rows(Index n, Index taps, Index i) {
-  return {std::max<Index>(0, i - taps / 2), std::min(n, i + taps / 2 + 1)};
+/// What is written overlaps nothing; dout is empty in the forward pass.
+template <class T>
+void check_conv_apart(std::string_view who, std::span<const Memory> results, const ConstMatrixRef<T>& v, std::span<const T> filter,
+                      const ConstMatrixRef<T>& dout, const Mask& mask) {
+  const Memory inputs[] = {Memory::of("v", v), Memory::of("filter", filter), Memory::of("dout", dout),
+                           Memory::of("keep_key", mask.keep_key), Memory::of("keep_query", mask.keep_query)};
+  check_apart(who, results, inputs);
+}
+
+/// dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2) over the rows that are kept: sums of a block, then of blocks.
+template <class T>
+void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& dout, std::span<T> dfilter, const Mask& mask,
+                         Context& context) {
+  using Wide = Arithmetic<T>;
+  Scratch scratch = context.scratch();
+  const ConvBlocks blocks{v.rows(), static_cast<Index>(dfilter.size())};
+  const Index most = blocks.most_reached(), most_own = ConvBlocks::kRows;
+  RowWindow<T>* const values = scratch.make<RowWindow<T>>(context.workers(), v, most, scratch);
+  RowWindow<T>* const douts = scratch.make<RowWindow<T>>(context.workers(), dout, most_own, scratch);
+  const MatrixRef<Wide> parts = scratch.matrix<Wide>(blocks.count(), blocks.taps);
+  context.for_each(blocks.count(), [&](Index block, int worker) {
+    const Range rows = blocks.rows(block);
+    values[worker].open(blocks.reached(block));
+    douts[worker].open(rows);
+    Wide* const sums = parts.data() + block * blocks.taps;
+    std::fill_n(sums, blocks.taps, Wide(0));
+    for (Index i = rows.first; i < rows.last; ++i) {
+      if (!keeps_row(mask.keep_query, i)) continue;
+      const Range near = reached_rows(blocks.n, blocks.taps, {i, i + 1});
+      for (Index j = near.first; j < near.last; ++j) {
+        if (!keeps_row(mask.keep_key, j)) continue;
+        sums[j - i + blocks.taps / 2] += dot_product(douts[worker].row(i), values[worker].row(j), v.cols());
+      }
+    }
+  });
+  for (Index tap = 0; tap < blocks.taps; ++tap) {
+    Wide sum = 0;
+    for (Index block = 0; block < blocks.count(); ++block) sum += parts.data()[block * blocks.taps + tap];
+    dfilter[static_cast<std::size_t>(tap)] = static_cast<T>(sum);
+  }
 }
 
 }  // namespace detail
 
 /// out_i <- out_i + sum_t filter_t v_(i + t - (taps - 1) / 2): one odd filter for all columns of a head, zeros beyond the sequence, no
 /// bias; to be added to an attention's result. v, out (n, d_v). Rows that mask.keep_key drops count as zeros, those that
-/// mask.keep_query drops get nothing. Throws std::invalid_argument when shapes disagree or are empty, or the taps are not odd.
-/// 2 n d_v taps flops. Xiong et al. 2021, section 3.3, with 33 or 35 taps.
+/// mask.keep_query drops get nothing. Throws std::invalid_argument when shapes disagree or are empty, the taps are not odd, or out
+/// overlaps an argument or itself. Narrow types are added up in float. 2 n d_v taps flops. Xiong et al. 2021, section 3.3, with 33 or 35 taps.
 template <class T>
 void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter, std::type_identity_t<MatrixRef<T>> out,
                     Context& context, const Mask& mask = {}) {
   detail::check_conv<T>("depthwise_conv", v, filter.size(), "out", out, mask);
-  detail::check_apart<T>("depthwise_conv", "out", out, "v", v);
-  const auto taps = static_cast<Index>(filter.size());
-  detail::for_each_row(v.rows(), context, [&](Index i) {
-    if (!detail::keeps_row(mask.keep_query, i)) return;
-    const detail::Range near = detail::reached_rows(v.rows(), taps, i);
-    for (Index j = near.first; j < near.last; ++j) {
-      if (detail::keeps_row(mask.keep_key, j)) out.row(i) += filter[static_cast<std::size_t>(j - i + taps / 2)] * v.row(j);
-    }
-  });
+  const detail::Memory result = detail::Memory::of("out", out);
+  detail::check_conv_apart<T>("depthwise_conv", {&result, 1}, v, filter, {nullptr, 0, 0, 0}, mask);
+  detail::add_convolution<T>(v, filter, 1, out, mask.keep_key, mask.keep_query, context);
 }
 
 /// The same for a matrix or any view of one: its type is that of all.
@@ -77,8 +173,8 @@ void depthwise_conv(const V& v, std::span<const typename V::Scalar> filter, Matr
 }
 
 /// Its gradients, for dout (n, d_v), that of a loss by out. dv_j <- dv_j + sum_i filter_(j - i + (taps - 1) / 2) dout_i, added to that
-/// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. dv must not overlap v
-/// or dout. Throws std::invalid_argument as above. 4 n d_v taps flops.
+/// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. Throws
+/// std::invalid_argument as above. 4 n d_v taps flops.
 template <class T>
 void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter,
                              std::type_identity_t<ConstMatrixRef<T>> dout, std::type_identity_t<MatrixRef<T>> dv,
@@ -86,26 +182,11 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
   constexpr std::string_view kName = "depthwise_conv_backward";
   detail::check_conv<T>(kName, v, filter.size(), "dout", dout, mask);
   detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
-  detail::check_apart<T>(kName, "dv", dv, "v", v);
-  detail::check_apart<T>(kName, "dv", dv, "dout", dout);
   if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has %zu entries, filter has %zu", dfilter.size(), filter.size());
-  const auto taps = static_cast<Index>(filter.size());
-  detail::for_each_row(v.rows(), context, [&](Index j) {
-    if (!detail::keeps_row(mask.keep_key, j)) return;
-    const detail::Range near = detail::reached_rows(v.rows(), taps, j);
-    for (Index i = near.first; i < near.last; ++i) {
-      if (detail::keeps_row(mask.keep_query, i)) dv.row(j) += filter[static_cast<std::size_t>(j - i + taps / 2)] * dout.row(i);
-    }
-  });
-  context.for_each(taps, [&](Index tap, int) {
-    T sum = 0;
-    for (Index i = std::max<Index>(0, taps / 2 - tap); i < std::min(v.rows(), v.rows() + taps / 2 - tap); ++i) {
-      const Index j = i + tap - taps / 2;
-      if (!detail::keeps_row(mask.keep_query, i) || !detail::keeps_row(mask.keep_key, j)) continue;
-      sum += detail::dot_product(dout.data() + i * dout.outerStride(), v.data() + j * v.outerStride(), v.cols());
-    }
-    dfilter[static_cast<std::size_t>(tap)] = sum;
-  });
+  const detail::Memory results[] = {detail::Memory::of("dv", dv), detail::Memory::of("dfilter", dfilter)};
+  detail::check_conv_apart<T>(kName, results, v, filter, dout, mask);
+  detail::add_convolution<T>(dout, filter, -1, dv, mask.keep_query, mask.keep_key, context);
+  detail::set_filter_gradient<T>(v, dout, dfilter, mask, context);
 }
 
 /// The same for a matrix or any view of one: its type is that of all.

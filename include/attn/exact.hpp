@@ -32,16 +32,19 @@ class ExactAttention {
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
 
   /// Every mask is supported.
-  bool supports(const Inputs<T>&) const { return true; }
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>&) const {
+    return true;
+  }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
     run(detail::sources(in), out, context, nullptr);
   }
 
-  /// The log-sums of the rows (n_q); raw rows need none.
+  /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits; raw rows need none.
   struct Saved {
-    std::vector<T> lse{};  ///< of each row, or empty
+    std::vector<detail::RowLog<T>> lse{};  ///< of each row, or empty
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
@@ -56,7 +59,7 @@ class ExactAttention {
     detail::check_backward(kName, in, out, dout, gradients);
     const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
     detail::check_saved(kName, "rows of q", static_cast<Index>(saved.lse.size()), normalized ? in.q.rows() : 0);
-    kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
+    detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
   }
 
  private:
@@ -66,13 +69,13 @@ class ExactAttention {
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     detail::check_kernel(kName, kernel_);
-    T* lse = nullptr;
+    detail::RowLog<T>* lse = nullptr;
     if (saved != nullptr) {
       const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
       saved->lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
-      lse = detail::data_or_null<T>(saved->lse);
+      lse = saved->lse.data();
     }
-    detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
   }
 
   Kernel kernel_;

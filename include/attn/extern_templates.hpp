@@ -29,7 +29,8 @@
 namespace attn {
 
 #define ATTN_PRODUCTS(T)                                                                                             \
-  ATTN_TEMPLATE void detail::run(const detail::Product<T>&, const detail::ResultRows<T>&, T*, Context&, Scratch&);   \
+  ATTN_TEMPLATE void detail::run(const detail::Product<T>&, const detail::ResultRows<T>&, const detail::LogSums<T>&, \
+                                 Context&, Scratch&);                                                                \
   ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);        \
   ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&,   \
                                           std::span<T>, Context&, Scratch&);                                         \
@@ -42,7 +43,12 @@ namespace attn {
   ATTN_TEMPLATE void kernel_matmul_backward(const Kernel&, const Inputs<T>&, ConstMatrixRef<T>, std::span<const T>, \
                                             ConstMatrixRef<T>, const Gradients<T>&, Context&, std::span<T>);        \
   ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&,       \
+                                      const detail::LogSums<T>&, Context&);                                         \
+  ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&,       \
                                       T*, Context&);                                                                \
+  ATTN_TEMPLATE void detail::multiply_backward(const Kernel&, const Inputs<T>&, const ConstMatrixRef<T>&,           \
+                                               std::span<const detail::RowLog<T>>, const ConstMatrixRef<T>&,        \
+                                               const Gradients<T>&, Context&, std::span<T>);                        \
   ATTN_TEMPLATE void detail::multiply_partial(const Kernel&, const detail::Sources<T>&, const RowStates<T>&,        \
                                               Context&);                                                            \
   ATTN_TEMPLATE void detail::kernel_matrix(const Kernel&, const ConstMatrixRef<T>&, const ConstMatrixRef<T>&,       \

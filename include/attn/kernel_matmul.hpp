@@ -2,10 +2,14 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/bias_origins.hpp>
+#include <attn/detail/causal.hpp>
+#include <attn/detail/center.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/few_keys.hpp>
 #include <attn/detail/float_bits.hpp>
 #include <attn/detail/row_states.hpp>
+#include <attn/detail/state_checks.hpp>
 #include <attn/detail/streamed.hpp>
 #include <attn/detail/streamed_backward.hpp>
 #include <attn/detail/token_rows.hpp>
@@ -26,43 +30,6 @@ namespace detail {
 
 inline constexpr std::string_view kMatmulName = "kernel_matmul";
 
-/// A key bias to count from, which keeps digits where biases are large: the largest finite one of the kept keys, or under a causal
-/// mask the first one's, since results must not depend on later keys.
-template <class T>
-T choose_bias_origin(const Sources<T>& in) {
-  T origin = std::numeric_limits<T>::lowest();
-  for (Index j = 0; j < static_cast<Index>(in.key_bias.size()); ++j) {
-    const T bias = in.key_bias[static_cast<std::size_t>(j)];
-    if (!keeps_key(in, j) || !is_finite(bias)) continue;
-    origin = std::max(origin, bias);
-    if (in.mask.causal != Causal::none) break;
-  }
-  return origin == std::numeric_limits<T>::lowest() ? T(0) : origin;
-}
-
-/// An origin amid the keys: the mean of about kSampledKeys kept ones, or under a causal mask the first kept one, since results must
-/// not depend on later ones. A column whose origin is not finite gets 0.
-template <class T>
-const T* choose_center(const Sources<T>& in, Scratch& scratch) {
-  constexpr Index kSampledKeys = 1024;
-  const bool causal = in.mask.causal != Causal::none;
-  const Index step = causal ? in.k.rows() : std::max<Index>(1, count_kept(in.k.rows(), kept_keys(in)) / kSampledKeys);
-  const std::span<T> center = scratch.array<T>(in.k.cols());
-  std::fill(center.begin(), center.end(), T(0));
-  Scratch temporary = scratch.nested();
-  T* buffer = temporary.elements<T>(in.k.cols());
-  Index sampled = 0, until_next = 0;
-  for (Index j = 0; j < in.k.rows() && sampled * step < in.k.rows(); ++j) {
-    if (!keeps_key(in, j) || until_next-- > 0) continue;
-    const T* row = in.k.row(j, buffer);
-    for (std::size_t c = 0; c < center.size(); ++c) center[c] += is_finite(row[c]) ? row[c] : T(0);
-    until_next = step - 1;
-    ++sampled;
-  }
-  for (T& x : center) x = is_finite(x) && sampled > 0 ? x / static_cast<T>(sampled) : T(0);
-  return center.data();
-}
-
 /// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias,
 /// or sums are wanted: those may underflow.
 template <ScoreKernel Kernel, class T>
@@ -80,7 +47,8 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
           .space = {.center = center,
                     .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
                     .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
-                    .bias_origin = choose_bias_origin(in)},
+                    .bias_origins = BiasOrigins<T>::of_inputs(in, scratch)},
+          .limits = CausalLimits::of_inputs(in),
           .rows = parameters.rows,
           .bounded = bounded,
           .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
@@ -89,14 +57,14 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
 
 }  // namespace detail
 
-/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree.
+/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree, or
+/// into overlaps from or itself.
 template <class T>
 void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& from) {
-  detail::check_states("merge", into, from.weighted.rows(), from.weighted.cols());
-  detail::check_states("merge", from, into.weighted.rows(), into.weighted.cols());
+  detail::check_merge("merge", into, from);
   for (std::size_t i = 0; i < into.sum.size(); ++i) {
-    const T top = std::max(into.maximum[i], from.maximum[i]);
-    const T keep = std::exp2(into.maximum[i] - top), add = std::exp2(from.maximum[i] - top);
+    const T top = detail::merged_maximum(into.maximum[i], into.sum[i], from.maximum[i], from.sum[i]);
+    const T keep = detail::merge_factor(into.maximum[i], into.sum[i], top), add = detail::merge_factor(from.maximum[i], from.sum[i], top);
     into.maximum[i] = top;
     into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
     T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
@@ -106,19 +74,20 @@ void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& f
 }
 
 /// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in kernel_matmul.
-/// out may be states.weighted itself. d: features of the tokens, which the kernel's parameters may depend on.
+/// out may be states.weighted itself; nothing else may overlap. d: features of the tokens, which the kernel's parameters may depend on.
 template <ScoreKernel Kernel, class T>
 void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type_identity_t<MatrixRef<T>> out,
             std::type_identity_t<std::span<T>> lse = {}) {
-  detail::check_states("finish", states, out.rows(), out.cols());
-  detail::check_length("finish", "lse", lse.size(), "out", out.rows());
+  detail::check_finish<T>("finish", states, out, lse);
   const Rows rows = score_parameters(kernel, d).rows;
   for (std::size_t i = 0; i < states.sum.size(); ++i) {
-    const T factor = detail::row_factor(rows, states.maximum[i], states.sum[i]);
+    const detail::RowScale<T> scale = detail::row_scale(rows, states.maximum[i], states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
     const Index row = static_cast<Index>(i);
     const T* weighted = states.weighted.data() + row * states.weighted.outerStride();
-    detail::scale_row(factor, weighted, out.data() + row * out.outerStride(), out.cols());
+    T* to = out.data() + row * out.outerStride();
+    detail::scale_row(scale.first, weighted, to, out.cols());
+    if (scale.second != 1) detail::scale_row(scale.second, to, to, out.cols());
   }
 }
 
@@ -150,15 +119,15 @@ void run_blocks(const Product<T>& product, const MemoryRows& to, Context& contex
   });
 }
 
-/// out <- all rows; lse, unless null, their log-sums.
+/// out <- all rows, and their log-sums.
 template <class T>
-void run(const Product<T>& product, const ResultRows<T>& out, T* lse, Context& context, Scratch& scratch) {
+void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& logs, Context& context, Scratch& scratch) {
   if (!FewKeys<T>::suits(product)) {
-    return run_blocks(product, out.memory(), context, scratch, [&](const BlockRunner<T>& runner) { runner.write_results(out, lse); });
+    return run_blocks(product, out.memory(), context, scratch, [&](const BlockRunner<T>& runner) { runner.write_results(out, logs); });
   }
   const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
   FewKeysRunner<T>* const runners = scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch);
-  context.for_each(product.partition.blocks, [&](Index block, int worker) { runners[worker].finish_block(block, out, lse); });
+  context.for_each(product.partition.blocks, [&](Index block, int worker) { runners[worker].finish_block(block, out, logs); });
 }
 
 /// states (n_q) <- those of all rows.
@@ -168,12 +137,18 @@ void run_partial(const Product<T>& product, const RowStates<T>& states, Context&
              [&](const BlockRunner<T>& runner) { runner.write_states(states); });
 }
 
-/// kernel_matmul, once its arguments are checked; lse may be null.
+/// kernel_matmul, once its arguments are checked.
+template <ScoreKernel Kernel, class T>
+void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, const LogSums<T>& logs, Context& context) {
+  Scratch scratch = context.scratch();
+  const bool sums = logs.absolute != nullptr || logs.relative != nullptr;
+  run(make_product(kernel, in, sums ? Maximum::running : Maximum::fixed, context.workers(), scratch), out, logs, context, scratch);
+}
+
+/// The same; lse, unless null, are absolute.
 template <ScoreKernel Kernel, class T>
 void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, T* lse, Context& context) {
-  Scratch scratch = context.scratch();
-  const Product<T> product = make_product(kernel, in, lse == nullptr ? Maximum::fixed : Maximum::running, context.workers(), scratch);
-  run(product, out, lse, context, scratch);
+  multiply<Kernel, T>(kernel, in, out, LogSums<T>{lse}, context);
 }
 
 /// kernel_matmul_partial, once its arguments are checked.
@@ -188,31 +163,32 @@ void multiply_partial(const Kernel& kernel, const Sources<T>& in, const RowState
 /// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their sum if the
 /// kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key bias.
 /// lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is 0.
-/// Throws std::invalid_argument when shapes disagree or are empty, or out overlaps an input. 2 n_q n_k (d + d_v) flops;
-/// O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al. 2022,
-/// Alg. 1.
+/// Throws std::invalid_argument when shapes disagree or are empty, or out or lse overlaps an input, the other or itself.
+/// 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al.
+/// 2022, Alg. 1.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    std::type_identity_t<std::span<T>> lse, Context& context) {
-  detail::check(detail::kMatmulName, in, out);
-  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
-  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::data_or_null(lse), context);
+  detail::check(detail::kMatmulName, in, out, lse);
+  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::LogSums<T>{detail::data_or_null(lse), nullptr}, context);
 }
 
 /// The same without log-sums.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
   kernel_matmul(kernel, in, out, std::span<T>{}, context);
 }
 
-/// states <- the row states of these keys alone: for keys that are spread over machines, or that arrive in parts (decoding with a
-/// cache). Merge the parts, then finish. Causal limits count rows of this call's k.
+/// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or that arrive in
+/// parts (decoding with a cache). Merge the parts, then finish. Causal limits count the rows of this call's k. Throws
+/// std::invalid_argument when shapes disagree, q is empty, or states overlap an input, one another or themselves.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
                            Context& context) {
-  detail::check_inputs(detail::kMatmulName, in);
-  detail::check_states(detail::kMatmulName, states, in.q.rows(), in.v.cols());
-  detail::check_apart(detail::kMatmulName, "weighted", states.weighted, in);
+  detail::check_partial(detail::kMatmulName, in, states);
   detail::multiply_partial<Kernel, T>(kernel, detail::sources(in), states, context);
 }
 
@@ -287,32 +263,80 @@ void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias,
   }
 }
 
+/// kernel_matmul_backward, once its arguments are checked; lse is LogSums::relative, empty where rows are raw.
+template <ScoreKernel Kernel, class T>
+void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& out,
+                       std::span<const RowLog<T>> lse, const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context,
+                       std::span<T> dbias = {}) {
+  Scratch scratch = context.scratch();
+  const Sources<T> sources = detail::sources(in);
+  const Product<T> product = make_product(kernel, sources, Maximum::running, context.workers(), scratch);
+  const bool normalized = product.rows == Rows::normalized;
+  const Seeds<T> seeds{dout, normalized ? lse : std::span<const RowLog<T>>{},
+                       normalized ? row_dots<T>(out, dout, scratch) : std::span<const T>{}};
+  if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
+  run_backward(product, seeds, gradients, dbias, context, scratch);
+  if (product.space.bias != 0) subtract_norm_gradient<T>(product, dbias, gradients.dk);
+}
+
+/// What absolute log-sums have beyond relative ones, Product::origin in units of log, for each query; 0 for dropped ones.
+template <ScoreKernel Kernel, class T>
+std::span<const double> log_origins(const Kernel& kernel, const Sources<T>& in, Scratch& scratch) {
+  const std::span<double> origins = scratch.array<double>(in.q.rows());
+  Scratch temporary = scratch.nested();
+  const Product<T> product = make_product(kernel, in, Maximum::running, 1, temporary);
+  T* const row = temporary.elements<T>(in.q.cols());
+  for (Index i = 0; i < in.q.rows(); ++i) {
+    in.q.copy_row(i, row);
+    if (product.space.center != nullptr) add_row(T(-1), product.space.center, row, in.q.cols());
+    const T query_bias = product.space.bias == 0 ? T(0) : -product.space.bias * squared_norm(row, in.q.cols());
+    origins[static_cast<std::size_t>(i)] = keeps_query(in, i) ? std::numbers::ln2 * product.origin(i, query_bias) : 0;
+  }
+  return origins;
+}
+
+/// LogSums::relative from absolute ones. Where T holds these with too few digits, they are computed anew, which takes a forward pass of
+/// one column.
+template <ScoreKernel Kernel, class T>
+std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<T>& in, std::span<const T> absolute, Context& context,
+                                     Scratch& scratch) {
+  constexpr double kMostOrigin = 16;
+  const std::span<RowLog<T>> relative = scratch.array<RowLog<T>>(in.q.rows());
+  Scratch temporary = scratch.nested();
+  const std::span<const double> origins = log_origins<Kernel, T>(kernel, sources(in), temporary);
+  if (std::any_of(origins.begin(), origins.end(), [](double x) { return std::abs(x) > kMostOrigin; })) {
+    const Inputs<T> one_column{in.q, in.k, in.v.leftCols(1), in.mask, in.key_bias};
+    multiply<Kernel, T>(kernel, sources(one_column), temporary.matrix<T>(in.q.rows(), 1), {nullptr, relative.data()}, context);
+    return relative;
+  }
+  for (std::size_t i = 0; i < relative.size(); ++i) {
+    relative[i] = {static_cast<T>(static_cast<double>(absolute[i]) - origins[i]), T(0)};
+  }
+  return relative;
+}
+
 }  // namespace detail
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as kernel_matmul gave
 /// them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or n_k entries that receive the
-/// gradient by the key bias. Throws std::invalid_argument when shapes disagree. 2 n_q n_k (3 d + 2 d_v) flops; memory for up to 7
+/// gradient by the key bias. Throws std::invalid_argument when shapes disagree, or a result overlaps an argument or another.
+/// 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens are so large that lse has lost digits 2 n_q n_k (d + 1) more; memory for up to 7
 /// partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
+  requires(!NarrowScalar<T>)
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                             std::type_identity_t<std::span<const T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
                             const std::type_identity_t<Gradients<T>>& gradients, Context& context,
                             std::type_identity_t<std::span<T>> dbias = {}) {
   constexpr std::string_view kName = "kernel_matmul_backward";
-  detail::check_backward(kName, in, out, dout, gradients);
-  detail::check_length(kName, "lse", lse.size(), "q", in.q.rows());
-  detail::check_length(kName, "dbias", dbias.size(), "k", in.k.rows());
-  Scratch scratch = context.scratch();
-  const detail::Sources<T> sources = detail::sources(in);
-  const detail::Product<T> product = detail::make_product(kernel, sources, detail::Maximum::running, context.workers(), scratch);
-  const bool normalized = product.rows == Rows::normalized;
+  detail::check_backward(kName, in, out, dout, gradients, lse, dbias);
+  const bool normalized = score_parameters(kernel, in.q.cols()).rows == Rows::normalized;
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have %td entries, for rows are normalized", in.q.rows());
-  const detail::Seeds<T> seeds{dout, normalized ? lse : std::span<const T>{},
-                               normalized ? detail::row_dots<T>(out, dout, scratch) : std::span<const T>{}};
-  if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
-  detail::run_backward(product, seeds, gradients, dbias, context, scratch);
-  if (product.space.bias != 0) detail::subtract_norm_gradient<T>(product, dbias, gradients.dk);
+  Scratch scratch = context.scratch();
+  std::span<const detail::RowLog<T>> relative{};
+  if (normalized) relative = detail::relative_log_sums<Kernel, T>(kernel, in, lse, context, scratch);
+  detail::multiply_backward<Kernel, T>(kernel, in, out, relative, dout, gradients, context, dbias);
 }
 
 }  // namespace attn

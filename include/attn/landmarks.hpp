@@ -4,6 +4,7 @@
 #include <attn/context.hpp>
 #include <attn/detail/elementwise.hpp>
 #include <attn/detail/key_tiles.hpp>
+#include <attn/detail/long_sums.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
@@ -255,11 +256,14 @@ struct SegmentMeans {
     Scratch temporary = scratch.nested();
     const Index* const starts = first_rows(x.rows(), n, keeps, temporary);
     T* const buffers = temporary.elements<T>(context.workers() * buffer_size);
+    const detail::LongSums<T> sums(n / num_landmarks + 1, x.cols(), context.workers(), temporary);
     context.for_each(num_landmarks, [&](Index j, int worker) {
       const detail::Range segment = detail::segment(n, num_landmarks, j);
       const Index length = segment.last - segment.first;
       T* mean = means.data() + j * means.cols();
-      add_kept_rows(x, keeps, starts[j], length, buffers + worker * buffer_size, mean);
+      sums.add(length, worker, mean, [&, row = starts[j]](Index some, T* to) mutable {
+        row = add_kept_rows(x, keeps, row, some, buffers + worker * buffer_size, to);
+      });
       for (Index c = 0; c < means.cols(); ++c) mean[c] /= static_cast<T>(length);
     });
     return means;
@@ -290,9 +294,9 @@ struct SegmentMeans {
     return starts;
   }
 
-  /// sum (d) <- sum + count kept rows of x, from the given one on.
+  /// sum (d) <- sum + count kept rows of x, from the given one on. Returns the row after them.
   template <class T, class Keeps>
-  static void add_kept_rows(const detail::TokenRows<T>& x, const Keeps& keeps, Index row, Index count, T* buffer, T* sum) {
+  static Index add_kept_rows(const detail::TokenRows<T>& x, const Keeps& keeps, Index row, Index count, T* buffer, T* sum) {
     while (count > 0) {
       const T* rows[kRowsAtOnce];
       Index found = 0;
@@ -305,6 +309,7 @@ struct SegmentMeans {
       }
       detail::add_rows(rows, found, sum, x.cols());
     }
+    return row;
   }
 
   static constexpr Index kRowsAtOnce = 8;

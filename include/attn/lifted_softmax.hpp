@@ -35,7 +35,8 @@ class LiftedSoftmax {
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none; }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);

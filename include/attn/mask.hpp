@@ -7,7 +7,8 @@
 namespace attn {
 
 /// Causal attention and its alignment when n_q != n_k. none: every query sees every key. upper_left: query i sees keys j <= i.
-/// lower_right: query i sees keys j <= i + n_k - n_q (the last query sees all; decoding with a cache).
+/// lower_right: query i sees keys j <= i + n_k - n_q (the last query sees all; decoding with a cache). Rows at the end that a mask drops
+/// are not counted in n_q and n_k: the last kept query sees all kept keys, as in the trimmed matrices.
 enum class Causal { none, upper_left, lower_right };
 
 /// Masks of one sequence; an empty span keeps everything, otherwise 0 drops and any other value keeps.

@@ -31,6 +31,10 @@ using Matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>
 
 namespace detail {
 
+/// What arithmetic on matrices of T is in.
+template <class T>
+using Arithmetic = std::conditional_t<NarrowScalar<T>, float, T>;
+
 /// The Eigen type that M is or derives from.
 template <class M>
 using EigenType = std::remove_cvref_t<decltype(std::declval<const M&>().derived())>;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -140,6 +141,17 @@ Eigen::VectorXd orthonormalize(Matrix<T>& x) {
   return values;
 }
 
+/// What singular values may change by in a step of which only rounding is left, relative to the largest. Blocks that an operator
+/// rounds to a narrow type stay as they are once they have settled, since all else is in float.
+template <class A>
+double smallest_change() {
+  if constexpr (TakesWideBlocks<A>) {
+    return 16.0 * static_cast<double>(std::numeric_limits<WideBlock<A>>::epsilon());
+  } else {
+    return std::same_as<typename A::Scalar, Eigen::half> ? 0x1p-10 : 0x1p-7;  // Eigen 3.4 says 2^-13 of half
+  }
+}
+
 inline void check_subspace(std::string_view who, Index rows, Index cols, Index count,
                            const SubspaceIteration& options) {
   check_at_least(who, "count", static_cast<double>(count), 1);
@@ -159,10 +171,10 @@ inline void check_subspace(std::string_view who, Index rows, Index cols, Index c
 /// Throws std::invalid_argument when an option is out of range.
 template <LinearOperator A>
 SingularValues leading_singular_values(const A& a, Index count, const SubspaceIteration& options, Context& context) {
-  using T = typename A::Scalar;
+  using T = detail::WideBlock<A>;
   detail::check_subspace("leading_singular_values", a.rows(), a.cols(), count, options);
   const Index columns = std::min(count + options.oversampling, std::min(a.rows(), a.cols()));
-  const double tolerance = std::max(options.tolerance, 16.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+  const double tolerance = std::max(options.tolerance, detail::smallest_change<A>());
   Matrix<T> x = detail::random_signs<T>(a.cols(), columns, options.seed), y(a.rows(), columns);
   detail::orthonormalize(x);
   SingularValues found;
@@ -171,9 +183,9 @@ SingularValues leading_singular_values(const A& a, Index count, const SubspaceIt
   const auto settled = [&](const auto& values) { return (values - found.values).cwiseAbs().maxCoeff() <= tolerance * values[0]; };
   const auto is_finite = [](const auto& values) { return values.allFinite(); };
   while (!found.converged && found.iterations < options.max_iterations) {
-    a.apply(x, y, context);
+    detail::apply_wide(a, x, y, context);
     detail::orthonormalize(y);
-    a.apply_transpose(y, x, context);
+    detail::apply_transpose_wide(a, y, x, context);
     const Eigen::VectorXd values = detail::orthonormalize(x).head(count);
     found.converged = settled(values);
     found.values = values;
@@ -195,9 +207,10 @@ double spectral_norm(const A& a, const SubspaceIteration& options, Context& cont
 template <ForwardOperator A>
 double estimate_frobenius_norm(const A& a, Index num_probes, std::uint64_t seed, Context& context) {
   detail::check_at_least("estimate_frobenius_norm", "num_probes", static_cast<double>(num_probes), 1);
-  const Matrix<typename A::Scalar> x = detail::random_signs<typename A::Scalar>(a.cols(), num_probes, seed);
-  Matrix<typename A::Scalar> y(a.rows(), num_probes);
-  a.apply(x, y, context);
+  using T = detail::WideBlock<A>;
+  const Matrix<T> x = detail::random_signs<T>(a.cols(), num_probes, seed);
+  Matrix<T> y(a.rows(), num_probes);
+  detail::apply_wide(a, x, y, context);
   return y.template cast<double>().norm() / std::sqrt(static_cast<double>(num_probes));
 }
 
@@ -206,12 +219,12 @@ double estimate_frobenius_norm(const A& a, Index num_probes, std::uint64_t seed,
 /// for no probes.
 template <ForwardOperator A>
 double spectral_norm_lower_bound(const A& a, Index num_probes, std::uint64_t seed, Context& context) {
-  using T = typename A::Scalar;
+  using T = detail::WideBlock<A>;
   detail::check_at_least("spectral_norm_lower_bound", "num_probes", static_cast<double>(num_probes), 1);
   const Index columns = std::min(num_probes, std::min(a.rows(), a.cols()));
   Matrix<T> x = detail::random_signs<T>(a.cols(), columns, seed), y(a.rows(), columns);
   detail::orthonormalize(x);
-  a.apply(x, y, context);
+  detail::apply_wide(a, x, y, context);
   return detail::orthonormalize(y)[0];
 }
 

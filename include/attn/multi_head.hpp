@@ -4,18 +4,19 @@
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/overlap.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/wide_copies.hpp>
+#include <attn/detail/wide_method.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <array>
 #include <concepts>
 #include <cstddef>
 #include <span>
 #include <string_view>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 namespace attn {
@@ -106,22 +107,22 @@ void check_view(const char* name, const HeadsView<T>& x) {
   }
 }
 
-/// Results must not share elements. They do not when every stride, from the shortest to the longest, is at least what
-/// those before it span.
+/// All heads of all batch items.
+template <class T>
+Memory memory_of(const char* name, const HeadsView<T>& x) {
+  constexpr Index kBytes = sizeof(T);
+  return {name,
+          x.data,
+          x.dim * kBytes,
+          {{{x.length, x.row_stride * kBytes}, {x.heads, x.head_stride * kBytes}, {x.batch, x.batch_stride * kBytes}}}};
+}
+
+/// Results must not share elements.
 template <class T>
 void check_disjoint(const char* name, const HeadsView<T>& x) {
-  std::array<std::pair<Index, Index>, 3> steps{
-      {{x.row_stride, x.length}, {x.head_stride, x.heads}, {x.batch_stride, x.batch}}};
-  std::sort(steps.begin(), steps.end());
-  Index span = x.dim;
-  for (const auto& [stride, count] : steps) {
-    if (count <= 1) continue;
-    if (stride < span) {
-      refuse(kMultiHeadName, "%s overlaps itself: its batch_stride is %td, its head_stride %td, its row_stride %td", name,
-             x.batch_stride, x.head_stride, x.row_stride);
-    }
-    span += (count - 1) * stride;
-  }
+  if (!memory_of(name, x).overlaps_itself()) return;
+  refuse(kMultiHeadName, "%s overlaps itself: its batch_stride is %td, its head_stride %td, its row_stride %td", name, x.batch_stride,
+         x.head_stride, x.row_stride);
 }
 
 inline void check_count(const char* name, Index count, const char* of, Index wanted) {
@@ -159,6 +160,17 @@ void check_heads(const HeadInputs<T>& in, const HeadsView<const T>& out) {
   check_masks(in, out);
 }
 
+/// No head of a result shares memory with one of an input, or of another result, or with a mask.
+template <class T>
+void check_heads_apart(std::span<const Memory> results, const HeadInputs<T>& in) {
+  const Memory inputs[] = {memory_of("q", in.q), memory_of("k", in.k), memory_of("v", in.v)};
+  check_apart(kMultiHeadName, results, inputs);
+  for (const Mask& mask : in.masks) {
+    const Memory keeps[] = {Memory::of("keep_key", mask.keep_key), Memory::of("keep_query", mask.keep_query)};
+    check_apart_from(kMultiHeadName, results, keeps);
+  }
+}
+
 /// gradient has the shape of x and does not overlap itself.
 template <class T>
 void check_gradient(const char* name, const HeadsView<T>& gradient, const char* of, const HeadsView<const T>& x) {
@@ -181,6 +193,10 @@ void check_gradients(const HeadInputs<T>& in, const HeadsView<const T>& out, con
   check_gradient<T>("dq", gradients.dq, "q", in.q);
   check_gradient<T>("dk", gradients.dk, "k", in.k);
   check_gradient<T>("dv", gradients.dv, "v", in.v);
+  const Memory results[] = {memory_of("dq", gradients.dq), memory_of("dk", gradients.dk), memory_of("dv", gradients.dv)};
+  const Memory of_forward[] = {memory_of("out", out), memory_of("dout", dout)};
+  check_heads_apart(results, in);
+  check_apart_from(kMultiHeadName, results, of_forward);
 }
 
 /// Refuses what forward would refuse amid the batch.
@@ -222,18 +238,54 @@ Index multiply_adds(const HeadInputs<T>& in) {
   return std::max(in.q.length, kFewQueries) * in.k.length * (in.k.dim + in.v.dim);
 }
 
-/// forward(i, inputs, out, context) for every query head i = b heads + h, once all is checked.
-template <Approximator A, class Forward>
-void run_heads(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out, Context& context,
-               const Forward& forward) {
+/// All that is refused before anything is written.
+template <Approximator A>
+void check_call(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out) {
   check_heads<typename A::Scalar>(inputs, out);
   check_disjoint("out", out);
-  if (inputs.q.batch == 0) return;
-  check_supported(a, inputs);
+  const Memory result = memory_of("out", out);
+  check_heads_apart<typename A::Scalar>({&result, 1}, inputs);
+  if (inputs.q.batch > 0) check_supported(a, inputs);
+}
+
+/// forward(i, inputs, out, context) for every query head i = b heads + h.
+template <class T, class Forward>
+void run_heads(const HeadInputs<T>& inputs, const HeadsView<T>& out, Context& context, const Forward& forward) {
   for_each_problem(inputs.q.batch * inputs.q.heads, multiply_adds(inputs), context, [&](Index i, Context& on) {
     const Index b = i / inputs.q.heads, h = i % inputs.q.heads;
     forward(i, inputs(b, h), out(b, h), on);
   });
+}
+
+/// The backward pass of the query heads of batch item b that share a key head, from head first on, each with its saved: dk and dv add
+/// up in their order, in the type of the arithmetic.
+template <Approximator A>
+void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<const typename A::Scalar>& out,
+                        const HeadsView<const typename A::Scalar>& dout, Index b, Index first, const typename A::Saved* saved,
+                        const HeadGradients<typename A::Scalar>& gradients, Context& context) {
+  using T = typename A::Scalar;
+  using Wide = Arithmetic<T>;
+  const Index group = inputs.q.heads / inputs.k.heads;
+  const auto& method = wide_method(a);
+  Scratch scratch = context.scratch();
+  const Inputs<T> in = inputs(b, first);
+  const ConstMatrixRef<Wide> k = widened(in.k, scratch, context), v = widened(in.v, scratch, context);
+  const MatrixRef<T> dk = gradients.dk(b, first / group), dv = gradients.dv(b, first / group);
+  MatrixRef<Wide> sum_dk = wide_result(dk, scratch), sum_dv = wide_result(dv, scratch);
+  MatrixRef<Wide> more_dk = scratch.matrix<Wide>(dk.rows(), dk.cols()), more_dv = scratch.matrix<Wide>(dv.rows(), dv.cols());
+  for (Index h = first; h < first + group; ++h, ++saved) {
+    Scratch of_head = scratch.nested();
+    const MatrixRef<T> dq = gradients.dq(b, h);
+    const Gradients<Wide> to{wide_result(dq, of_head), h == first ? sum_dk : more_dk, h == first ? sum_dv : more_dv};
+    method.backward({widened(inputs.q(b, h), of_head, context), k, v, in.mask}, widened(out(b, h), of_head, context),
+                    widened(dout(b, h), of_head, context), *saved, to, context);
+    set_rounded(dq, to.dq, context);
+    if (h == first) continue;
+    sum_dk += more_dk;
+    sum_dv += more_dv;
+  }
+  set_rounded(dk, sum_dk, context);
+  set_rounded(dv, sum_dv, context);
 }
 
 }  // namespace detail
@@ -243,17 +295,16 @@ void run_heads(const A& a, const HeadInputs<typename A::Scalar>& inputs, const H
 ///   q (batch, H_q, n_q, d)   k (batch, H_k, n_k, d)   v (batch, H_k, n_k, d_v)   out (batch, H_q, n_q, d_v)
 /// masks: none, one for all batch items, or one for each. An empty batch is allowed, and nothing is done. Results are
 /// bitwise those of a.forward, head by head, whatever the executor. Scratch memory: that of a, once a worker. Throws
-/// std::invalid_argument before anything is written when shapes disagree or are empty, out overlaps itself, or a does
-/// not support a mask or the shapes. What a.forward throws beyond that arrives on the calling thread, with out partly
+/// std::invalid_argument before anything is written when shapes disagree or are empty, any head of out overlaps another
+/// or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the calling thread, with out partly
 /// written.
 template <Approximator A>
 void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                 const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
                 std::span<const Mask> masks, Context& context) {
-  detail::run_heads(a, {q, k, v, masks}, out, context, [&](Index i, const auto& in, const auto& to, Context& on) {
-    static_cast<void>(i);
-    a.forward(in, to, on);
-  });
+  const detail::HeadInputs<typename A::Scalar> inputs{q, k, v, masks};
+  detail::check_call(a, inputs, out);
+  detail::run_heads(inputs, out, context, [&](Index, const auto& in, const auto& to, Context& on) { a.forward(in, to, on); });
 }
 
 /// The same for training: saved becomes one A::Saved for each query head of each batch item, b heads + h, made at the first step.
@@ -261,15 +312,17 @@ template <Approximator A>
 void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                 const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
                 std::span<const Mask> masks, Context& context, std::vector<typename A::Saved>& saved) {
-  saved.resize(static_cast<std::size_t>(std::max<Index>(0, q.batch * q.heads)));
-  detail::run_heads(a, {q, k, v, masks}, out, context, [&](Index i, const auto& in, const auto& to, Context& on) {
+  const detail::HeadInputs<typename A::Scalar> inputs{q, k, v, masks};
+  detail::check_call(a, inputs, out);
+  saved.resize(static_cast<std::size_t>(q.batch * q.heads));
+  detail::run_heads(inputs, out, context, [&](Index i, const auto& in, const auto& to, Context& on) {
     a.forward(in, to, on, saved[static_cast<std::size_t>(i)]);
   });
 }
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same arguments and the out
-/// and saved of multi_head. Query heads that share a key head add up, in their order. Throws std::invalid_argument before anything is
-/// written when shapes disagree or saved is of another number of heads.
+/// and saved of multi_head. Query heads that share a key head add up in their order, of narrow types in float. Throws
+/// std::invalid_argument before anything is written when shapes disagree or saved is of another number of heads.
 template <Approximator A>
 void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                          const HeadsView<const typename A::Scalar>& v, const HeadsView<const typename A::Scalar>& out,
@@ -286,19 +339,10 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
   if (q.batch == 0) return;
   const Index group = q.heads / k.heads;
   detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context, [&](Index i, Context& on) {
-    const Index b = i / k.heads, kv = i % k.heads;
-    Scratch scratch = on.scratch();
-    MatrixRef<T> dk = gradients.dk(b, kv), dv = gradients.dv(b, kv);
-    MatrixRef<T> more_dk = scratch.matrix<T>(group > 1 ? dk.rows() : 0, dk.cols());
-    MatrixRef<T> more_dv = scratch.matrix<T>(group > 1 ? dv.rows() : 0, dv.cols());
-    for (Index h = kv * group; h < (kv + 1) * group; ++h) {
-      const bool first = h == kv * group;
-      const Gradients<T> to{gradients.dq(b, h), first ? dk : more_dk, first ? dv : more_dv};
-      a.backward(inputs(b, h), out(b, h), dout(b, h), saved[static_cast<std::size_t>(b * q.heads + h)], to, on);
-      if (first) continue;
-      dk += more_dk;
-      dv += more_dv;
-    }
+    const Index b = i / k.heads, h = i % k.heads * group;
+    const typename A::Saved* of_group = saved.data() + b * q.heads + h;
+    if (group > 1) return detail::run_group_backward(a, inputs, out, dout, b, h, of_group, gradients, on);
+    a.backward(inputs(b, h), out(b, h), dout(b, h), *of_group, {gradients.dq(b, h), gradients.dk(b, h), gradients.dv(b, h)}, on);
   });
 }
 

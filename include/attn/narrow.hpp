@@ -3,7 +3,9 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/row_states.hpp>
 #include <attn/detail/token_rows.hpp>
+#include <attn/detail/wide_copies.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
@@ -19,41 +21,35 @@ namespace attn {
 
 namespace detail {
 
-inline constexpr Index kConvertedRows = 256;  ///< by one task
-
-/// to <- from, of the same shape and another type.
-template <class To, class From>
-void convert(const ConstMatrixRef<From>& from, MatrixRef<To> to, Context& context) {
-  context.for_each((from.rows() + kConvertedRows - 1) / kConvertedRows, [&](Index item, int) {
-    const Index first = item * kConvertedRows, rows = std::min(kConvertedRows, from.rows() - first);
-    for (Index i = first; i < first + rows; ++i) convert_row(from.row(i).data(), to.row(i).data(), from.cols());
-  });
-}
-
-/// Key biases as float, in scratch memory.
-template <NarrowScalar T>
-std::span<const float> widen_bias(std::span<const T> bias, Scratch& scratch) {
-  const std::span<float> wide = scratch.array<float>(static_cast<Index>(bias.size()));
-  std::transform(bias.begin(), bias.end(), wide.begin(), [](T x) { return static_cast<float>(x); });
-  return wide;
-}
-
 /// Inputs of T to be read as float, a tile at a time.
 template <NarrowScalar T>
 Sources<float> widened_sources(const Inputs<T>& in, Scratch& scratch) {
   return {TokenRows<float>(in.q), TokenRows<float>(in.k), TokenRows<float>(in.v), in.mask, widen_bias(in.key_bias, scratch)};
 }
 
-/// Inputs of T as float: copies in scratch memory.
-template <NarrowScalar T>
-Inputs<float> widen_inputs(const Inputs<T>& in, Scratch& scratch, Context& context) {
-  const auto widened = [&](const ConstMatrixRef<T>& m) {
-    const MatrixRef<float> copy = scratch.matrix<float>(m.rows(), m.cols());
-    convert<float, T>(m, copy, context);
-    return copy;
-  };
-  const MatrixRef<float> q = widened(in.q), k = widened(in.k), v = widened(in.v);
-  return {q, k, v, in.mask, widen_bias(in.key_bias, scratch)};
+/// dbias <- of_float(d), computed there in float.
+template <NarrowScalar T, class OfFloat>
+void round_bias_gradient(std::span<T> dbias, Context& context, const OfFloat& of_float) {
+  Scratch scratch = context.scratch();
+  const std::span<float> wide = scratch.array<float>(static_cast<Index>(dbias.size()));
+  of_float(wide);
+  std::transform(wide.begin(), wide.end(), dbias.begin(), [](float x) { return static_cast<T>(x); });
+}
+
+/// The backward pass of narrow matrices: of_float(inputs, out, dout, gradients) is that of float, on copies in scratch memory, whose
+/// results are rounded once.
+template <NarrowScalar T, class OfFloat>
+void round_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                    const Gradients<T>& gradients, Context& context, const OfFloat& of_float) {
+  check_backward(who, in, out, dout, gradients);
+  Scratch scratch = context.scratch();
+  const Inputs<float> wide = widen_inputs(in, scratch, context);
+  const ConstMatrixRef<float> wide_out = widened(out, scratch, context), wide_dout = widened(dout, scratch, context);
+  const Gradients<float> to{wide_result(gradients.dq, scratch), wide_result(gradients.dk, scratch), wide_result(gradients.dv, scratch)};
+  of_float(wide, wide_out, wide_dout, to);
+  set_rounded(gradients.dq, to.dq, context);
+  set_rounded(gradients.dk, to.dk, context);
+  set_rounded(gradients.dv, to.dv, context);
 }
 
 /// Method A of float for matrices of T: its arithmetic and all that it keeps are float, results are rounded once. The forward pass
@@ -67,14 +63,10 @@ class Widened {
 
   explicit constexpr Widened(A method) : method_(std::move(method)) {}
 
-  /// Depends on shapes and masks, and on whether there is a key bias; values are not read.
-  bool supports(const Inputs<T>& in) const {
-    const auto shape = [](const ConstMatrixRef<T>& m) {
-      return ConstMatrixRef<float>(nullptr, m.rows(), m.cols(), m.outerStride());
-    };
-    const float* none = nullptr;
-    return method_.supports({shape(in.q), shape(in.k), shape(in.v), in.mask, {none, in.key_bias.size()}});
-  }
+  /// The same of float, which saves the same.
+  constexpr const A& wide() const { return method_; }
+
+  bool supports(const Inputs<T>& in) const { return method_.supports(in); }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { run(in, out, context, nullptr); }
 
@@ -82,18 +74,9 @@ class Widened {
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
-    check_backward(kName, in, out, dout, gradients);
-    Scratch scratch = context.scratch();
-    const Inputs<float> wide = widen_inputs(in, scratch, context);
-    const auto like = [&](const auto& m) { return scratch.matrix<float>(m.rows(), m.cols()); };
-    const MatrixRef<float> wide_out = like(out), wide_dout = like(dout);
-    convert<float, T>(out, wide_out, context);
-    convert<float, T>(dout, wide_dout, context);
-    const Gradients<float> to{like(gradients.dq), like(gradients.dk), like(gradients.dv)};
-    method_.backward(wide, wide_out, wide_dout, saved, to, context);
-    convert<T, float>(to.dq, gradients.dq, context);
-    convert<T, float>(to.dk, gradients.dk, context);
-    convert<T, float>(to.dv, gradients.dv, context);
+    round_backward<T>(kName, in, out, dout, gradients, context, [&](const auto& wide, const auto& o, const auto& d_o, const auto& to) {
+      method_.backward(wide, o, d_o, saved, to, context);
+    });
   }
 
  private:
@@ -114,17 +97,70 @@ class Widened {
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, std::span<float> lse,
                    Context& context) {
-  detail::check(detail::kMatmulName, in, out);
-  detail::check_length(detail::kMatmulName, "lse", lse.size(), "q", in.q.rows());
+  detail::check(detail::kMatmulName, in, out, lse);
   Scratch scratch = context.scratch();
-  detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out), detail::data_or_null(lse),
-                                  context);
+  detail::multiply<Kernel, float>(kernel, detail::widened_sources(in, scratch), detail::ResultRows<float>(out),
+                                  detail::LogSums<float>{detail::data_or_null(lse), nullptr}, context);
 }
 
 /// The same without log-sums.
 template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
   kernel_matmul(kernel, in, out, std::span<float>{}, context);
+}
+
+/// kernel_matmul_partial for narrow types in memory; row states are float, and so merge without loss.
+template <ScoreKernel Kernel, NarrowScalar T>
+void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const RowStates<float>& states, Context& context) {
+  detail::check_partial(detail::kMatmulName, in, states);
+  Scratch scratch = context.scratch();
+  detail::multiply_partial<Kernel, float>(kernel, detail::widened_sources(in, scratch), states, context);
+}
+
+/// finish for a narrow out, any matrix or view that can be written to; the log-sums stay float.
+template <ScoreKernel Kernel, class Out>
+  requires NarrowScalar<typename detail::EigenType<Out>::Scalar>
+void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&& out, std::span<float> lse = {}) {
+  using T = typename detail::EigenType<Out>::Scalar;
+  constexpr Index kColumns = 256;  // at a time
+  const MatrixRef<T> to(out);
+  detail::check_finish("finish", states, to, lse);
+  const Rows rows = score_parameters(kernel, d).rows;
+  float wide[kColumns];
+  for (std::size_t i = 0; i < states.sum.size(); ++i) {
+    const detail::RowScale<float> scale = detail::row_scale(rows, states.maximum[i], states.sum[i]);
+    if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
+    const Index row = static_cast<Index>(i);
+    const float* weighted = states.weighted.data() + row * states.weighted.outerStride();
+    T* narrow = to.data() + row * to.outerStride();
+    for (Index c = 0; c < to.cols(); c += kColumns) {
+      const Index count = std::min(kColumns, to.cols() - c);
+      detail::scale_row(scale.first, weighted + c, wide, count);
+      detail::scale_row(scale.second, wide, wide, count);
+      detail::convert_row(wide, narrow + c, count);
+    }
+  }
+}
+
+/// kernel_matmul_backward for narrow types in memory: on float copies of all matrices, gradients rounded once. lse and dbias are float.
+template <ScoreKernel Kernel, NarrowScalar T>
+void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
+                            std::span<const float> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
+                            const std::type_identity_t<Gradients<T>>& gradients, Context& context, std::span<float> dbias = {}) {
+  detail::round_backward<T>("kernel_matmul_backward", in, out, dout, gradients, context,
+                            [&](const Inputs<float>& wide, const auto& o, const auto& d_o, const Gradients<float>& to) {
+                              kernel_matmul_backward(kernel, wide, o, lse, d_o, to, context, dbias);
+                            });
+}
+
+/// The same with dbias of T.
+template <ScoreKernel Kernel, NarrowScalar T, std::convertible_to<std::span<T>> Bias>
+void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
+                            std::span<const float> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
+                            const std::type_identity_t<Gradients<T>>& gradients, Context& context, Bias&& dbias) {
+  detail::round_bias_gradient(std::span<T>(dbias), context, [&](std::span<float> wide) {
+    kernel_matmul_backward(kernel, in, out, lse, dout, gradients, context, wide);
+  });
 }
 
 }  // namespace attn

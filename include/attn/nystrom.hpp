@@ -35,7 +35,8 @@ class Nystrom {
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
@@ -55,7 +56,7 @@ class Nystrom {
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.check(kName, in);
-    if (saved.exact) return kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
+    if (saved.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
     detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
   }
 
@@ -76,9 +77,9 @@ class Nystrom {
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, SavedPointer saved) const {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
-    T* lse = nullptr;
+    detail::RowLog<T>* lse = nullptr;
     if constexpr (!std::is_null_pointer_v<SavedPointer>) lse = saved->reset(in.q.rows(), exact);
-    if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
     Scratch scratch = context.scratch();
     const detail::NystromFactors<T> factors = select(in, scratch, context);
     multiply(in, factors, out, lse, context);
@@ -89,20 +90,20 @@ class Nystrom {
   detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch, Context& context) const {
     MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, detail::kept_queries(in), scratch, context);
     MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, detail::kept_keys(in), scratch, context);
-    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.elements<T>(q_land.rows())};
+    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.elements<detail::RowLog<T>>(q_land.rows())};
   }
 
   /// out <- F Z (B v); lse, unless null, <- the log-sums of F's rows.
   void multiply(const detail::Sources<T>& in, const detail::NystromFactors<T>& f, const detail::ResultRows<T>& out,
-                T* lse, Context& context) const {
+                detail::RowLog<T>* lse, Context& context) const {
     using Sources = detail::Sources<T>;
     Scratch scratch = context.scratch();
     MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()), a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());
-    detail::multiply<Kernel, T>(kernel_, Sources{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, f.lse_land, context);  // B v
+    detail::multiply<Kernel, T>(kernel_, Sources{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, {nullptr, f.lse_land}, context);  // B v
     detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);                                             // A
     detail::set_scaled(values, 1, f.sums);
     inverse_.apply(a, values, context);                                                                               // Z (B v)
-    detail::multiply<Kernel, T>(kernel_, Sources{in.q, f.k_land, values, queries_only(in.mask)}, out, lse, context);  // F Z (B v)
+    detail::multiply<Kernel, T>(kernel_, Sources{in.q, f.k_land, values, queries_only(in.mask)}, out, {nullptr, lse}, context);  // F Z (B v)
   }
 
   Landmarks landmarks_;

@@ -11,6 +11,7 @@
 #include <attn/landmarks.hpp>
 #include <attn/narrow.hpp>
 
+#include <concepts>
 #include <span>
 #include <string_view>
 
@@ -34,7 +35,8 @@ class Skyformer {
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none; }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
@@ -59,7 +61,7 @@ class Skyformer {
   /// The same, and dbias (n_k), unless empty, <- the gradient by the key bias.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, std::span<T> dbias, Context& context) const {
-    detail::check_backward(kName, in, out, dout, gradients);
+    detail::check_backward(kName, in, out, dout, gradients, {}, dbias);
     saved.check(kName, in);
     detail::skyformer_backward<T>(kernel_, landmarks_, inverse_, in, saved, out, dout, gradients, dbias, context);
   }
@@ -120,6 +122,26 @@ class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<flo
   /// As for float.
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
+
+  using detail::Widened<T, Wide>::backward;
+
+  /// The same, and dbias (n_k), unless empty, <- the gradient by the key bias, in float.
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const typename Wide::Saved& saved,
+                const Gradients<T>& gradients, std::span<float> dbias, Context& context) const {
+    detail::round_backward<T>(Wide::kName, in, out, dout, gradients, context,
+                              [&](const auto& wide, const auto& o, const auto& d_o, const auto& to) {
+                                this->wide().backward(wide, o, d_o, saved, to, dbias, context);
+                              });
+  }
+
+  /// The same with dbias of T.
+  template <std::convertible_to<std::span<T>> Bias>
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const typename Wide::Saved& saved,
+                const Gradients<T>& gradients, Bias&& dbias, Context& context) const {
+    detail::round_bias_gradient(std::span<T>(dbias), context, [&](std::span<float> wide) {
+      backward(in, out, dout, saved, gradients, wide, context);
+    });
+  }
 };
 
 }  // namespace attn

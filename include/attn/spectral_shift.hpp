@@ -55,7 +55,8 @@ class ShiftedNystrom {
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
       : landmarks_(landmarks), shift_(shift), kernel_(kernel) {}
 
-  bool supports(const Inputs<T>& in) const {
+  template <class Stored = T>
+  bool supports(const Inputs<Stored>& in) const {
     return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() && detail::same_masks(in);
   }
 
@@ -77,7 +78,7 @@ class ShiftedNystrom {
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.nystrom.check(kName, in);
-    if (saved.nystrom.exact) return kernel_matmul_backward(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
+    if (saved.nystrom.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
     detail::shifted_backward<T>(kernel_, landmarks_, shift_.iterations, in, saved, out, dout, gradients, context);
   }
 
@@ -91,19 +92,20 @@ class ShiftedNystrom {
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
     if (saved != nullptr) saved->reset(in.q.rows(), exact);
     if (!exact) return shift(in, out, context, saved);
-    detail::multiply<Kernel, T>(kernel_, in, out, saved != nullptr ? saved->nystrom.lse.data() : nullptr, context);
+    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr}, context);
   }
 
   void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
-    detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
-    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse.data()});
     if (shift_.mode == ShiftMode::paper) {
-      const T delta = factors.paper_shift(context);
-      factors.subtract_twice_inverted(delta, context);
+      const detail::ShiftLandmarks<T> factors(in, landmarks_, kernel_, context, scratch);
+      keep(factors, saved);
+      const double delta = detail::set_paper_values(factors, shift_.iterations, context);
       if (saved != nullptr) saved->delta = delta;
-      return detail::add_one_shift(kernel_, in, factors, T(1), delta, out, saved, context);
+      return detail::add_one_shift(kernel_, in, factors, T(1), static_cast<T>(delta), out, saved, context);
     }
+    detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
+    keep(factors, saved);
     const detail::ShiftPanels<T> panels(factors, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
     if (shift_.mode == ShiftMode::row) {
@@ -112,7 +114,11 @@ class ShiftedNystrom {
     }
     const T delta = detail::probed_shift(probes, in, factors, panels, context);
     factors.values *= 1 - delta;
-    detail::add_one_shift(kernel_, in, factors, 1 - delta, delta, out, saved, context);
+    detail::add_one_shift<T>(kernel_, in, factors, 1 - delta, delta, out, saved, context);
+  }
+
+  static void keep(const detail::ShiftLandmarks<T>& factors, Saved* saved) {
+    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse.data()});
   }
 
   void check(const detail::Sources<T>& in) const {

@@ -2,18 +2,20 @@
 #pragma once
 
 #include <attn/detail/float_bits.hpp>
+#include <attn/detail/overlap.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdio>
-#include <functional>
+#include <span>
 #include <stdexcept>
 #include <string_view>
 #include <type_traits>
-#include <utility>
 
 namespace attn::detail {
 
@@ -29,9 +31,11 @@ namespace attn::detail {
   throw std::invalid_argument(text);
 }
 
+/// A map of a wrong size has a negative one.
 template <class M>
-void check_not_empty(std::string_view who, const char* name, const M& m) {
-  if (m.rows() == 0 || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
+void check_not_empty(std::string_view who, const char* name, const M& m, Index fewest_rows = 1) {
+  if (m.rows() < 0 || m.cols() < 0) refuse(who, "%s is %td x %td, should be at least %td x 1", name, m.rows(), m.cols(), fewest_rows);
+  if (m.rows() < fewest_rows || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
 }
 
 inline void check_length(std::string_view who, const char* name, std::size_t entries, const char* of, Index rows) {
@@ -42,10 +46,10 @@ inline void check_length(std::string_view who, const char* name, std::size_t ent
 
 /// Shapes of inputs agree with one another.
 template <class T>
-void check_inputs(std::string_view who, const Inputs<T>& in) {
+void check_inputs(std::string_view who, const Inputs<T>& in, Index fewest_keys = 1) {
   check_not_empty(who, "q", in.q);
-  check_not_empty(who, "k", in.k);
-  check_not_empty(who, "v", in.v);
+  check_not_empty(who, "k", in.k, fewest_keys);
+  check_not_empty(who, "v", in.v, fewest_keys);
   if (in.q.cols() != in.k.cols()) refuse(who, "q has %td columns, k has %td", in.q.cols(), in.k.cols());
   if (in.k.rows() != in.v.rows()) refuse(who, "k has %td rows, v has %td", in.k.rows(), in.v.rows());
   check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows());
@@ -63,67 +67,74 @@ void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>
   if (m.rows() != rows || m.cols() != cols) refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
 }
 
-/// Whether two views share an element. Their rows are walked only where their memory may meet, as that of two heads'
-/// columns does.
+/// Whether two views share an element.
 template <class T>
 bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
-  const auto row = [](const ConstMatrixRef<T>& m, Index i) { return m.data() + i * m.outerStride(); };
-  const std::less_equal<const T*> at_most;
-  if (at_most(row(a, a.rows() - 1) + a.cols(), b.data())) return false;
-  if (at_most(row(b, b.rows() - 1) + b.cols(), a.data())) return false;
-  for (Index i = 0, j = 0; i < a.rows() && j < b.rows();) {
-    if (at_most(row(a, i) + a.cols(), row(b, j))) {
-      ++i;
-    } else if (at_most(row(b, j) + b.cols(), row(a, i))) {
-      ++j;
-    } else {
-      return true;
+  return Memory::of("", a).overlaps(Memory::of("", b));
+}
+
+/// What is written does not overlap what is read beside it.
+[[gnu::noinline]] inline void check_apart_from(std::string_view who, std::span<const Memory> results, std::span<const Memory> inputs) {
+  for (const Memory& result : results) {
+    for (const Memory& input : inputs) {
+      if (result.overlaps(input)) refuse(who, "%s overlaps %s", result.name, input.name);
     }
   }
-  return false;
 }
 
-/// A result does not overlap what is read, or written, beside it.
+/// Nor itself, nor what else is written.
+[[gnu::noinline]] inline void check_apart(std::string_view who, std::span<const Memory> results, std::span<const Memory> inputs) {
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    const Memory& result = results[i];
+    if (result.overlaps_itself()) {
+      refuse(who, "%s overlaps itself: its rows of %td bytes are %td bytes apart", result.name, result.run(), result.row_stride());
+    }
+    check_apart_from(who, {&result, 1}, inputs);
+    check_apart_from(who, {&result, 1}, results.first(i));
+  }
+}
+
+/// All that a call reads.
 template <class T>
-void check_apart(std::string_view who, const char* name, const MatrixRef<T>& result, const char* other_name,
-                 const std::type_identity_t<ConstMatrixRef<T>>& other) {
-  if (overlap<T>(result, other)) refuse(who, "%s overlaps %s", name, other_name);
+std::array<Memory, 6> memory_of(const Inputs<T>& in) {
+  return {Memory::of("q", in.q),
+          Memory::of("k", in.k),
+          Memory::of("v", in.v),
+          Memory::of("key_bias", in.key_bias),
+          Memory::of("keep_key", in.mask.keep_key),
+          Memory::of("keep_query", in.mask.keep_query)};
 }
 
-template <class T>
-void check_apart(std::string_view who, const char* name, const MatrixRef<T>& result, const Inputs<T>& in) {
-  check_apart(who, name, result, "q", in.q);
-  check_apart(who, name, result, "k", in.k);
-  check_apart(who, name, result, "v", in.v);
-}
-
-/// Shapes of a backward pass agree with those of its inputs, and the gradients overlap nothing.
+/// Shapes of a backward pass agree with those of its inputs, and what it writes, dbias included, overlaps nothing. lse and dbias may be
+/// empty.
 template <class T>
 void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                    const Gradients<T>& gradients) {
+                    const Gradients<T>& gradients, std::type_identity_t<std::span<const T>> lse = {},
+                    std::type_identity_t<std::span<T>> dbias = {}) {
   check_inputs(who, in);
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
   check_shape(who, "dout", dout, in.q.rows(), in.v.cols());
   check_shape(who, "dq", gradients.dq, in.q.rows(), in.q.cols());
   check_shape(who, "dk", gradients.dk, in.k.rows(), in.k.cols());
   check_shape(who, "dv", gradients.dv, in.v.rows(), in.v.cols());
-  const std::pair<const char*, const MatrixRef<T>&> results[] = {{"dq", gradients.dq}, {"dk", gradients.dk}, {"dv", gradients.dv}};
-  for (const auto& [name, result] : results) {
-    check_apart(who, name, result, in);
-    check_apart(who, name, result, "out", out);
-    check_apart(who, name, result, "dout", dout);
-  }
-  check_apart(who, "dk", gradients.dk, "dq", gradients.dq);
-  check_apart(who, "dv", gradients.dv, "dq", gradients.dq);
-  check_apart(who, "dv", gradients.dv, "dk", gradients.dk);
+  check_length(who, "lse", lse.size(), "q", in.q.rows());
+  check_length(who, "dbias", dbias.size(), "k", in.k.rows());
+  const Memory results[] = {Memory::of("dq", gradients.dq), Memory::of("dk", gradients.dk), Memory::of("dv", gradients.dv),
+                            Memory::of("dbias", dbias)};
+  const Memory of_forward[] = {Memory::of("out", out), Memory::of("dout", dout), Memory::of("lse", lse)};
+  check_apart(who, results, memory_of(in));
+  check_apart_from(who, results, of_forward);
 }
 
-/// Shapes of inputs agree with one another, and out has the shape of the result and overlaps none of them.
-template <class T>
-void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out) {
+/// Shapes of inputs agree with one another, out has the shape of the result, lse is empty or has an entry for each of its rows, and
+/// both overlap nothing.
+template <class T, class LogSum = T>
+void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
   check_inputs(who, in);
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
-  check_apart(who, "out", out, in);
+  check_length(who, "lse", lse.size(), "q", in.q.rows());
+  const Memory results[] = {Memory::of("out", out), Memory::of("lse", lse)};
+  check_apart(who, results, memory_of(in));
 }
 
 /// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.

@@ -32,6 +32,19 @@ void set_zero(const MatrixRef<T>& to) {
   for (Index i = 0; i < to.rows(); ++i) std::fill_n(to.data() + i * to.outerStride(), to.cols(), T(0));
 }
 
+/// The largest magnitude of a's elements.
+template <class T>
+T largest_magnitude(const ConstMatrixRef<T>& a) {
+  auto top = broadcast(T(0));
+  for (Index i = 0; i < a.rows(); ++i) {
+    for (Index j = 0; j < a.cols(); j += kLanes<T>) {
+      const auto x = load_row(a.data() + i * a.outerStride(), j, a.cols());
+      top = max(top, max(x, broadcast(T(0)) - x));
+    }
+  }
+  return largest(top);
+}
+
 /// a <- a + x I.
 template <class T>
 void add_to_diagonal(const MatrixRef<T>& a, std::type_identity_t<T> x) {

@@ -10,6 +10,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
@@ -28,6 +29,7 @@ template <class T>
 struct FewKeys {
   Panels<T> keys, values;
   const T* bias;  ///< of each lane of keys.packets, in units of log2, -infinity beyond the last key; null if all are 0
+  KeyTile<T> tile;
 
   /// Below four queries a key, packing costs more than it saves.
   static bool suits(const Product<T>& product) {
@@ -43,11 +45,11 @@ struct FewKeys {
     const auto keys = Panels<T>::pack(transposed(k), scratch);
     const auto values = Panels<T>::pack(v, scratch);
     const Index lanes = keys.packets * kLanes<T>;
-    if (tile.bias == nullptr && lanes == tile.count) return {keys, values, nullptr};
+    if (tile.bias == nullptr && lanes == tile.count) return {keys, values, nullptr, tile};
     T* const bias = scratch.elements<T>(lanes);
     for (Index j = 0; j < tile.count; ++j) bias[j] = tile.bias != nullptr ? tile.bias[j] : T(0);
     std::fill_n(bias + tile.count, lanes - tile.count, -std::numeric_limits<T>::infinity());
-    return {keys, values, bias};
+    return {keys, values, bias, tile};
   }
 };
 
@@ -63,17 +65,18 @@ class FewKeysRunner {
         queries_(scratch.elements<T>(kTileWidth<T> * product.in.q.cols())),
         results_(scratch.elements<T>(kTileWidth<T> * product.in.v.cols())),
         lanes_(scratch.elements<T>(kTileWidth<T> * kLanes<T>)),
-        maximum_(scratch.elements<T>(4 * kTileWidth<T>)),
+        maximum_(scratch.elements<T>(3 * kTileWidth<T>)),
         sum_(maximum_ + kTileWidth<T>),
         query_bias_(sum_ + kTileWidth<T>),
-        factor_(query_bias_ + kTileWidth<T>) {
+        base_(scratch.elements<T>(kTileWidth<T>)),
+        tokens_(scratch.elements<T>(2 * product.in.q.cols())) {
     std::fill_n(scores_, kTileWidth<T> * width_, T(0));
   }
 
-  /// out (n_q, d_v) <- the finished rows of a block; lse, unless null, their log-sums.
-  void finish_block(Index block, const ResultRows<T>& out, T* lse) {
+  /// out (n_q, d_v) <- the finished rows of a block, and their log-sums.
+  void finish_block(Index block, const ResultRows<T>& out, const LogSums<T>& logs) {
     const Range strips = product_.partition.strips_of_block(block);
-    for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, lse);
+    for (Index s = strips.first; s < strips.last; ++s) finish_rows(rows_of_strip(s), out, logs);
   }
 
  private:
@@ -84,21 +87,24 @@ class FewKeysRunner {
     return {packets.first * kLanes<T>, std::min(packets.last * kLanes<T>, product_.in.q.rows())};
   }
 
-  void finish_rows(Range rows, const ResultRows<T>& out, T* lse) {
+  void finish_rows(Range rows, const ResultRows<T>& out, const LogSums<T>& logs) {
     const Index count = rows.last - rows.first, d_v = out.cols();
     const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
                    results = Upcoming::of(out.memory(), rows);
     few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_}, next_queries);
-    weigh();
-    product_.set_factors(maximum_, sum_, query_bias_, kTileWidth<T>, factor_);
+    weigh(rows);
+    RowScales<T> scales;
+    for (Index i = 0; i < count; ++i) query_bias_[i] += base_[i];
+    product_.set_scales(rows.first, maximum_, sum_, query_bias_, kTileWidth<T>, &scales);
     const MatrixRef<T> to = out.in_place() ? rows_of(out.matrix(), rows) : MatrixRef<T>(results_, count, d_v, d_v);
-    few_.values.multiply({factor_, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
+    few_.values.multiply({scales.first, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
       const bool keeps = keeps_query(product_.in, rows.first + i);
       T* row = to.data() + i * to.outerStride();
+      if (scales.twice) scale_row(scales.second[i], row, row, d_v);
       if (!keeps) std::fill_n(row, d_v, T(0));
       out.finish_row(rows.first + i, row);
-      if (lse != nullptr) lse[rows.first + i] = product_.log_sum(keeps, maximum_[i], sum_[i], query_bias_[i]);
+      product_.write_log_sums(logs, rows.first + i, maximum_[i], sum_[i], query_bias_[i], base_[i]);
     }
   }
 
@@ -129,8 +135,12 @@ class FewKeysRunner {
   }
 
   /// Turns scores into weights relative to a maximum of each row, and sums them.
-  void weigh() {
+  void weigh(Range rows) {
     if (few_.bias != nullptr) add_bias();
+    std::fill_n(base_, kTileWidth<T>, T(0));
+    for (Index i = 0; i < rows.last - rows.first && product_.space.center != nullptr; ++i) {
+      if (-query_bias_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, query_bias_[i], &base_[i]);
+    }
     for (Index i = 0; i < kTileWidth<T>; ++i) maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
     for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
     for (Index i = 0; i < kTileWidth<T>; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
@@ -141,7 +151,27 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -query_bias_[i]; }
+  T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -(query_bias_[i] + base_[i]); }
+
+  /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become relative to a base.
+  [[gnu::noinline]] void refine_row(Index query, T* scores, T query_bias, T* base) const {
+    const KeyTile<T>& tile = few_.tile;
+    const Index d = product_.in.q.cols();
+    const auto near = [&](Index j) {
+      return is_near(scores[j] - tile.key_part_of(j) - (*base == 0 ? -query_bias : T(0)), -query_bias, -tile.norm_bias[j]);
+    };
+    for (Index j = 0; j < tile.count && *base == 0; ++j) {
+      if (near(j)) *base = -query_bias;
+      if (*base != 0) add_to_row(-*base, scores, width_);
+    }
+    if (*base == 0) return;
+    const T* const q = product_.in.q.row(query, tokens_);
+    for (Index j = 0; j < tile.count; ++j) {
+      if (!near(j)) continue;
+      const T* const k = product_.in.k.row(tile.row(j), tokens_ + d);
+      scores[j] = tile.key_part_of(j) - product_.space.bias * squared_distance(q, k, d);
+    }
+  }
 
   T score_maximum(Index i) const {
     auto top = broadcast(kNoMaximum<T>);
@@ -173,7 +203,8 @@ class FewKeysRunner {
   Index width_;  ///< elements between two rows of scores
   T *scores_, *queries_, *results_;
   T* lanes_;  ///< of each row, kLanes partial sums of its weights
-  T *maximum_, *sum_, *query_bias_, *factor_;
+  T *maximum_, *sum_, *query_bias_, *base_;
+  T* tokens_;  ///< a query and a key, where they are not in place
 };
 
 }  // namespace attn::detail

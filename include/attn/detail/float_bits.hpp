@@ -32,10 +32,14 @@ constexpr bool is_nan(T x) {
   return magnitude_bits(x) > kInfinityBits<T>;
 }
 
-/// Whether x is -infinity.
+/// Whether x is -infinity; x may be of a narrow type.
 template <class T>
 constexpr bool is_negative_infinity(T x) {
-  return std::bit_cast<BitsOf<T>>(x) == std::bit_cast<BitsOf<T>>(-std::numeric_limits<T>::infinity());
+  if constexpr (sizeof(T) == 2) {
+    return is_negative_infinity(static_cast<float>(x));
+  } else {
+    return std::bit_cast<BitsOf<T>>(x) == std::bit_cast<BitsOf<T>>(-std::numeric_limits<T>::infinity());
+  }
 }
 
 }  // namespace attn::detail

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/center.hpp>
 #include <attn/detail/exp2.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
@@ -14,33 +16,38 @@
 
 namespace attn::detail {
 
-/// to <- x, relative to origin unless that is null; returns the squared norms of its rows.
+/// to <- x, relative to origin unless that is null; returns bias times the squared norms of its rows.
 template <class T>
-std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, MatrixRef<T> to, Scratch& scratch) {
+std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, T bias, MatrixRef<T> to, Scratch& scratch) {
   const std::span<T> norms = scratch.array<T>(x.rows());
   for (Index i = 0; i < x.rows(); ++i) {
     const T* from = x.data() + i * x.outerStride();
     T* row = to.data() + i * to.outerStride();
     for (Index c = 0; c < x.cols(); ++c) row[c] = from[c] - (origin != nullptr ? origin[c] : T(0));
-    norms[static_cast<std::size_t>(i)] = squared_norm(row, x.cols());
+    norms[static_cast<std::size_t>(i)] = bias * squared_norm(row, x.cols());
   }
   return norms;
 }
 
-/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest, from the first row of y where that changes nothing, as for a
-/// Gaussian.
+/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest. For a Gaussian that is -bias |x_i - y_j|^2, and computed from a
+/// center amid y, or from that difference, see far_pairs.hpp.
 template <class T>
 void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
                    Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
-  const T* origin = bias != 0 && scale == 2 * bias ? y.data() : nullptr;
-  const auto norms_from = copy_centered(x, origin, from, scratch), norms_to = copy_centered(y, origin, to, scratch);
+  const T* origin = bias != 0 && scale == 2 * bias ? choose_center(Sources<T>{x, y, y}, scratch) : nullptr;
+  const auto norms_from = copy_centered(x, origin, bias, from, scratch), norms_to = copy_centered(y, origin, bias, to, scratch);
   gemm<T>(scale, from, transposed(to), 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
     T* row = out.data() + i * out.outerStride();
+    const T n_x = norms_from[static_cast<std::size_t>(i)];
     for (Index j = 0; j < out.cols(); ++j) {
-      row[j] -= bias * (norms_from[static_cast<std::size_t>(i)] + norms_to[static_cast<std::size_t>(j)]);
+      const T n_y = norms_to[static_cast<std::size_t>(j)];
+      row[j] -= n_x + n_y;
+      if (origin != nullptr && is_near(row[j], n_x, n_y)) {
+        row[j] = -bias * squared_distance(x.data() + i * x.outerStride(), y.data() + j * y.outerStride(), x.cols());
+      }
       row[j] = std::min(row[j], largest);
     }
   }
@@ -83,8 +90,7 @@ void weigh_row(T* row, Index n, Rows rows) {
 }
 
 /// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized.
-/// Distances are measured from the first row of y, which keeps digits. Where kappa is at most 1, rounding does not lift
-/// it above that.
+/// Where kappa is at most 1, rounding does not lift it above that.
 template <ScoreKernel Kernel, class T>
 void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
                    Context& context) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/bias_origins.hpp>
+#include <attn/detail/kept_rows.hpp>
 #include <attn/detail/float_bits.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/detail/register_tile.hpp>
@@ -11,7 +13,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <cstdint>
+#include <limits>
 #include <numbers>
 #include <span>
 
@@ -22,52 +24,26 @@ template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> * Index{sizeof(T)}));
 static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
 
-/// Which rows count: those that a mask keeps, without those of a bias of minus infinity. Null leaves all.
-template <class T>
-struct KeptRows {
-  const std::uint8_t* keep;
-  const T* bias;
-
-  bool operator()(Index row) const {
-    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || !is_negative_infinity(bias[row]));
-  }
-};
-
-template <class In>
-auto kept_keys(const In& in) {
-  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_key), data_or_null(in.key_bias)};
-}
-
-template <class In>
-auto kept_queries(const In& in) {
-  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_query), nullptr};
-}
-
-template <class In>
-inline bool keeps_key(const In& in, Index j) {
-  return kept_keys(in)(j);
-}
-
-template <class In>
-inline bool keeps_query(const In& in, Index i) {
-  return kept_queries(in)(i);
-}
-
-template <class Keeps>
-Index count_kept(Index n, const Keeps& keeps) {
-  Index kept = 0;
-  for (Index i = 0; i < n; ++i) kept += keeps(i) ? 1 : 0;
-  return kept;
-}
-
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
-/// bias holds what is added to a key's scores, in units of log2, or is null.
+/// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2, and key_part, what the
+/// key biases are as counted from bias_origin. key_bias: these as they are. Each is null where there are none.
 template <class T>
 struct KeyTile {
   const T *k, *v, *bias;
   Index k_stride, v_stride;
   const Index* rows;
   Index first, count;
+  const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
+  T bias_origin = 0;
+
+  T key_part_of(Index j) const { return key_part == nullptr ? T(0) : key_part[j]; }
+
+  KeyTile without_key_bias() const {
+    KeyTile tile = *this;
+    tile.bias = norm_bias;
+    tile.key_part = nullptr;
+    return tile;
+  }
 
   Index row(Index j) const { return rows != nullptr ? rows[j] : first + j; }
 
@@ -84,7 +60,7 @@ template <class T>
 struct KeySpace {
   const T* center = nullptr;
   T scale = 0, bias = 0;
-  T bias_origin = 0;  ///< what key biases are counted from, in their own units
+  BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
 };
 
 /// Reads tiles: in place where it can; a copy, of T, without the dropped keys, relative to the center, where it must.
@@ -98,14 +74,15 @@ class KeyReader {
         k_(drops_keys_ || space.center != nullptr || !in.k.in_place() ? scratch.elements<T>(kTileKeys<T> * in.k.cols())
                                                                       : nullptr),
         v_(drops_keys_ || !in.v.in_place() ? scratch.elements<T>(kTileKeys<T> * in.v.cols()) : nullptr),
-        bias_(space.bias != 0 || !in.key_bias.empty() ? scratch.elements<T>(kTileKeys<T>) : nullptr),
+        norm_bias_(space.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
+        key_bias_(in.key_bias.empty() ? nullptr : scratch.elements<T>(3 * kTileKeys<T>)),
         rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
   /// The kept keys among rows [first, last), at most kTileKeys of them.
   KeyTile<T> read(Index first, Index last) const {
-    KeyTile<T> tile{.k = in_.k.data() + first * in_.k.outerStride(),
-                    .v = in_.v.data() + first * in_.v.outerStride(),
-                    .bias = bias_,
+    KeyTile<T> tile{.k = in_.k.row_or_null(first),
+                    .v = in_.v.row_or_null(first),
+                    .bias = nullptr,
                     .k_stride = in_.k.outerStride(),
                     .v_stride = in_.v.outerStride(),
                     .rows = rows_,
@@ -114,7 +91,8 @@ class KeyReader {
     if (drops_keys_) list_kept(tile, last);
     if (v_ != nullptr) copy_values(tile);
     if (k_ != nullptr) copy_keys(tile);
-    if (bias_ != nullptr) set_bias(tile);
+    if (norm_bias_ != nullptr) set_norm_bias(tile);
+    if (key_bias_ != nullptr) set_key_bias(tile);
     return tile;
   }
 
@@ -143,20 +121,31 @@ class KeyReader {
     tile.k_stride = d;
   }
 
-  void set_bias(const KeyTile<T>& tile) const {
+  void set_norm_bias(KeyTile<T>& tile) const {
     for (Index j = 0; j < tile.count; ++j) {
-      T bias = 0;
-      if (space_.bias != 0) bias = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
-      if (!in_.key_bias.empty())
-        bias += std::numbers::log2e_v<T> * (in_.key_bias.data()[tile.row(j)] - space_.bias_origin);
-      bias_[j] = bias;
+      norm_bias_[j] = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
     }
+    tile.bias = tile.norm_bias = norm_bias_;
+  }
+
+  /// Biases are counted from the common origin, or where each query has its own, from the largest one of the tile.
+  void set_key_bias(KeyTile<T>& tile) const {
+    T *const part = key_bias_ + kTileKeys<T>, *const bias = part + kTileKeys<T>;
+    for (Index j = 0; j < tile.count; ++j) key_bias_[j] = in_.key_bias.data()[tile.row(j)];
+    tile.bias_origin = space_.bias_origins.of_queries == nullptr ? space_.bias_origins.common : largest_origin(key_bias_, tile.count);
+    for (Index j = 0; j < tile.count; ++j) {
+      part[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
+      bias[j] = norm_bias_ == nullptr ? part[j] : part[j] + norm_bias_[j];
+    }
+    tile.key_bias = key_bias_;
+    tile.key_part = part;
+    tile.bias = bias;
   }
 
   const Sources<T>& in_;
   KeySpace<T> space_;
   bool drops_keys_;
-  T *k_, *v_, *bias_;
+  T *k_, *v_, *norm_bias_, *key_bias_;
   Index* rows_;
 };
 

@@ -21,7 +21,7 @@ namespace attn::detail {
 template <class T>
 struct NystromFactors {
   MatrixRef<T> q_land, k_land, sums;
-  T* lse_land;
+  RowLog<T>* lse_land;
 };
 
 /// What a backward pass needs of the forward pass: copies of the factors, and lse, the log-sums of F's rows (n_q). exact: the method
@@ -29,11 +29,11 @@ struct NystromFactors {
 template <class T>
 struct NystromSaved {
   Matrix<T> q_land{}, k_land{}, sums{};
-  std::vector<T> lse_land{}, lse{};
+  std::vector<RowLog<T>> lse_land{}, lse{};
   bool exact = false;
 
   /// For a forward pass of n queries; returns where it is to write lse.
-  T* reset(Index n, bool is_exact) {
+  RowLog<T>* reset(Index n, bool is_exact) {
     exact = is_exact;
     lse.resize(static_cast<std::size_t>(n));
     return lse.data();
@@ -58,8 +58,9 @@ struct NystromSaved {
 /// a (m, m) <- A and its log-sums: A = A I, so that its gradients are those of any streamed product.
 template <ScoreKernel Kernel, class T>
 void landmark_matrix(const Kernel& kernel, const NystromSaved<T>& saved, const ConstMatrixRef<T>& identity, MatrixRef<T> a,
-                     std::span<T> lse, Context& context) {
-  kernel_matmul(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, a, lse, context);
+                     std::span<RowLog<T>> lse, Context& context) {
+  const Inputs<T> in{saved.q_land, saved.k_land, identity};
+  multiply<Kernel, T>(kernel, sources(in), a, {nullptr, lse.data()}, context);
 }
 
 template <class T>
@@ -82,28 +83,28 @@ void landmark_values(const Kernel& kernel, const Inverse& inverse, const Nystrom
 /// gradients <- those of F C (B v), which is out with lse the log-sums of F's rows, for its gradient dout.
 template <ScoreKernel Kernel, class T, class Landmarks, class Inverse>
 void nystrom_backward(const Kernel& kernel, const Landmarks& landmarks, const Inverse& inverse, const Inputs<T>& in,
-                      const NystromSaved<T>& saved, const ConstMatrixRef<T>& out, std::span<const T> lse,
+                      const NystromSaved<T>& saved, const ConstMatrixRef<T>& out, std::span<const RowLog<T>> lse,
                       const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = saved.q_land.rows(), d = in.q.cols(), d_v = in.v.cols();
   MatrixRef<T> dq_land = scratch.matrix<T>(m, d), dk_land = scratch.matrix<T>(m, d), added = scratch.matrix<T>(m, d);
   MatrixRef<T> values = scratch.matrix<T>(m, d_v), dvalues = scratch.matrix<T>(m, d_v);
   landmark_values<Kernel, T>(kernel, inverse, saved, values, context);
-  kernel_matmul_backward(kernel, Inputs<T>{in.q, saved.k_land, values, queries_only(in.mask)}, out, lse, dout,
+  multiply_backward<Kernel, T>(kernel, Inputs<T>{in.q, saved.k_land, values, queries_only(in.mask)}, out, lse, dout,
                          {gradients.dq, dk_land, dvalues}, context);                                                    // F
   {
     Scratch core = scratch.nested();
     MatrixRef<T> a = core.matrix<T>(m, m), kept = core.matrix<T>(m, m), da = core.matrix<T>(m, m), dunit = core.matrix<T>(m, m);
     const MatrixRef<T> identity = identity_matrix<T>(m, core);
-    const std::span<T> lse_a = core.array<T>(m);
+    const std::span<RowLog<T>> lse_a = core.array<RowLog<T>>(m);
     landmark_matrix<Kernel, T>(kernel, saved, identity, a, lse_a, context);
     kept = a;
     values = saved.sums;
     inverse.backward(a, values, dvalues, da, context);                                                                  // C
-    kernel_matmul_backward(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da, {dq_land, added, dunit}, context);
+    multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da, {dq_land, added, dunit}, context);
   }
   dk_land += added;
-  kernel_matmul_backward(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums, saved.lse_land, dvalues,
+  multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums, saved.lse_land, dvalues,
                          {added, gradients.dk, gradients.dv}, context);                                                 // B
   dq_land += added;
   if constexpr (requires { landmarks.template scatter<T>(dq_land, [](Index) { return true; }, gradients.dq); }) {

@@ -62,6 +62,12 @@ template <class T>
   for (; c < d; ++c) to[c] += factor * row[c];
 }
 
+/// row <- row + x, of length d.
+template <class T>
+void add_to_row(T x, T* row, Index d) {
+  for (Index c = 0; c < d; ++c) row[c] += x;
+}
+
 /// to <- factor row, of length d.
 template <class T>
 [[gnu::noinline]] void scale_row(T factor, const T* row, T* to, Index d) {
@@ -70,17 +76,19 @@ template <class T>
   for (; c < d; ++c) to[c] = factor * row[c];
 }
 
-/// to <- to + count rows, one after another, of length d.
+/// to <- to + (the sum of count >= 1 rows), of length d.
 template <class T>
 inline void add_rows(const T* const* rows, Index count, T* to, Index d) {
   Index c = 0;
   for (; c + kLanes<T> <= d; c += kLanes<T>) {
-    auto total = load_unaligned(to + c);
-    for (Index i = 0; i < count; ++i) total = total + load_unaligned(rows[i] + c);
-    store_unaligned(to + c, total);
+    auto total = load_unaligned(rows[0] + c);
+    for (Index i = 1; i < count; ++i) total = total + load_unaligned(rows[i] + c);
+    store_unaligned(to + c, load_unaligned(to + c) + total);
   }
   for (; c < d; ++c) {
-    for (Index i = 0; i < count; ++i) to[c] += rows[i][c];
+    T total = rows[0][c];
+    for (Index i = 1; i < count; ++i) total += rows[i][c];
+    to[c] += total;
   }
 }
 
@@ -110,10 +118,12 @@ template <class T>
     for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row_if(rows[i], first, d) - origin;
     transpose(block);
     const Index count = std::min<Index>(kLanes<T>, d - first);
+    auto of_block = broadcast(T(0));
     for (Index c = 0; c < count; ++c) {
-      squares = multiply_add(block[c], block[c], squares);
+      of_block = multiply_add(block[c], block[c], of_block);
       store(panel + (first + c) * stride, block[c] * broadcast(alpha));
     }
+    squares = squares + of_block;
   }
   return squares;
 }

@@ -1,6 +1,8 @@
 /// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut.
 #pragma once
 
+#include <attn/detail/causal.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/partition.hpp>
 #include <attn/detail/row_states.hpp>
@@ -14,53 +16,64 @@
 
 namespace attn::detail {
 
+/// The log of a row's sum of weights as the kernels count them, which keeps digits that log sum_j kappa_ij would lose: relative to
+/// Product::origin, and to base, see far_pairs.hpp.
+template <class T>
+struct RowLog {
+  T value, base;
+};
+
+/// Where log-sums of rows go, each null if it is not wanted: absolute, log sum_j kappa_ij, and relative.
+template <class T>
+struct LogSums {
+  T* absolute = nullptr;
+  RowLog<T>* relative = nullptr;
+};
+
 /// in must outlive it. bounded: no weight is above 1.
 template <class T>
 struct Product {
   const Sources<T>& in;
   KeySpace<T> space;
+  CausalLimits limits;
   Rows rows;
   bool bounded;
   Maximum maximum;
   Partition partition;
 
-  /// The largest row number of the keys that query i may see.
-  [[gnu::noinline]] Index limit(Index i) const {
-    switch (in.mask.causal) {
-      case Causal::upper_left:
-        return i;
-      case Causal::lower_right:
-        return i + in.k.rows() - in.q.rows();
-      case Causal::none:
-        break;
+  /// log2 of what a query's weights are multiplied by in kappa: they are relative to its origin. query_bias: -bias |q|^2, what log2
+  /// kappa has beyond the score, plus the base of that.
+  double origin(Index query, T query_bias) const {
+    return static_cast<double>(query_bias) + std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
+  }
+
+  /// What the weighted sums of so many queries, a multiple of kLanes, from the given one on, are multiplied by at the end.
+  [[gnu::noinline]] void set_scales(Index query, const T* relative, const T* sum, const T* query_bias, Index lanes,
+                                    RowScales<T>* scales) const {
+    for (Index p = 0; p < lanes; p += kLanes<T>) {  // a row without keys has sum 0 and weighted 0, and stays 0
+      const auto divisor = max(load(sum + p), broadcast(std::numeric_limits<T>::min()));
+      store(scales->first + p, broadcast(T(1)) / (rows == Rows::normalized ? divisor : broadcast(T(1))));
     }
-    return StripKernel<T>::kNoLimit;
-  }
-
-  /// log2 of the factor between sums of weights relative to a maximum and those of kappa. query_bias: -bias |q|^2, what log2 kappa
-  /// has beyond the score.
-  [[gnu::noinline]] T absolute_maximum(T relative, T sum, T query_bias) const {
-    if (maximum == Maximum::fixed) return 0;
-    if (sum == 0) return kNoMaximum<T>;
-    const T absolute = relative + query_bias + std::numbers::log2e_v<T> * space.bias_origin;
-    return bounded && rows == Rows::raw ? std::min(absolute, T(0)) : absolute;
-  }
-
-  /// What the weighted sums of so many queries, a multiple of kLanes, are multiplied by at the end.
-  [[gnu::noinline]] void set_factors(const T* relative, const T* sum, const T* query_bias, Index lanes, T* factor) const {
-    for (Index p = 0; p < lanes; p += kLanes<T>) {
-      if (rows == Rows::normalized) {  // a row without keys has sum 0 and weighted 0, and stays 0
-        store(factor + p, broadcast(T(1)) / max(load(sum + p), broadcast(std::numeric_limits<T>::min())));
-      } else {
-        for (Index i = p; i < p + kLanes<T>; ++i)
-          factor[i] = row_factor(rows, absolute_maximum(relative[i], sum[i], query_bias[i]), sum[i]);
-      }
+    if (rows == Rows::normalized || maximum == Maximum::fixed) return;
+    for (Index i = 0; i < lanes && query + i < in.q.rows(); ++i) {
+      scales->set(i, row_scale(rows, absolute_maximum(query + i, relative[i], query_bias[i]), sum[i]));
     }
   }
 
-  /// log sum_j kappa_ij of a query; -infinity where it is dropped.
-  [[gnu::noinline]] T log_sum(bool keeps, T relative, T sum, T query_bias) const {
-    return keeps ? row_log_sum(absolute_maximum(relative, sum, query_bias), sum) : -std::numeric_limits<T>::infinity();
+  /// Of a query, whose sum of weights is relative to a maximum.
+  [[gnu::noinline]] void write_log_sums(const LogSums<T>& to, Index query, T relative, T sum, T query_bias, T base) const {
+    const bool keeps = keeps_query(in, query);
+    const T none = -std::numeric_limits<T>::infinity();
+    if (to.relative != nullptr) to.relative[query] = {keeps ? row_log_sum(relative, sum) : none, base};
+    if (to.absolute == nullptr) return;
+    const double log_sum = row_log_sum(static_cast<double>(relative) + static_cast<double>(query_bias), static_cast<double>(sum));
+    to.absolute[query] = keeps ? static_cast<T>(log_sum + static_cast<double>(space.bias_origins.of(query))) : none;
+  }
+
+ private:
+  double absolute_maximum(Index query, T relative, T query_bias) const {
+    const double absolute = static_cast<double>(relative) + origin(query, query_bias);
+    return bounded && rows == Rows::raw ? std::min(absolute, 0.0) : absolute;
   }
 };
 

@@ -4,6 +4,8 @@
 #include <attn/context.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/nystrom_factors.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/shift_probes.hpp>
 #include <attn/detail/shifted_pinv.hpp>
 #include <attn/detail/shifted_rows.hpp>
 #include <attn/kernel.hpp>
@@ -11,6 +13,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -31,7 +34,7 @@ template <class T>
 struct ShiftSaved {
   NystromSaved<T> nystrom{};
   std::vector<T> scale{}, shift{};
-  T delta = 0;
+  double delta = 0;
 
   void reset(Index n, bool exact) {
     nystrom.reset(n, exact);
@@ -45,9 +48,19 @@ struct ShiftSaved {
   }
 };
 
+/// values <- (Z - delta Z Z) B v, delta that of the paper mode, which it returns.
+template <class T>
+double set_paper_values(const ShiftLandmarks<T>& factors, int iterations, Context& context) {
+  Scratch scratch = context.scratch();
+  const MatrixRef<double> values = in_double<T>(factors.sums, scratch);
+  const ShiftedPinv core = ShiftedPinv::of_paper(in_double<T>(factors.a, scratch), values, iterations, context);
+  set_rounded<T>(factors.values, values);
+  return core.delta;
+}
+
 /// out <- F values + delta v, where values are scale times those of N. saved may be null.
 template <class T>
-void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftFactors<T>& factors, T scale, T delta,
+void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftLandmarks<T>& factors, T scale, T delta,
                    const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
@@ -60,9 +73,34 @@ void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const Shif
   for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, product.row(i).data());
 }
 
-/// out <- (1 - gate) N v + gate R, R of the row mode. saved may be null.
+/// step <- gain y + added v, rows of length d. Returns |unit step|.
 template <class T>
-void add_row_shift(T gate, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+[[gnu::noinline]] T set_step(T gain, const T* y, T added, const T* v, T* step, Index d, T unit) {
+  auto squares = broadcast(T(0));
+  for (Index c = 0; c < d; c += kLanes<T>) {
+    const auto x = multiply_add(broadcast(gain), load_row(y, c, d), broadcast(added) * load_row(v, c, d));
+    const auto scaled = broadcast(unit) * x;
+    squares = multiply_add(scaled, scaled, squares);
+    store_row(step, c, d, x);
+  }
+  return std::sqrt(sum(squares));
+}
+
+/// to <- y + t step, rows of length d; y where t is 0, whatever step holds.
+template <class T>
+[[gnu::noinline]] void set_moved(const T* y, T t, const T* step, T* to, Index d) {
+  if (!(t > 0)) {
+    std::copy_n(y, d, to);
+    return;
+  }
+  for (Index c = 0; c < d; c += kLanes<T>) {
+    store_row(to, c, d, multiply_add(broadcast(t), load_row(step, c, d), load_row(y, c, d)));
+  }
+}
+
+/// out <- N v + t_i (R - N v), t_i row i's part of the gate. saved may be null.
+template <class T>
+void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
                    const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   constexpr Index kRows = 128;
   const auto n = static_cast<Index>(factors.rows.size());
@@ -73,18 +111,19 @@ void add_row_shift(T gate, const Sources<T>& in, const ShiftFactors<T>& factors,
     const std::span<Index> ranks = scratch.array<Index>(std::min(kRows, n - first));
     std::iota(ranks.begin(), ranks.end(), first);
     const ShiftedRows<T> rows(in, factors, panels, ranks, scratch);
-    const std::span<T> scale = scratch.array<T>(rows.f.rows());
-    for (std::size_t i = 0; i < scale.size(); ++i) scale[i] = 1 - gate + gate * rows.stretch[i];
     MatrixRef<T> product = scratch.matrix<T>(rows.f.rows(), out.cols());
-    rows.multiply_values({scale.data(), 1}, product);
-    T* buffer = scratch.elements<T>(in.v.cols());
+    const T one = 1;
+    rows.multiply_values({&one, 0}, product);
+    T *const buffer = scratch.elements<T>(out.cols()), *const step = scratch.elements<T>(out.cols());
     for (std::size_t i = 0; i < ranks.size(); ++i) {
       const Index row = factors.rows[static_cast<std::size_t>(ranks[i])];
-      const T shift = gate * rows.added(i);
-      T* to = product.row(static_cast<Index>(i)).data();
-      add_row(shift, in.v.row(row, buffer), to, product.cols());
-      out.set_row(row, to);
-      if (saved != nullptr) saved->set(row, scale[i], shift);
+      const T* const y = product.row(static_cast<Index>(i)).data();
+      const T gain = rows.stretch[i] - 1, added = rows.added[i];
+      const T t = gate.of(set_step(gain, y, added, in.v.row(row, buffer), step, out.cols(), gate.unit));
+      T* const to = out.row(row, buffer);
+      set_moved(y, t, step, to, out.cols());
+      out.finish_row(row, to);
+      if (saved != nullptr) saved->set(row, 1 + t * gain, t * added);
     }
   });
 }
@@ -97,10 +136,10 @@ void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, i
   Scratch scratch = context.scratch();
   MatrixRef<T> plain = scratch.matrix<T>(out.rows(), out.cols()), dplain = scratch.matrix<T>(out.rows(), out.cols());
   MatrixRef<T> values = scratch.matrix<T>(saved.nystrom.sums.rows(), out.cols());
-  const std::span<T> lse = scratch.array<T>(out.rows());
-  const ShiftedPinv<T> inverse{iterations, saved.delta};
+  const std::span<RowLog<T>> lse = scratch.array<RowLog<T>>(out.rows());
+  const ShiftedPinv inverse{iterations, saved.delta};
   landmark_values<SoftmaxKernel, T>(kernel, inverse, saved.nystrom, values, context);
-  kernel_matmul(kernel, Inputs<T>{in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, lse, context);
+  multiply<SoftmaxKernel, T>(kernel, {in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, {nullptr, lse.data()}, context);
   dplain.setZero();
   for (Index i = 0; i < out.rows(); ++i) {
     if (keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);

@@ -6,6 +6,7 @@
 #include <attn/core.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/kernel_matrix.hpp>
+#include <attn/detail/long_sums.hpp>
 #include <attn/detail/panels.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -20,71 +21,27 @@
 
 namespace attn::detail {
 
-/// The m-sized side of N, over the n kept rows (their row numbers in rows).
+/// The m-sized side of N but for its core, over the n kept rows (their row numbers in rows).
 template <class T>
-struct ShiftFactors {
-  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
-               Scratch& scratch)
-      : scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
-        rows(list_kept(in, scratch)),
+struct ShiftLandmarks {
+  ShiftLandmarks(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, Context& context, Scratch& scratch)
+      : rows(list_kept(in, scratch)),
         q_land(landmarks.select<T>(in.q, kept_queries(in), scratch, context)),
         k_land(landmarks.select<T>(in.k, kept_keys(in), scratch, context)),
-        variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
         a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
-        z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
         values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
         sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
-        ones(scratch.array<T>(landmarks.num_landmarks)),
-        lse(scratch.array<T>(landmarks.num_landmarks)),
-        log_length(scratch.array<T>(landmarks.num_landmarks)),
-        log_others(scratch.array<T>(landmarks.num_landmarks)) {
-    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, lse.data(), context);
+        lse(scratch.array<RowLog<T>>(landmarks.num_landmarks)) {
+    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, {nullptr, lse.data()}, context);
     kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
-    IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
-    gemm<T>(1, z, sums, 0, values, context);
-    for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
-    set_variance(in, context);
-    for (Index c = 0; c < variance.rows(); ++c) {
-      const Range range = segment(static_cast<Index>(rows.size()), variance.rows(), c);
-      log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
-      log_others[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first - 1));
-    }
   }
 
-  /// delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is, within [0, 1].
-  T paper_shift(Context& context) const {
-    const Index m = a.rows();
-    Scratch scratch = context.scratch();
-    MatrixRef<T> residual = scratch.matrix<T>(m, m);
-    gemm<T>(-1, z, a, 0, residual, context);
-    residual.diagonal().array() += T(1);
-    T trace = 0, product = 0;
-    for (Index i = 0; i < m; ++i) {
-      trace += residual(i, i);
-      for (Index j = 0; j < m; ++j) product += residual(i, j) * a(j, i);
-    }
-    return trace > T(1e-6) * static_cast<T>(m) ? std::clamp<T>(product / trace, 0, 1) : T(0);
-  }
-
-  /// values <- values - delta Z values.
-  void subtract_twice_inverted(T delta, Context& context) const {
-    Scratch scratch = context.scratch();
-    MatrixRef<T> old = scratch.matrix<T>(values.rows(), values.cols());
-    old = values;
-    gemm<T>(-delta, z, old, 1, values, context);
-  }
-
-  T scale;
   std::span<const Index> rows;
   MatrixRef<T> q_land, k_land;  ///< segment means (m, d)
-  MatrixRef<T> variance;        ///< of each segment's keys, per coordinate (m, d)
-  MatrixRef<T> a, z;            ///< A and what stands for its inverse (m, m)
-  MatrixRef<T> values;          ///< Z B v (m, d_v)
+  MatrixRef<T> a;               ///< A (m, m)
+  MatrixRef<T> values;          ///< the core's product with B v (m, d_v), which whoever chooses the core sets
   MatrixRef<T> sums;            ///< B v (m, d_v)
-  std::span<T> ones;            ///< Z B 1, which is Z 1
-  std::span<T> lse;             ///< log-sums of B's rows
-  std::span<T> log_length;      ///< log2 of each segment's length
-  std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
+  std::span<RowLog<T>> lse;     ///< log-sums of B's rows
 
  private:
   static std::span<const Index> list_kept(const Sources<T>& in, Scratch& scratch) {
@@ -95,18 +52,53 @@ struct ShiftFactors {
     }
     return kept;
   }
+};
 
+/// The same with the core Z, values Z B v, and what rows of N and the exact diagonal's estimate need.
+template <class T>
+struct ShiftFactors : ShiftLandmarks<T> {
+  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
+               Scratch& scratch)
+      : ShiftLandmarks<T>(in, landmarks, kernel, context, scratch),
+        scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
+        variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
+        z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
+        ones(scratch.array<T>(landmarks.num_landmarks)),
+        log_length(scratch.array<T>(landmarks.num_landmarks)),
+        log_others(scratch.array<T>(landmarks.num_landmarks)) {
+    IterativePinv{.iterations = iterations}.invert<T>(this->a, z, context);
+    gemm<T>(1, z, this->sums, 0, this->values, context);
+    for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
+    set_variance(in, context);
+    for (Index c = 0; c < variance.rows(); ++c) {
+      const Range range = segment(static_cast<Index>(this->rows.size()), variance.rows(), c);
+      log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
+      log_others[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first - 1));
+    }
+  }
+
+  T scale;
+  MatrixRef<T> variance;    ///< of each segment's keys, per coordinate (m, d)
+  MatrixRef<T> z;           ///< what stands for A's inverse (m, m)
+  std::span<T> ones;        ///< Z B 1, which is Z 1
+  std::span<T> log_length;  ///< log2 of each segment's length
+  std::span<T> log_others;  ///< log2 of one less, -infinity for a single token
+
+ private:
   void set_variance(const Sources<T>& in, Context& context) {
     Scratch scratch = context.scratch();
-    const Index n = static_cast<Index>(rows.size()), m = variance.rows(), d = variance.cols();
+    const Index n = static_cast<Index>(this->rows.size()), m = variance.rows(), d = variance.cols();
     const std::span<T> buffers = scratch.array<T>(context.workers() * d);
+    const LongSums<T> chains(n / m + 1, d, context.workers(), scratch);
     variance.setZero();
     context.for_each(m, [&](Index c, int worker) {
       const Range range = segment(n, m, c);
-      for (Index i = range.first; i < range.last; ++i) {
-        const T* k = in.k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
-        add_squared_difference(k, &k_land(c, 0), &variance(c, 0), d);
-      }
+      chains.add(range.last - range.first, worker, &variance(c, 0), [&, i = range.first](Index some, T* to) mutable {
+        for (const Index last = i + some; i < last; ++i) {
+          const T* k = in.k.row(this->rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
+          add_squared_difference(k, &this->k_land(c, 0), to, d);
+        }
+      });
       variance.row(c) /= static_cast<T>(range.last - range.first);
     });
   }
@@ -124,7 +116,7 @@ struct ShiftPanels {
         z(Panels<T>::pack(factors.z, scratch)),
         values(Panels<T>::pack(factors.values, scratch)),
         lse(scratch.array<T>(factors.z.rows())) {
-    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](T x) { return x * std::numbers::log2e_v<T>; });
+    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](const RowLog<T>& x) { return x.value * std::numbers::log2e_v<T>; });
   }
 
   T scale, half_square;  ///< s and s^2 / 2, in units of log2, as all scores here
@@ -152,7 +144,7 @@ class ShiftedRows {
         factors_(factors),
         panels_(panels),
         ranks_(ranks) {
-    for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch}) {
+    for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch, &added}) {
       *row = scratch.array<T>(static_cast<Index>(ranks.size()));
     }
     Scratch temporary = scratch.nested();
@@ -165,25 +157,36 @@ class ShiftedRows {
     set_rows_of_f(scores);
     set_diagonal(q, k, temporary);
     estimate_diagonal(q, scores, temporary);
-    for (std::size_t i = 0; i < stretch.size(); ++i) {
-      stretch[i] = std::clamp<T>((1 - exact_diagonal[i]) / std::max<T>(row_sum[i] - diagonal[i], T(0.1)), 0, 2);
-    }
+    for (std::size_t i = 0; i < stretch.size(); ++i) set_row(i);
   }
 
   /// to (c, d_v) <- factor times the rows of N v.
   void multiply_values(const RowFactors<T>& factor, MatrixRef<T> to) const { panels_.values.multiply(factor, f, 0, to, {}); }
-
-  /// R_i = stretch_i (N v)_i + added_i v_i.
-  T added(std::size_t i) const { return exact_diagonal[i] - stretch[i] * diagonal[i]; }
 
   MatrixRef<T> f;               ///< (c, m)
   std::span<T> own_score;       ///< s q_i.k_i
   std::span<T> diagonal;        ///< g_i = N_ii
   std::span<T> row_sum;         ///< rho_i = (N 1)_i
   std::span<T> exact_diagonal;  ///< estimate of S_ii
-  std::span<T> stretch;         ///< alpha_i
+  std::span<T> stretch, added;  ///< R_i = stretch_i (N v)_i + added_i v_i
 
  private:
+  /// R_i = (N v)_i + w (alpha ((N v)_i - g v_i) + s v_i - (N v)_i), alpha = (1 - s) / (rho - g): the part w of the way to a row whose
+  /// own weight is s and whose sum is 1, so that no row's sum is further from 1 than N's. w = 1 but where N has less than .1 beside its
+  /// diagonal to stretch, or alpha is above 2; there w falls to 0 with rho - g, and the part of N v in R_i stays at most 2.
+  void set_row(std::size_t i) {
+    constexpr T kLeast = T(0.1), kMost = 2;
+    const T s = exact_diagonal[i], others = row_sum[i] - diagonal[i], wanted = 1 - s;
+    stretch[i] = 1;
+    added[i] = 0;
+    if (!(others > 0)) return;
+    T part = std::min<T>(others / kLeast, 1);
+    if (wanted > kMost * others) part *= (kMost - 1) * others / (wanted - others);
+    const T alpha = part * (wanted / others);
+    stretch[i] = alpha + (1 - part);
+    added[i] = part * s - alpha * diagonal[i];
+  }
+
   /// scores: F's, in units of log2.
   void set_rows_of_f(const ConstMatrixRef<T>& scores) {
     f = scores;

@@ -13,6 +13,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
@@ -31,12 +32,13 @@
 
 namespace attn::detail {
 
-/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, log sum_j kappa_ij, empty for raw rows; dot, dout_i.out_i,
+/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, LogSums::relative, empty for raw rows; dot, dout_i.out_i,
 /// which a normalised row's slopes are measured from, empty for raw rows.
 template <class T>
 struct Seeds {
   ConstMatrixRef<T> dout;
-  std::span<const T> log_sum, dot;
+  std::span<const RowLog<T>> log_sum;
+  std::span<const T> dot;
 };
 
 /// Rows of a strip for the products that add to keys: slices of kSlicePackets packets of columns, each with one row a lane.
@@ -128,6 +130,7 @@ class BackwardRunner {
       : product_(product),
         seeds_(seeds),
         reader_(product.in, product.space, scratch),
+        far_pairs_(product.in.k, product.space.bias, scratch),
         scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         ones_(scratch.elements<T>(kTileWidth<T>)),
@@ -138,6 +141,9 @@ class BackwardRunner {
     for (Lanes& strip : strips_) {
       for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kTileWidth<T> * whole_tiles(d));
       for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kTileWidth<T>);
+      strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
+      for (T** row : {&strip.norm, &strip.base}) *row = scratch.elements<T>(kTileWidth<T>);
+      strip.rows_panel = product.space.center == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T> * d);
       strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
       strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
       strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kTileWidth<T>));
@@ -165,11 +171,12 @@ class BackwardRunner {
   /// A strip of queries: transposed for the products that run over features, as rows for those that run over queries.
   struct Lanes {
     T *queries, *douts, *query_rows, *dout_rows;
-    T *log_divisor, *dot;
+    T *log_divisor, *dot, *bias_origin;
+    T *norm, *base, *rows_panel;  ///< as in FarQueries and LaneState
     T *dq, *slope_sum;
     int packets;
     Index first, count;
-    bool finite;
+    bool finite, far;
 
     Index lanes() const { return packets * kLanes<T>; }
   };
@@ -198,8 +205,10 @@ class BackwardRunner {
       }
       const auto squares = pack_rows(q, d, product_.space.center, product_.space.scale, strip.queries + p, lanes);
       pack_rows<T>(dout, d_v, nullptr, T(1), strip.douts + p, lanes);
-      store(strip.log_divisor + p, broadcast(product_.space.bias) * squares);
+      store(strip.norm + p, broadcast(product_.space.bias) * squares);
+      if (strip.rows_panel != nullptr) pack_rows<T>(q, d, nullptr, T(1), strip.rows_panel + p, lanes);
     }
+    strip.far = false;
     for (Index i = 0; i < lanes; ++i) set_statistics(strip, i);
     std::fill_n(strip.dq, lanes * whole_tiles(d), T(0));
     std::fill_n(strip.slope_sum, lanes, T(0));
@@ -210,14 +219,24 @@ class BackwardRunner {
     const auto row = static_cast<std::size_t>(strip.first + i);
     const bool real = i < strip.count && keeps_query(product_.in, strip.first + i);
     strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
-    strip.log_divisor[i] -= std::numbers::log2e_v<T> * product_.space.bias_origin;
-    if (real && !seeds_.log_sum.empty()) strip.log_divisor[i] += std::numbers::log2e_v<T> * seeds_.log_sum[row];
+    if (strip.bias_origin != nullptr) strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : kInfinity;
+    const RowLog<T> log_sum = real ? log_sum_of(row, strip.norm[i]) : RowLog<T>{kInfinity, T(0)};
+    strip.base[i] = log_sum.base;
+    strip.log_divisor[i] = log_sum.value;
+    strip.far = strip.far || log_sum.base != 0;
     if (!real || is_negative_infinity(strip.log_divisor[i])) strip.log_divisor[i] = kInfinity;
     strip.finite = strip.finite && is_finite(strip.dot[i]) && !is_nan(strip.log_divisor[i]);
   }
 
+  /// The log2 of what a query's weights are divided by, as they are counted, and their base: raw rows that are far from the center have one.
+  RowLog<T> log_sum_of(std::size_t row, T norm) const {
+    if (!seeds_.log_sum.empty()) return {std::numbers::log2e_v<T> * seeds_.log_sum[row].value, seeds_.log_sum[row].base};
+    const T base = product_.space.center != nullptr && norm > kFarNorm<T> ? norm : T(0);
+    return {static_cast<T>(-product_.origin(static_cast<Index>(row), base - norm)), base};
+  }
+
   void stream(std::span<Lanes> strips, Range keys, const PartialGradients<T>& to) {
-    const Index limit = product_.limit(strips.back().first + strips.back().count - 1);
+    const Index limit = product_.limits.of(strips.back().first + strips.back().count - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
     for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
       const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
@@ -226,7 +245,7 @@ class BackwardRunner {
   }
 
   void add(const Lanes& strip, const KeyTile<T>& tile, const PartialGradients<T>& to) {
-    const Index limit = product_.limit(strip.first);
+    const Index limit = product_.limits.of(strip.first);
     const bool causal = limit != StripKernel<T>::kNoLimit;
     const Index count = causal ? tile.visible(limit + strip.count - 1) : tile.count;
     if (count == 0) return;
@@ -234,10 +253,15 @@ class BackwardRunner {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       const KeyTile<T> values{.k = tile.v, .v = nullptr, .bias = nullptr, .k_stride = tile.v_stride, .v_stride = 0,
                               .rows = nullptr, .first = 0, .count = count};
-      score_keys<packets>(tile, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
+      const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
+      const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
+      score_keys<packets>(scored, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
+      if (strip.far) far_pairs_.refine({strip.norm, strip.rows_panel, strip.lanes()}, scored, count, strip.base, scores_);
+      if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), scores_);
       score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      weigh_slopes<packets>(scores_, slopes_, count, strip.log_divisor, strip.dot, weights_at_most_one());
-      if (seen_by_all < count) {
+      weigh_slopes<packets>(scores_, slopes_, count, partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile),
+                            strip.dot, weights_at_most_one());
+      if (partly_seen) {
         hide_future(strip, tile, seen_by_all, count, limit);
         if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);
       }
@@ -246,6 +270,13 @@ class BackwardRunner {
       add_to_keys(slopes_, strip.lanes(), strip.query_rows, tile, count, to.dk);
       add_values<packets>(tile.k, tile.k_stride, product_.in.k.cols(), slopes_, count, ones_, strip.dq, {});
     });
+  }
+
+  /// log_divisor as counted from the origin of a tile's biases.
+  const T* shifted_divisor(const Lanes& strip, const KeyTile<T>& tile) const {
+    set_bias_shift(tile.bias_origin, strip.bias_origin, strip.lanes(), unused_);
+    for (Index i = 0; i < strip.lanes(); ++i) unused_[i] = strip.log_divisor[i] - unused_[i];
+    return unused_;
   }
 
   void hide_future(const Lanes& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
@@ -326,6 +357,7 @@ class BackwardRunner {
   const Product<T>& product_;
   const Seeds<T>& seeds_;
   KeyReader<T> reader_;
+  FarPairs<T> far_pairs_;
   T *scores_, *slopes_, *ones_, *unused_;
   std::span<Lanes> strips_;
 };

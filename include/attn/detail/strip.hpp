@@ -16,6 +16,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/exp2.hpp>
+#include <attn/detail/far_pairs.hpp>
 #include <attn/detail/float_bits.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/panel.hpp>
@@ -25,6 +26,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numbers>
 
 namespace attn::detail {
 
@@ -33,21 +35,24 @@ template <class T>
 inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
 
 /// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and weighted (d_v rows)
-/// add up. weighted has room for whole tiles.
+/// add up. weighted has room for whole tiles. base: what scores are relative to, see far_pairs.hpp.
 template <class T>
 struct LaneState {
-  T *maximum, *sum, *weighted;
+  T *maximum, *sum, *base, *weighted;
 
   [[gnu::noinline]] static LaneState make(Index d_v, Scratch& scratch) {
-    T* const rows = scratch.elements<T>(kTileWidth<T> * (2 + whole_tiles(d_v)));
-    return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>};
+    T* const rows = scratch.elements<T>(kTileWidth<T> * (3 + whole_tiles(d_v)));
+    return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>, rows + 3 * kTileWidth<T>};
   }
 };
 
-/// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows.
+/// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows. bias_origin: what the key biases of each
+/// query are counted from, or null where all are counted from the same. far: null if no query is far from the center.
 template <class T>
 struct Strip {
   const T* panel;
+  const T* bias_origin;
+  const FarQueries<T>* far;
   LaneState<T> state;
   int packets;
   Index count;
@@ -55,32 +60,91 @@ struct Strip {
   Index lanes() const { return packets * kLanes<T>; }
 };
 
-/// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum.
-template <int kPackets, class T>
-[[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
-                                  const Upcoming& upcoming) {
-  Packet<T> top[extent(kPackets)];
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) top[p] = broadcast(kNoMaximum<T>);
-  for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
-    upcoming.fetch(j, kTileRows, count);
-    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+/// tile[r][p] += the packets of a panel.
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+[[gnu::always_inline]] inline void add_panel(const T* panel, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+#pragma GCC unroll 32
+  for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i) {
+    auto& x = tile[i / kPacketExtent][i % kPacketExtent];
+    x = x + load(panel + static_cast<Index>(i) * kLanes<T>);
+  }
+}
+
+/// tile[r][p] += bias[r]; where there are fewer biases than rows, the last one stands for those that are missing.
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+[[gnu::always_inline]] inline void add_to_rows(const T* bias, Index count, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const auto bias = broadcast(tile.bias == nullptr ? T(0) : tile.bias[std::min(j + r, count - 1)]);
+  for (int r = 0; r < static_cast<int>(kRowExtent); ++r) {
+    const auto x = broadcast(bias[std::min<Index>(r, count - 1)]);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPackets; ++p) score[r][p] = bias;
-    }
-    add_product(tile.k + j * tile.k_stride, count - j, tile.k_stride, 1, queries, d, score);
+    for (std::size_t p = 0; p < kPacketExtent; ++p) tile[r][p] = tile[r][p] + x;
+  }
+}
+
+/// Features that are summed up at once, which keeps chains of sums short.
+inline constexpr Index kFeaturesAtOnce = 256;
+
+/// panel <- the products of kTileRows keys, rows of them real, with the queries' features but for the last kFeaturesAtOnce at most; returns
+/// how many features that are.
+template <int kPackets, class T>
+[[gnu::noinline]] Index score_first_features(const T* k, Index rows, Index k_stride, const T* queries, Index d, T* panel) {
+  constexpr Index kWidth = kPackets * kLanes<T>;
+  Index first = 0;
+  for (; d - first > kFeaturesAtOnce; first += kFeaturesAtOnce) {
+    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    multiply_tile(k + first, rows, k_stride, 1, queries + first * kWidth, kFeaturesAtOnce, score);
 #pragma GCC unroll 32
     for (int i = 0; i < kTileRows * kPackets; ++i) {
       const auto x = score[i / kPackets][i % kPackets];
-      top[i % kPackets] = max(top[i % kPackets], x);
-      store(panel + i * kLanes<T>, x);
+      store(panel + i * kLanes<T>, first == 0 ? x : x + load(panel + i * kLanes<T>));
     }
   }
+  return first;
+}
+
+/// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum. What keys have as a bias is added
+/// to the products at last, for a sum that began with it would be rounded at its size all along.
+template <int kPackets, class T>
+[[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
+                                  const Upcoming& upcoming) {
+  std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
+  for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
+    upcoming.fetch(j, kTileRows, count);
+    const T* const k = tile.k + j * tile.k_stride;
+    const Index first = d <= kFeaturesAtOnce ? 0 : score_first_features<kPackets>(k, count - j, tile.k_stride, queries, d, panel);
+    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    multiply_tile(k + first, count - j, tile.k_stride, 1, queries + first * kPackets * kLanes<T>, d - first, score);
+    if (first > 0) add_panel(panel, score);
+    if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
 #pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) store(maximum + p * kLanes<T>, top[p]);
+    for (int p = 0; p < kPackets; ++p) {
+      auto top = load(maximum + p * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        top = max(top, score[r][p]);
+        store(panel + (r * kPackets + p) * kLanes<T>, score[r][p]);
+      }
+      store(maximum + p * kLanes<T>, top);
+    }
+  }
+}
+
+/// panel <- panel + the key biases of count keys, counted from each query's own origin. Those of keys that a query must not see may
+/// become any number.
+template <class T>
+[[gnu::noinline]] void add_key_bias(const KeyTile<T>& tile, Index count, const T* origin, Index lanes, T* panel) {
+  for (Index j = 0; j < count; ++j, panel += lanes) {
+    for (Index p = 0; p < lanes; p += kLanes<T>) {
+      const auto bias = broadcast(std::numbers::log2e_v<T>) * (broadcast(tile.key_bias[j]) - load(origin + p));
+      store(panel + p, load(panel + p) + bias);
+    }
+  }
+}
+
+/// shift <- what a tile's biases, counted from tile_origin, lack to those counted from each query's own origin, in units of log2.
+template <class T>
+void set_bias_shift(T tile_origin, const T* origin, Index lanes, T* shift) {
+  for (Index i = 0; i < lanes; ++i) shift[i] = std::numbers::log2e_v<T> * (tile_origin - origin[i]);
 }
 
 /// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
@@ -134,14 +198,17 @@ template <int kPackets, class T>
 template <class T>
 class StripKernel {
  public:
-  StripKernel(Index d, Index d_v, Maximum maximum, Scratch& scratch)
-      : d_(d),
-        d_v_(d_v),
+  StripKernel(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
+      : d_(in.q.cols()),
+        d_v_(in.v.cols()),
         maximum_(maximum),
+        far_pairs_(in.k, bias, scratch),
         panel_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
         correction_(scratch.elements<T>(kTileWidth<T>)),
-        finite_values_(scratch.elements<T>(kTileKeys<T> * d_v)) {}
+        shift_(scratch.elements<T>(kTileWidth<T>)),
+        shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
+        finite_values_(scratch.elements<T>(kTileKeys<T> * d_v_)) {}
 
   /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
   /// and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first product and during the second.
@@ -149,27 +216,46 @@ class StripKernel {
     const Index count = limit == kNoLimit ? tile.count : tile.visible(limit + strip.count - 1);
     if (count == 0) return;
     const Index seen_by_all = limit == kNoLimit ? count : tile.visible(limit);
+    const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
+    const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
+      score_keys<packets>(scored, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
     });
-    if (seen_by_all < count) hide_future(strip, tile, seen_by_all, count, limit);
-    raise_maximum(strip);
+    if (partly_seen) hide_future(strip, tile, seen_by_all, count, limit);
+    if (strip.far != nullptr) refine(strip, scored, count);
+    if (partly_seen && own_origins) {
+      add_key_bias(tile, count, strip.bias_origin, strip.lanes(), panel_);
+      hide_future(strip, tile, seen_by_all, count, limit);
+    }
+    if (partly_seen || strip.far != nullptr) set_tile_maximum(count, strip.lanes());
+    const T* const top = partly_seen || !own_origins ? raise_maximum(strip, tile_maximum_) : raise_shifted(strip, tile.bias_origin);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      weigh<packets>(panel_, count, strip.state.maximum, highest_exponent<T>(maximum_), strip.state.sum);
+      weigh<packets>(panel_, count, top, highest_exponent<T>(maximum_), strip.state.sum);
     });
-    if (seen_by_all < count && !all_finite(tile, seen_by_all, count)) return add_seen_values(strip, tile, count, limit);
+    if (partly_seen && !all_finite(tile, seen_by_all, count)) return add_seen_values(strip, tile, count, limit);
     add_weighted(strip, tile.v, tile.v_stride, count, upcoming[1]);
   }
 
-  static constexpr Index kNoLimit = std::numeric_limits<Index>::max();
+  static constexpr Index kNoLimit = CausalLimits::kNone;
 
  private:
-  /// Scores of keys that a query must not see become -infinity, whatever they were, and the maximum is taken anew without them.
+  /// Scores of keys that a query must not see become -infinity, whatever they were.
   void hide_future(const Strip<T>& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
     const Index lanes = strip.lanes();
     for (Index j = first; j < count; ++j) {
       std::fill_n(panel_ + j * lanes, std::min(tile.row(j) - limit, lanes), -std::numeric_limits<T>::infinity());
     }
+  }
+
+  /// Scores of pairs that are far from the center and near each other are mended.
+  void refine(const Strip<T>& strip, const KeyTile<T>& tile, Index count) const {
+    if (maximum_ == Maximum::running) {
+      far_pairs_.find_near(*strip.far, tile, count, panel_, strip.state.base, strip.state.maximum);
+    }
+    far_pairs_.refine(*strip.far, tile, count, strip.state.base, panel_);
+  }
+
+  void set_tile_maximum(Index count, Index lanes) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {
       auto top = broadcast(kNoMaximum<T>);
       for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
@@ -177,19 +263,32 @@ class StripKernel {
     }
   }
 
-  /// maximum <- max(maximum, that of the tile); correction and sum follow.
-  void raise_maximum(const Strip<T>& strip) const {
+  /// maximum <- max(maximum, that of a tile); correction and sum follow. Returns what the tile's weights are relative to: the maximum.
+  const T* raise_maximum(const Strip<T>& strip, const T* of_tile) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       if (maximum_ == Maximum::fixed) {
         store(correction_ + p, broadcast(T(1)));
         continue;
       }
-      const auto before = load(strip.state.maximum + p), after = max(before, load(tile_maximum_ + p));
+      const auto before = load(strip.state.maximum + p), after = max(before, load(of_tile + p));
       const auto correction = exp2_bounded(before - after);
       store(strip.state.maximum + p, after);
       store(correction_ + p, correction);
       store(strip.state.sum + p, load(strip.state.sum + p) * correction);
     }
+    return strip.state.maximum;
+  }
+
+  /// The same for a tile whose biases are counted from another origin than those of each query, which is no smaller. The weights are
+  /// relative to the maximum as counted from the tile's origin; where that is too far below to be told from it, to the tile's own.
+  const T* raise_shifted(const Strip<T>& strip, T tile_origin) const {
+    set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
+    for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
+    raise_maximum(strip, shifted_maximum_);
+    for (Index i = 0; i < strip.lanes(); ++i) {
+      shifted_maximum_[i] = std::max(strip.state.maximum[i] - shift_[i], tile_maximum_[i]);
+    }
+    return shifted_maximum_;
   }
 
   void add_weighted(const Strip<T>& strip, const T* v, Index v_stride, Index count, const Upcoming& upcoming) const {
@@ -231,7 +330,8 @@ class StripKernel {
 
   Index d_, d_v_;
   Maximum maximum_;
-  T *panel_, *tile_maximum_, *correction_, *finite_values_;
+  FarPairs<T> far_pairs_;
+  T *panel_, *tile_maximum_, *correction_, *shift_, *shifted_maximum_, *finite_values_;
 };
 
 }  // namespace attn::detail

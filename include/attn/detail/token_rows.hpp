@@ -79,6 +79,7 @@ class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index 
 
   /// All rows as they lie, where they are in place.
   ConstMatrixRef<T> matrix() const { return {data(), this->rows(), this->cols(), outerStride()}; }
+  /// The first element, where rows are in place.
   const T* data() const { return reinterpret_cast<const T*>(this->memory_.data); }
   Index outerStride() const { return this->memory_.stride_bytes / Index{sizeof(T)}; }
 
@@ -88,6 +89,9 @@ class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index 
     this->convert_(this->memory_.row(i), buffer, this->cols_);
     return buffer;
   }
+
+  /// Row i where it lies, null where that is not of T.
+  const T* row_or_null(Index i) const { return this->in_place() ? data() + i * outerStride() : nullptr; }
 
   [[gnu::noinline]] void copy_row(Index i, T* to) const {
     const T* from = row(i, to);

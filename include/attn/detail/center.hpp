@@ -1,0 +1,53 @@
+/// The origin that tokens are measured from where a kernel depends on their distances alone: it changes none, but keeps digits.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/causal.hpp>
+#include <attn/detail/float_bits.hpp>
+#include <attn/detail/kept_rows.hpp>
+#include <attn/detail/token_rows.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+
+namespace attn::detail {
+
+/// The median of the finite ones among count values, which it reorders; 0 if there are none.
+template <class T>
+T median_of_finite(T* values, Index count) {
+  T* const end = std::partition(values, values + count, [](T x) { return is_finite(x); });
+  if (end == values) return 0;
+  T* const middle = values + (end - values) / 2;
+  std::nth_element(values, middle, end);
+  return *middle;
+}
+
+/// An origin amid the keys, d numbers: of each feature the median over at most kSampled kept keys that every query sees, which tokens
+/// far from all others do not move. Where these are fewer than three, as under a causal mask, whose results must not depend on later
+/// tokens, the first query and zero make up for them.
+template <class T>
+const T* choose_center(const Sources<T>& in, Scratch& scratch) {
+  constexpr Index kSampled = 31, kFewest = 3;
+  const Index d = in.k.cols();
+  T* const center = scratch.elements<T>(d);
+  Scratch temporary = scratch.nested();
+  T *const samples = temporary.elements<T>(kSampled * d), *const buffer = temporary.elements<T>(d);  // feature by feature
+  Index count = 0;
+  const auto add_sample = [&](const T* row) {
+    for (Index c = 0; c < d; ++c) samples[c * kSampled + count] = row == nullptr ? T(0) : row[c];
+    ++count;
+  };
+  const Index seen = CausalLimits::of_inputs(in).seen_by_all(in.k.rows());
+  const Index kept = count_kept(seen, kept_keys(in)), step = std::max<Index>(1, kept / kSampled);
+  for (Index j = 0, until_next = step / 2; j < seen && count < kSampled; ++j) {
+    if (!keeps_key(in, j) || until_next-- > 0) continue;
+    add_sample(in.k.row(j, buffer));
+    until_next = step - 1;
+  }
+  if (count < kFewest && keeps_query(in, 0)) add_sample(in.q.row(0, buffer));
+  if (count < kFewest) add_sample(nullptr);
+  for (Index c = 0; c < d; ++c) center[c] = median_of_finite(samples + c * kSampled, count);
+  return center;
+}
+
+}  // namespace attn::detail

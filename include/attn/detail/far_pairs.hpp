@@ -1,0 +1,134 @@
+/// Gaussian scores of tokens that are far from the center and near each other.
+///
+///   N_x         = bias |x - center|^2                      in units of log2, as all scores
+///   score       = scale (q - center).(k - center) - N_k    log2 kappa = score - N_q
+///   near        : N_q and N_k large, log2 kappa > -(N_q + N_k) / 4
+///   log2 kappa  = -bias |q - k|^2                          for near pairs: above, all digits would cancel
+///
+/// Since N_q plus that would have lost its digits too, a query with a near key gets scores that are log2 kappa itself: they are
+/// relative to a base, 0 at first and then N_q, which its maximum follows. What is near depends on the pair alone.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/detail/panel.hpp>
+#include <attn/detail/register_tile.hpp>
+#include <attn/detail/simd.hpp>
+#include <attn/detail/token_rows.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <limits>
+
+namespace attn::detail {
+
+/// The N from which on a token is far: below, sums of two of them are precise enough.
+template <class T>
+inline constexpr T kFarNorm = sizeof(T) == 4 ? 16 : 256;
+
+/// Whether log2 kappa of a pair has to be computed from the difference of its tokens.
+template <class T>
+bool is_near(T log_kappa, T n_q, T n_k) {
+  return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -4;
+}
+
+/// |a - b|^2 of rows of length d, in short chains of sums.
+template <class T>
+T squared_distance(const T* a, const T* b, Index d) {
+  auto total = broadcast(T(0));
+  for (Index c = 0; c < d; c += kLanes<T>) {
+    const auto x = load_row(a, c, d) - load_row(b, c, d);
+    total = multiply_add(x, x, total);
+  }
+  return sum(total);
+}
+
+/// The queries of a strip along the lanes, some of them far: norm, their N; rows, the queries as they are, d rows of so many lanes.
+template <class T>
+struct FarQueries {
+  const T *norm, *rows;
+  Index lanes;
+};
+
+/// Mends panels of scores. One for each worker.
+template <class T>
+class FarPairs {
+ public:
+  FarPairs(const TokenRows<T>& keys, T bias, Scratch& scratch)
+      : keys_(keys),
+        bias_(bias),
+        key_(scratch.elements<T>(keys.cols())),
+        needed_(scratch.elements<T>(kTileWidth<T>)),
+        distance_(scratch.elements<T>(kTileWidth<T>)) {}
+
+  /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to no base, with
+  /// what the tile says of key biases.
+  [[gnu::noinline]] void find_near(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* panel, T* base,
+                                   T* maximum) const {
+    for (Index i = 0; i < queries.lanes; ++i) needed_[i] = base[i] == 0 ? needed(queries.norm[i], queries.norm[i]) : kNever;
+    for (Index j = 0; j < count; ++j, panel += queries.lanes) {
+      const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
+      if (!may_be_near(n_k, key_part, panel, queries.lanes)) continue;
+      for (Index i = 0; i < queries.lanes; ++i) {
+        const T n_q = queries.norm[i];
+        if (base[i] != 0 || !is_near(panel[i] - key_part - n_q, n_q, n_k)) continue;
+        base[i] = n_q;
+        maximum[i] -= n_q;
+        needed_[i] = kNever;
+      }
+    }
+  }
+
+  /// panel: scores relative to no base -> relative to base, those of near pairs by their difference.
+  [[gnu::noinline]] void refine(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* base, T* panel) const {
+    for (Index i = 0; i < queries.lanes; ++i) needed_[i] = base[i] == 0 ? kNever : needed(queries.norm[i], T(0));
+    for (Index j = 0; j < count; ++j, panel += queries.lanes) {
+      for (Index p = 0; p < queries.lanes; p += kLanes<T>) store(panel + p, load(panel + p) - load(base + p));
+      const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
+      if (!may_be_near(n_k, key_part, panel, queries.lanes)) continue;
+      set_distances(queries, keys_.row(tile.row(j), key_));
+      for (Index i = 0; i < queries.lanes; ++i) {
+        if (base[i] == 0 || !is_near(panel[i] - key_part, queries.norm[i], n_k)) continue;
+        panel[i] = key_part - bias_ * distance_[i];
+      }
+    }
+  }
+
+ private:
+  static constexpr T kNever = std::numeric_limits<T>::infinity();
+
+  /// What a score is above for near pairs, but for N_k / -4: the score is log2 kappa + beyond.
+  static T needed(T n_q, T beyond) { return n_q > kFarNorm<T> ? beyond - n_q / 4 : kNever; }
+
+  /// Whether a key is near to any lane whose needed_ is not kNever; scores may be of pairs that are hidden, at -infinity.
+  bool may_be_near(T n_k, T key_part, const T* scores, Index lanes) const {
+    if (!(n_k > kFarNorm<T>)) return false;
+    auto most = broadcast(std::numeric_limits<T>::lowest());
+    for (Index p = 0; p < lanes; p += kLanes<T>) most = max(most, load(scores + p) - load(needed_ + p));
+    return largest(most) - key_part > n_k / -4;
+  }
+
+  /// distance_ <- |q - k|^2, in short chains of sums.
+  void set_distances(const FarQueries<T>& queries, const T* k) const {
+    constexpr Index kAtOnce = 16;
+    const Index d = keys_.cols();
+    for (Index p = 0; p < queries.lanes; p += kLanes<T>) {
+      auto total = broadcast(T(0));
+      for (Index first = 0; first < d; first += kAtOnce) {
+        auto squares = broadcast(T(0));
+        for (Index c = first; c < std::min(d, first + kAtOnce); ++c) {
+          const auto x = load(queries.rows + c * queries.lanes + p) - broadcast(k[c]);
+          squares = multiply_add(x, x, squares);
+        }
+        total = total + squares;
+      }
+      store(distance_ + p, total);
+    }
+  }
+
+  TokenRows<T> keys_;
+  T bias_;
+  T *key_, *needed_, *distance_;
+};
+
+}  // namespace attn::detail

@@ -1,0 +1,160 @@
+/// Tokens far from the others, or in groups that are: what Gaussian weights of pairs near each other lose by where they are measured from.
+#include <attn/exact.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/skyformer.hpp>
+
+#include "support.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace test {
+namespace {
+
+using attn::Causal;
+using attn::GaussianKernel;
+using attn::Rows;
+
+/// Moves tokens; q and k move alike where both are to.
+struct Move {
+  std::string name;
+  std::function<void(Matrix<float>& q, Matrix<float>& k)> apply;
+};
+
+void move_rows(Matrix<float>& x, Index first, Index step, float by) {
+  for (Index i = first; i < x.rows(); i += step) x.row(i).array() += by;
+}
+
+/// The first key, or one whose share of the mean is as large; several first tokens; two groups; all tokens; far queries among far keys.
+std::vector<Move> moves() {
+  return {
+      {"first key", [](auto&, auto& k) { k.row(0).array() += 30.0F; }},
+      {"one key, very far", [](auto&, auto& k) { k.row(k.rows() / 2).array() += 30.0F * static_cast<float>(k.rows()); }},
+      {"first token", [](auto& q, auto& k) { q.row(0).array() += 30.0F, k.row(0).array() += 30.0F; }},
+      {"first four tokens", [](auto& q, auto& k) { q.topRows(4).array() += 50.0F, k.topRows(4).array() += 50.0F; }},
+      {"two groups", [](auto& q, auto& k) { move_rows(q, 0, 2, 40), move_rows(k, 0, 2, 40); }},
+      {"three groups", [](auto& q, auto& k) { move_rows(q, 0, 3, 40), move_rows(k, 0, 3, 40), move_rows(q, 1, 3, -25), move_rows(k, 1, 3, -25); }},
+      {"all tokens", [](auto& q, auto& k) { q.array() += 64.0F, k.array() += 64.0F; }},
+  };
+}
+
+
+/// float, in every form of the product: many queries, few queries with split keys, few keys; with masks and biases.
+void expect_close_to_oracle(const Move& move, const GaussianKernel& kernel, Shape shape, Causal causal, bool biased) {
+  Tokens<float> x = make_tokens<float>(Family::init, shape, 7);
+  move.apply(x.q, x.k);
+  const std::vector<float> bias = biased ? random_key_bias<float>(shape.n_k, 0.1, 5) : std::vector<float>{};
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}, .key_bias = bias};
+  const auto p = to_reference(in);
+  const auto oracle_kernel = reference::gaussian_kernel(x.q.cols(), kernel.bandwidth, kernel.rows == Rows::normalized);
+  const auto expected = attend(oracle_kernel, p);
+  Matrix<float> out(shape.n_q, shape.d_v), dq(shape.n_q, shape.d), dk(shape.n_k, shape.d), dv(shape.n_k, shape.d_v);
+  Context context;
+  const attn::GaussianAttention<float> method{kernel};
+  attn::GaussianAttention<float>::Saved saved;
+  method.forward(in, out, context);
+  EXPECT_LT(relative_error(out, expected.out), 2e-6);
+  method.forward(in, out, context, saved);
+  EXPECT_LT(relative_error(out, expected.out), 2e-6);
+  const Matrix<float> dout = make_tokens<float>(Family::init, {1, shape.n_q, 1, shape.d_v}, 8).v;
+  method.backward(in, out, dout, saved, {dq, dk, dv}, context);
+  const auto gradients = attend_backward(oracle_kernel, p, dout.cast<double>());
+  EXPECT_LT(relative_error(dv, gradients.dv), 3e-6);
+  EXPECT_LT(relative_error(dq, gradients.dq), 3e-5);  // a sum of differences to keys, each as precise as its tokens' distance from the center
+  EXPECT_LT(relative_error(dk, gradients.dk), 3e-5);
+}
+
+TEST(FarTokens, TakeNoDigitsFromOthers) {
+  for (const Move& move : moves()) {
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
+        for (const Shape shape : {Shape{300, 300, 16, 9}, Shape{40, 600, 16, 9}, Shape{400, 60, 16, 9}}) {
+          for (const bool biased : {false, true}) {
+            SCOPED_TRACE(move.name + ", rows " + std::to_string(static_cast<int>(rows)) + ", causal " +
+                         std::to_string(static_cast<int>(causal)) + ", n_q " + std::to_string(shape.n_q) + (biased ? ", biased" : ""));
+            expect_close_to_oracle(move, {.rows = rows}, shape, causal, biased);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// A row's bits must not depend on whether later queries, or keys, are far.
+TEST(FarTokens, ThatComeLaterChangeNoBit) {
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    for (const bool biased : {false, true}) {
+      const Tokens<float> x = make_tokens<float>(Family::init, {200, 200, 16, 9}, 7);
+      Tokens<float> y = x;
+      y.q.bottomRows(117).array() += 40.0F;
+      y.k.bottomRows(117).array() += 40.0F;
+      const std::vector<float> bias = biased ? random_key_bias<float>(200, 0.1, 5) : std::vector<float>{};
+      Matrix<float> a(200, 9), b(200, 9);
+      Context context;
+      const attn::GaussianAttention<float> method{GaussianKernel{.rows = rows}};
+      method.forward({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::upper_left}, .key_bias = bias}, a, context);
+      method.forward({.q = y.q, .k = y.k, .v = y.v, .mask = {.causal = Causal::upper_left}, .key_bias = bias}, b, context);
+      for (Index i = 0; i < 83; ++i) EXPECT_TRUE(same_row(a, b, i)) << "row " << i;
+    }
+  }
+}
+
+TEST(FarTokens, AmongLandmarksTakeNoDigits) {
+  for (const Move& move : moves()) {
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      SCOPED_TRACE(move.name + ", rows " + std::to_string(static_cast<int>(rows)));
+      Tokens<float> x = make_tokens<float>(Family::init, {128, 128, 16, 9}, 7);
+      move.apply(x.q, x.k);
+      const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+      Matrix<float> out(128, 9);
+      Context context;
+      attn::Skyformer<float, attn::StridedSample>{attn::StridedSample{.num_landmarks = 40}, {}, {.rows = rows}}.forward(in, out, context);
+      const auto p = to_reference(in);
+      const auto kernel = reference::gaussian_kernel(16, {}, rows == Rows::normalized);
+      const auto inverse = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.1); };
+      EXPECT_LT(relative_error(out, skyformer(kernel, p, strided_landmarks(p, 40), inverse)), 1e-5);
+    }
+  }
+}
+
+/// Where no key is near a query, the error grows with the exponents, as docs/numerics.md says.
+TEST(FarTokens, QueriesFarFromEveryKey) {
+  for (const float distance : {1.0F, 5.0F, 7.1F, 20.0F}) {
+    Tokens<float> x = make_tokens<float>(Family::init, {200, 300, 16, 9}, 7);
+    x.q.array() += distance;
+    const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+    const auto kernel = reference::gaussian_kernel(16, {}, true);
+    const auto expected = attend(kernel, to_reference(in));
+    Matrix<float> out(200, 9);
+    Context context;
+    attn::GaussianAttention<float>{GaussianKernel{.rows = Rows::normalized}}.forward(in, out, context);
+    EXPECT_LT(relative_error(out, expected.out), 2e-6 + 5e-9 * std::abs(expected.lse.minCoeff())) << "exponents near " << expected.lse.mean();
+  }
+}
+
+TEST(ManyFeatures, KeepTheTolerance) {
+  for (const Index d : {64, 255, 256, 257, 600, 1024}) {
+    const Tokens<float> x = make_tokens<float>(Family::unit, {150, 200, d, 9}, 7);
+    const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+    const auto p = to_reference(in);
+    Context context;
+    Matrix<float> out(150, 9);
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      SCOPED_TRACE("d " + std::to_string(d) + ", rows " + std::to_string(static_cast<int>(rows)));
+      attn::GaussianAttention<float>{GaussianKernel{.rows = rows}}.forward(in, out, context);
+      const double bound = rows == Rows::raw ? 2e-6 + 1e-7 * std::sqrt(static_cast<double>(d)) : 2e-6;
+      EXPECT_LT(relative_error(out, attend(reference::gaussian_kernel(d, {}, rows == Rows::normalized), p).out), bound);
+    }
+    attn::SoftmaxAttention<float>{}.forward(in, out, context);
+    EXPECT_LT(relative_error(out, attend(reference::softmax_kernel(d), p).out), 2e-6);
+  }
+}
+
+}  // namespace
+}  // namespace test
