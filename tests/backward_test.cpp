@@ -175,6 +175,31 @@ TYPED_TEST(Backward, InPartsIsTheOraclesAndBitwiseEqualWhateverTheWorkers) {
   }
 }
 
+/// Gradients by the key bias are made where the kernel needs them, whether one asks for them or not.
+TYPED_TEST(Backward, WithoutTheBiasesGradientTheOthersAreTheSame) {
+  using T = TypeParam;
+  for (const Shape& shape : {Shape{50, 70, 9, 5}, Shape{700, 40, 3, 5}}) {
+    const auto x = test::make_tokens<T>(Family::init, shape, 215);
+    const Conditions<T> conditions(shape.n_q, shape.n_k);
+    for (const Inputs<T>& in : conditions.all(x)) {
+      for (const reference::Kernel& parameters : kernels(shape.d)) {
+        SCOPED_TRACE(describe(in) + ", scale " + std::to_string(parameters.scale));
+        const Kernel kernel{parameters};
+        const Matrix<T> dout = random_dout(in, 216);
+        Context context;
+        const Written<T> expected = backward(parameters, in, dout, context);
+        Written<T> found = expected;
+        Matrix<T> out(shape.n_q, shape.d_v);
+        std::vector<T> lse(static_cast<std::size_t>(shape.n_q));
+        attn::kernel_matmul(kernel, in, out, std::span<T>(lse), context);
+        for (Matrix<T>* m : {&found.dq, &found.dk, &found.dv}) m->setConstant(test::kNaN<T>);
+        attn::kernel_matmul_backward(kernel, in, out, std::span<const T>(lse), dout, {found.dq, found.dk, found.dv}, context);
+        EXPECT_TRUE(bitwise_equal(found, expected));
+      }
+    }
+  }
+}
+
 /// The derivative at 0 of a smooth f, by five points.
 double derivative(const std::function<double(double)>& f) {
   constexpr double kStep = 2e-4;  // so short that the largest row sums of the iterations stay the largest

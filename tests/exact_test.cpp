@@ -347,6 +347,27 @@ TYPED_TEST(ExactOf, HugeLogitsPickTheLargest) {
   }
 }
 
+/// Under causal masks, and where keys are few, too: scores of 0 to 1e15 whose largest lies at any place.
+TYPED_TEST(ExactOf, HugeLogitsPickTheLargestOfThoseSeen) {
+  using T = TypeParam;
+  for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 40}, {200, 20}, {200, 37}, {400, 90}}) {
+    for (const Causal causal : {Causal::none, Causal::upper_left}) {
+      for (const Index top : {Index{0}, n_k / 2, n_k - 1}) {
+        SCOPED_TRACE(std::to_string(n_q) + ", " + std::to_string(n_k) + ", key " + std::to_string(top));
+        auto x = test::make_tokens<T>(Family::unit, {n_q, n_k, 1, 6});
+        x.q.setOnes();
+        x.k.setZero();
+        x.k(top, 0) = T(1e15);
+        const Matrix<T> out = attn::attention(SoftmaxAttention<T>{}, x.q, x.k, x.v, {.causal = causal});
+        for (Index i = causal == Causal::none ? 0 : top; i < n_q; ++i) {
+          EXPECT_TRUE((out.row(i).array() == x.v.row(top).array()).all()) << "row " << i;
+        }
+        EXPECT_TRUE(out.allFinite());
+      }
+    }
+  }
+}
+
 TYPED_TEST(ExactOf, NormalizedGaussianIsRightFarFromTheKeys) {
   using T = TypeParam;
   auto x = test::make_tokens<T>(Family::init, {20, 300, 16, 6});

@@ -1,3 +1,4 @@
+#include <attn/lifted_softmax.hpp>
 #include <attn/skyformer.hpp>
 
 #include "support.hpp"
@@ -7,6 +8,7 @@
 #include <cmath>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -180,6 +182,71 @@ TYPED_TEST(SkyformerOf, NaNReachesTheRowsThatSeeIt) {
     y.q(4, 3) = test::kNaN<T>;  // a landmark
     EXPECT_TRUE(attn::attention(method, y.q, y.k, y.v).array().isNaN().all());
   }
+}
+
+TYPED_TEST(SkyformerOf, AKeyRemovedByItsBiasHasNoInfluence) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {60, 90, 16, 5}, 75);
+  const auto bias = test::random_key_bias<T>(90, 0.3, 76);
+  const Matrix<T> dout = test::Random(77).normal(60, 5).template cast<T>();
+  const auto train = [&](const auto& method, const test::Tokens<T>& y) {
+    const Inputs<T> in{.q = y.q, .k = y.k, .v = y.v, .key_bias = bias};
+    Matrix<T> out(60, 5), dq(60, 16), dk(90, 16), dv(90, 5), all(300, 16);
+    typename std::remove_cvref_t<decltype(method)>::Saved saved;
+    Context context;
+    method.forward(in, out, context, saved);
+    method.backward(in, out, dout, saved, {dq, dk, dv}, context);
+    all.setZero();
+    all.topRows(60) = dq;
+    all.middleRows(60, 90) = dk;
+    all.block(150, 0, 90, 5) = dv;
+    all.block(240, 0, 60, 5) = out;
+    return all;
+  };
+  const auto expect_same = [&](const auto& method) {
+    const Matrix<T> clean = train(method, x);
+    EXPECT_TRUE(clean.allFinite());
+    for (const T poison : {test::kNaN<T>, test::kInf<T>}) {
+      test::Tokens<T> y = x;
+      for (Index j = 0; j < 90; ++j) {
+        if (std::isfinite(bias[static_cast<std::size_t>(j)])) continue;
+        y.k.row(j).setConstant(poison);
+        y.v.row(j).setConstant(poison);
+      }
+      EXPECT_TRUE(test::bitwise_equal(train(method, y), clean)) << poison;
+    }
+  };
+  const StridedSample strided{.num_landmarks = 16};
+  expect_same(Strided<T>(strided));
+  expect_same(Strided<T>(strided, {}, GaussianKernel{.rows = Rows::normalized}));
+  expect_same(attn::LiftedSoftmax<T, StridedSample>(strided));
+}
+
+/// The same landmarks in a matrix that is wider than its rows, as a policy of one's own may have them.
+struct WideKeys {
+  Index num_landmarks = 20, padding = 0;
+
+  template <class T>
+  attn::MatrixRef<T> select(const Inputs<T>& in, attn::Scratch& scratch) const {
+    const Index d = in.k.cols();
+    attn::MatrixRef<T> all = scratch.matrix<T>(num_landmarks, d + padding);
+    all.setConstant(test::kNaN<T>);
+    all.leftCols(d) = in.k.topRows(num_landmarks);
+    return all.leftCols(d);
+  }
+};
+
+TYPED_TEST(SkyformerOf, TakesStridedLandmarks) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {90, 130, 16, 12}, 78);
+  const auto expect_same = [&](const auto& strided, const auto& dense) {
+    EXPECT_TRUE(test::bitwise_equal(attn::attention(strided, x.q, x.k, x.v), attn::attention(dense, x.q, x.k, x.v)));
+  };
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const GaussianKernel kernel{.rows = rows};
+    expect_same(Skyformer<T, WideKeys>(WideKeys{.padding = 3}, {}, kernel), Skyformer<T, WideKeys>(WideKeys{}, {}, kernel));
+  }
+  expect_same(attn::LiftedSoftmax<T, WideKeys>(WideKeys{.padding = 3}), attn::LiftedSoftmax<T, WideKeys>(WideKeys{}));
 }
 
 TYPED_TEST(SkyformerOf, PaddedIsTrimmed) {
