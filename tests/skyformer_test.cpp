@@ -270,6 +270,24 @@ TYPED_TEST(SkyformerOf, DuplicateTokensAndNoRidgeStayFinite) {
   }
 }
 
+/// Many more landmarks than their kernel matrix has directions, and next to no ridge: the method is as exact as with the directions
+/// that there are.
+TYPED_TEST(SkyformerOf, LeavesOutDirectionsThatAreZeroButForRounding) {
+  using T = TypeParam;
+  const auto x = test::curve_tokens<T>({1200, 1200, 8, 6}, 71);
+  const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const reference::Matrix exact = attend(reference::gaussian_kernel(8, {}, rows == Rows::normalized), p).out;
+    for (const Index m : {256, 600, 1000}) {
+      for (const double gamma : {0.0, 1e-6}) {
+        const Strided<T> method(StridedSample{.num_landmarks = m}, RidgeInverse{.gamma = gamma}, GaussianKernel{.rows = rows});
+        EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), exact), sizeof(T) == 4 ? 1e-5 : gamma > 0 ? 1e-6 : 1e-11)
+            << m << " landmarks, gamma " << gamma;
+      }
+    }
+  }
+}
+
 TYPED_TEST(SkyformerOf, NormalizedRowsStayFiniteFarFromTheLandmarks) {
   using T = TypeParam;
   auto x = test::make_tokens<T>(Family::init, {64, 64, 16, 12}, 68);
