@@ -296,6 +296,30 @@ TEST(Gradients, OfEveryMethodAreItsDerivatives) {
   }
 }
 
+/// Many more landmarks than their kernel matrix has directions: since the method is exact, its gradients are those of exact attention.
+TYPED_TEST(Backward, OfSkyformerLeavesOutDirectionsThatAreZeroButForRounding) {
+  using T = TypeParam;
+  Context context;
+  const auto x = test::curve_tokens<T>({400, 500, 8, 5}, 228);
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  const Matrix<T> dout = random_dout(in, 229);
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const auto expected = reference::attend_backward(reference::gaussian_kernel(8, {}, rows == Rows::normalized), test::to_reference(in),
+                                                     dout.template cast<double>());
+    for (const double gamma : {0.0, 1e-6}) {
+      const attn::Skyformer<T> method({.num_landmarks = 400}, {.gamma = gamma}, {.rows = rows});
+      typename attn::Skyformer<T>::Saved saved;
+      Matrix<T> out(400, 5), dq = x.q, dk = x.k, dv = x.v;
+      method.forward(in, out, context, saved);
+      method.backward(in, out, dout, saved, {dq, dk, dv}, context);
+      const double tolerance = sizeof(T) == 4 ? 5e-3 : gamma > 0 ? 1e-3 : 1e-5;
+      EXPECT_LE(test::relative_error(dq, expected.dq), tolerance) << gamma;
+      EXPECT_LE(test::relative_error(dk, expected.dk), tolerance) << gamma;
+      EXPECT_LE(test::relative_error(dv, expected.dv), sizeof(T) == 4 ? 1e-5 : 1e-6) << gamma;
+    }
+  }
+}
+
 /// [z z1] of random numbers, so that some rows' sums are negative: the guard is what divides these, and makes them
 /// large.
 TEST(Gradients, OfGuardedDivisorsAreTheirDerivatives) {

@@ -29,7 +29,8 @@ concept Core = std::copyable<C> && requires(const C& core, MatrixRef<T> a, Matri
 };
 
 /// (A + gamma I)^-1 for a symmetric positive semidefinite A, by Cholesky. A direction in which A + gamma I is 0 but for rounding
-/// (duplicate landmarks, gamma = 0) is left out. m^3 / 3 flops.
+/// (duplicate landmarks, gamma = 0) is left out: the result is 0 at landmarks that depend on others, which pivots choose. m^3 / 3 flops;
+/// with pivots, for r of m landmarks, m r^2 more.
 struct RidgeInverse {
   double gamma = 0.1;  ///< at least 0
 

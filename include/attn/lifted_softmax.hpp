@@ -5,6 +5,7 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/float_bits.hpp>
+#include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>
@@ -96,9 +97,10 @@ class LiftedSoftmax {
         landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(in)), .rows = Rows::normalized}};
   }
 
-  /// s |k_j|^2 / 2 and the caller's bias. Dropped keys may hold anything, so they get no weight.
+  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest. Dropped keys may hold anything, so they get no weight.
   std::span<const T> log_weights(const detail::Sources<T>& in, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
+    const std::span<const T> bias = detail::relative_bias(in, scratch).relative;
     Scratch temporary = scratch.nested();
     T* buffer = temporary.elements<T>(in.k.cols());
     const T half_scale = static_cast<T>(scale(in)) / 2;
@@ -107,7 +109,7 @@ class LiftedSoftmax {
       weights[at] = -std::numeric_limits<T>::infinity();
       if (!detail::keeps_key(in, j)) continue;
       weights[at] = half_scale * detail::squared_norm(in.k.row(j, buffer), in.k.cols());
-      if (!in.key_bias.empty()) weights[at] += in.key_bias[at];
+      if (!bias.empty()) weights[at] += bias[at];
     }
     return weights;
   }

@@ -5,7 +5,9 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
+#include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/skyformer_factors.hpp>
+#include <attn/detail/spread_landmarks.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
@@ -85,11 +87,12 @@ class Skyformer {
     check(in);
     Scratch scratch = context.scratch();
     const MatrixRef<T> land = detail::select_jointly(landmarks_, in, scratch);
-    MatrixRef<T> sums = scratch.matrix<T>(land.rows(), in.v.cols() + 1);
-    const T top = land.rows() == 0 ? T(0) : detail::sum_over_keys<T>(kernel_, in, land, sums, context);
-    if (saved != nullptr) saved->keep(in, land, sums, top);
+    const detail::LandmarkSums<T> sums =
+        detail::sum_over_keys<T>(kernel_, in, detail::relative_bias(in, scratch), land, scratch, context);
+    if (saved != nullptr) saved->keep(in, land, sums);
     if (land.rows() == 0) return out.set_zero();  // no query or no key is kept
-    multiply(in, land, sums, out, context);
+    if (sums.spread) return detail::multiply_spread<T>(kernel_, inverse_, in, land, sums, out, context);
+    multiply(in, land, sums.sums, out, context);
   }
 
   /// out <- kappa(q, L) (kappa(L, L) + gamma I)^-1 sums.
