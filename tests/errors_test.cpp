@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -75,6 +76,100 @@ TYPED_TEST(ErrorsOf, EmptyMatrices) {
   TestFixture::expect({.q = {5, 0}, .k = {6, 0}}, "q is empty (5 x 0)");
   TestFixture::expect({.k = {0, 4}, .v = {0, 3}}, "k is empty (0 x 4)");
   TestFixture::expect({.v = {6, 0}, .out = {5, 0}}, "v is empty (6 x 0)");
+}
+
+/// A view of a wrong size, as a Map of one is without Eigen's assertions.
+attn::ConstMatrixRef<float> sized(Index rows, Index cols) { return {nullptr, rows, cols, cols}; }
+
+TYPED_TEST(ErrorsOf, NegativeSizes) {
+  const Matrix<float> q = Matrix<float>::Zero(5, 4), k = Matrix<float>::Zero(6, 4), v = Matrix<float>::Zero(6, 3);
+  Matrix<float> out(5, 3);
+  Context context;
+  const auto expect = [&](const Inputs<float>& in, attn::MatrixRef<float> to, const std::string& text) {
+    EXPECT_EQ(error_of([&] { TypeParam{}.forward(in, to, context); }), std::string(TypeParam::kName) + ": " + text);
+  };
+  const attn::MatrixRef<float> negative(nullptr, -3, 3, 3);
+  expect({.q = sized(-3, 4), .k = k, .v = v}, negative, "q is -3 x 4, should be at least 1 x 1");
+  expect({.q = q, .k = sized(-3, 4), .v = sized(-3, 3)}, out, "k is -3 x 4, should be at least 1 x 1");
+  expect({.q = sized(5, -4), .k = sized(6, -4), .v = v}, out, "q is 5 x -4, should be at least 1 x 1");
+  expect({.q = q, .k = k, .v = sized(6, -1)}, {nullptr, 5, -1, 1}, "v is 6 x -1, should be at least 1 x 1");
+  expect({.q = q, .k = k, .v = v}, negative, "out is -3 x 3, should be 5 x 3");
+}
+
+TEST(Errors, NegativeSizesElsewhere) {
+  const Matrix<float> x = Matrix<float>::Zero(6, 4);
+  Matrix<float> to = x;
+  std::vector<float> taps(3), few{};
+  Context context;
+  EXPECT_EQ(error_of([&] { static_cast<void>(attn::attention(attn::make_approximator<float>("softmax"), sized(-3, 4), x, x)); }),
+            "softmax: q is -3 x 4, should be at least 1 x 1");
+  EXPECT_EQ(error_of([&] { static_cast<void>(attn::attention(attn::Nystrom<float>{}, x, x, sized(6, -4))); }),
+            "nystrom: v is 6 x -4, should be at least 1 x 1");
+  EXPECT_EQ(error_of([&] { attn::depthwise_conv<float>(sized(-3, 4), taps, {nullptr, -3, 4, 4}, context); }),
+            "depthwise_conv: v is -3 x 4, should be at least 1 x 1");
+  const attn::RowStates<float> negative{few, few, {nullptr, 6, -4, 4}};
+  EXPECT_EQ(error_of([&] { attn::merge(negative, negative); }), "merge: weighted is 6 x -4, should be at least 1 x 1");
+  EXPECT_EQ(error_of([&] { attn::finish(SoftmaxKernel{}, negative, 4, {nullptr, 6, -4, 4}); }),
+            "finish: out is 6 x -4, should be at least 1 x 1");
+  const attn::ApproximatorOperator<attn::Nystrom<float>> op(attn::Nystrom<float>{}, x, x);
+  EXPECT_EQ(error_of([&] { op.apply(sized(-3, 4), to, context); }), "nystrom: v is -3 x 4, should be at least 1 x 1");
+  EXPECT_EQ(error_of([&] { op.apply_transpose(sized(-3, 4), to, context); }), "approximator operator: x is -3 x 4, should be 6 x 4");
+  EXPECT_EQ(error_of([&] { op.apply_transpose(x, {nullptr, 6, -4, 4}, context); }),
+            "approximator operator: v is 6 x -4, should be at least 1 x 1");
+  EXPECT_EQ(error_of([&] { attn::Difference(op, op).apply(x, {nullptr, -3, 4, 4}, context); }), "nystrom: out is -3 x 4, should be 6 x 4");
+}
+
+/// A landmark policy of a user's that gives matrices of zeros of these shapes: for 6 queries, for 5 keys, and for both together.
+struct AnyLandmarks {
+  std::pair<Index, Index> of_queries{2, 4}, of_keys{2, 4}, of_both{2, 4};
+  Index num_landmarks = 2;
+
+  template <class T>
+  static attn::MatrixRef<T> zeros(const std::pair<Index, Index>& shape, attn::Scratch& scratch) {
+    if (shape.first < 0) return {nullptr, shape.first, shape.second, shape.second};
+    attn::MatrixRef<T> landmarks = scratch.matrix<T>(shape.first, shape.second);
+    landmarks.setZero();
+    return landmarks;
+  }
+  template <class T, class Keeps>
+  attn::MatrixRef<T> select(const attn::ConstMatrixRef<T>& x, const Keeps&, attn::Scratch& scratch) const {
+    return zeros<T>(x.rows() == 6 ? of_queries : of_keys, scratch);
+  }
+  template <class T>
+  attn::MatrixRef<T> select(const Inputs<T>&, attn::Scratch& scratch) const {
+    return zeros<T>(of_both, scratch);
+  }
+};
+
+template <class T>
+std::pair<std::string, std::string> landmark_errors(const AnyLandmarks& landmarks, const Mask& mask = {}) {
+  const Matrix<T> q = Matrix<T>::Ones(6, 4), k = Matrix<T>::Ones(5, 4);
+  Matrix<T> out(6, 4);
+  Context context;
+  const Inputs<T> in{.q = q, .k = k, .v = k, .mask = mask};
+  return {error_of([&] { attn::Nystrom<T, AnyLandmarks>{landmarks}.forward(in, out, context); }),
+          error_of([&] { attn::Skyformer<T, AnyLandmarks>{landmarks}.forward(in, out, context); })};
+}
+
+TEST(Errors, LandmarksOfAUsersPolicy) {
+  const std::string counts = "nystrom: there are 3 landmarks of q, 2 of k, should be as many";
+  EXPECT_EQ(landmark_errors<float>({.of_queries = {3, 4}}).first, counts);
+  EXPECT_EQ(landmark_errors<double>({.of_queries = {3, 4}}).first, counts);
+  EXPECT_EQ(landmark_errors<Eigen::half>({.of_queries = {3, 4}}).first, counts);
+  EXPECT_EQ(landmark_errors<float>({.of_keys = {2, 3}}).first, "nystrom: landmarks of k are 2 x 3, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_queries = {2, 5}}).first, "nystrom: landmarks of q are 2 x 5, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_queries = {0, 4}, .of_keys = {0, 4}}).first,
+            "nystrom: landmarks of q are 0 x 4, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_both = {2, 3}}).second, "skyformer: landmarks of q and k are 2 x 3, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<Eigen::bfloat16>({.of_both = {9, 5}}).second,
+            "skyformer: landmarks of q and k are 9 x 5, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<double>({.of_both = {0, 4}}).second, "skyformer: landmarks of q and k are 0 x 4, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_both = {-2, 4}}).second, "skyformer: landmarks of q and k are -2 x 4, should be at least 1 x 4");
+  const std::vector<std::uint8_t> none(5, 0);
+  EXPECT_EQ(landmark_errors<float>({.of_both = {0, 4}}, {.keep_key = none}).second, "no error");
+  EXPECT_EQ(landmark_errors<float>({.of_both = {-2, 4}}, {.keep_key = none}).second,
+            "skyformer: landmarks of q and k are -2 x 4, should be at least 0 x 4");
+  EXPECT_EQ(landmark_errors<float>({}), std::pair(std::string("no error"), std::string("no error")));
 }
 
 TYPED_TEST(ErrorsOf, MasksAndBiasesOfTheWrongLength) {
@@ -202,6 +297,104 @@ TEST(Errors, KernelParameters) {
   EXPECT_EQ(gaussian(-1), "gaussian: bandwidth is -1, should be positive and finite");
   EXPECT_EQ(gaussian(nan), "gaussian: bandwidth is nan, should be positive and finite");
   EXPECT_EQ(gaussian(inf), "gaussian: bandwidth is inf, should be positive and finite");
+}
+
+/// A kernel of a user's with any parameters.
+struct AnyKernel {
+  double scale_, bias_;
+  double scale(Index) const { return scale_; }
+  double bias(Index) const { return bias_; }
+  Rows rows() const { return Rows::raw; }
+};
+
+/// What every entry point says of a kernel for matrices of T, without its own name.
+template <class T, class Kernel>
+std::vector<std::string> kernel_errors_of(const Kernel& kernel) {
+  const Matrix<T> x = Matrix<T>::Constant(6, 4, static_cast<T>(0.5F));
+  Matrix<T> out(6, 4);
+  Context context;
+  const Inputs<T> in{x, x, x};
+  using Landmarks = attn::Nystrom<T, attn::SegmentMeans, attn::IterativePinv, Kernel>;
+  std::vector<std::string> errors{error_of([&] { attn::kernel_matmul(kernel, in, out, context); }),
+                                  error_of([&] { attn::ExactAttention<T, Kernel>{kernel}.forward(in, out, context); }),
+                                  error_of([&] { Landmarks{{2}, {}, kernel}.forward(in, out, context); })};
+  if constexpr (std::is_same_v<Kernel, SoftmaxKernel>) {
+    errors.push_back(error_of([&] { attn::ShiftedNystrom<T>{{2}, {}, kernel}.forward(in, out, context); }));
+    errors.push_back(error_of([&] { attn::LiftedSoftmax<T>{{2}, {.gamma = 1e-3}, kernel}.forward(in, out, context); }));
+  }
+  if constexpr (std::is_same_v<Kernel, GaussianKernel>) {
+    errors.push_back(error_of([&] { attn::Skyformer<T>{{2}, {}, kernel}.forward(in, out, context); }));
+  }
+  if constexpr (sizeof(T) > 2) {
+    errors.push_back(error_of([&] { attn::ExactOperator<T, Kernel>(kernel, x, x, {}, context); }));
+    Matrix<T> dq(6, 4), dk(6, 4), dv(6, 4);
+    const std::vector<T> lse(6);
+    errors.push_back(error_of([&] { attn::kernel_matmul_backward(kernel, in, out, lse, x, {dq, dk, dv}, context); }));
+  }
+  for (std::string& error : errors) error.erase(0, error.find(": ") == std::string::npos ? 0 : error.find(": ") + 2);
+  return errors;
+}
+
+template <class T, class Kernel>
+void expect_all(const Kernel& kernel, const std::string& text) {
+  for (const std::string& error : kernel_errors_of<T>(kernel)) EXPECT_EQ(error, text);
+}
+
+TEST(Errors, KernelParametersThatTheComputingTypeDoesNotHold) {
+  const std::string in_float = " for arithmetic in float", small = "should be at least 6.5113e-20" + in_float;
+  const std::string large = "should be at most 2.35866e+38 in magnitude" + in_float;
+  expect_all<float>(GaussianKernel{.bandwidth = 1e-20}, "bandwidth is 1e-20, " + small);
+  expect_all<float>(GaussianKernel{.bandwidth = 1e-200, .rows = Rows::normalized}, "bandwidth is 1e-200, " + small);
+  expect_all<float>(SoftmaxKernel{.scale = 1e300}, "scale is 1e+300, " + large);
+  expect_all<float>(AnyKernel{1e39, 0}, "scale is 1e+39, " + large);
+  expect_all<float>(AnyKernel{-1e39, 0}, "scale is -1e+39, " + large);
+  expect_all<float>(AnyKernel{1, 3e38}, "bias is 3e+38, " + large);  // times log2 e
+  expect_all<float>(AnyKernel{1, test::kNaN<double>}, "bias is nan, should be finite");
+  expect_all<Eigen::half>(GaussianKernel{.bandwidth = 1e-20}, "bandwidth is 1e-20, " + small);
+  expect_all<Eigen::bfloat16>(SoftmaxKernel{.scale = 1e300}, "scale is 1e+300, " + large);
+  expect_all<Eigen::half>(AnyKernel{1, 1e300}, "bias is 1e+300, " + large);
+
+  expect_all<double>(GaussianKernel{.bandwidth = 1e-20}, "no error");
+  expect_all<double>(SoftmaxKernel{.scale = 1e150}, "no error");
+  expect_all<double>(AnyKernel{1e39, 1e39}, "no error");
+  expect_all<Eigen::half>(AnyKernel{1, 1e6}, "no error");  // more than half holds, but not more than its arithmetic does
+  expect_all<double>(GaussianKernel{.bandwidth = 1e-160}, "bandwidth is 1e-160, should be at least 8.95838e-155 for arithmetic in double");
+  expect_all<double>(AnyKernel{1.5e308, 0}, "scale is 1.5e+308, should be at most 1.24607e+308 in magnitude for arithmetic in double");
+}
+
+TEST(Errors, TheSquareOfAScaleInSpectralShifting) {
+  const auto error = [](attn::ShiftMode mode) {
+    return error_of(attn::ShiftedNystrom<float>({.num_landmarks = 2}, {.mode = mode}, {.scale = 1e20}), {.q = {6, 4}, .out = {6, 3}});
+  };
+  EXPECT_EQ(error(attn::ShiftMode::row),
+            "shifted-nystrom: scale is 1e+20, should be at most 2.17194e+19 in magnitude for arithmetic in float");
+  EXPECT_EQ(error(attn::ShiftMode::scalar), "no error");
+}
+
+/// A core of a user's, whose check knows no types.
+struct OwnCore : attn::IterativePinv {
+  void check(std::string_view who) const { attn::IterativePinv::check(who); }
+};
+
+TEST(Errors, GammaThatTheComputingTypeDoesNotHold) {
+  using attn::PreconditionedPinv, attn::RidgeInverse, attn::Skyformer, attn::UniformSample;
+  const auto error = []<class T>(T, const auto& core) {
+    const Matrix<T> x = Matrix<T>::Ones(6, 4);
+    Matrix<T> out(6, 4);
+    Context context;
+    return error_of([&] { Skyformer<T, UniformSample, std::decay_t<decltype(core)>>{{2}, core}.forward({x, x, x}, out, context); });
+  };
+  const std::string text = "skyformer: gamma is 1e+39, should be at most 8.50706e+37 in magnitude for arithmetic in float";
+  EXPECT_EQ(error(float{}, PreconditionedPinv{.gamma = 1e39}), text);
+  EXPECT_EQ(error(float{}, RidgeInverse{.gamma = 1e39}), text);
+  EXPECT_EQ(error(Eigen::bfloat16{}, RidgeInverse{.gamma = 1e39}), text);
+  EXPECT_EQ(error(double{}, RidgeInverse{.gamma = 1e39}), "no error");
+  EXPECT_EQ(error(double{}, PreconditionedPinv{.gamma = 1e39}), "no error");
+  EXPECT_EQ(error(float{}, RidgeInverse{.gamma = 8e37}), "no error");
+  EXPECT_EQ(error(float{}, RidgeInverse{.gamma = test::kInf<double>}), "skyformer: gamma is inf, should be finite");
+  EXPECT_EQ(error(float{}, OwnCore{}), "no error");
+  EXPECT_EQ(error(float{}, OwnCore{{.iterations = 0}}), "skyformer: iterations is 0, should be at least 1");
+  EXPECT_EQ(error_of(attn::LiftedSoftmax<float>({}, RidgeInverse{.gamma = 1e39}), Call{}), "lifted-softmax" + text.substr(9));
 }
 
 TEST(Errors, LengthOfLse) {

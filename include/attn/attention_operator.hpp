@@ -69,7 +69,7 @@ class ExactOperator {
     const Inputs<T> in{q_, k_, k_, mask_};
     detail::check_inputs(kName, in);
     detail::check_not_causal(kName, in);
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, q_.cols());
     if (score_parameters(kernel_, q_.cols()).rows == Rows::normalized) find_row_weights(context);
   }
 
@@ -126,6 +126,9 @@ class ApproximatorOperator {
 
   /// The gradient by v for x as the gradient by out; costs a forward and a backward pass, with matrices of its own.
   void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+    constexpr std::string_view kName = "approximator operator";
+    detail::check_inputs(kName, Inputs<Scalar>{q_, k_, y, mask_});
+    detail::check_shape(kName, "x", x, rows(), y.cols());
     const Matrix<Scalar> v = Matrix<Scalar>::Zero(y.rows(), y.cols());
     Matrix<Scalar> out(x.rows(), x.cols()), dq(q_.rows(), q_.cols()), dk(k_.rows(), k_.cols());
     typename Method::Saved saved;
@@ -172,9 +175,9 @@ class Difference {
  private:
   template <class Product>
   void subtract(MatrixRef<Scalar> y, Context& context, const Product& product) const {
+    product(a_, y);  // which refuses a wrong shape
     Scratch scratch = context.scratch();
     MatrixRef<Scalar> other = scratch.matrix<Scalar>(y.rows(), y.cols());
-    product(a_, y);
     product(b_, other);
     y -= other;
   }

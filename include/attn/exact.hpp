@@ -65,7 +65,7 @@ class ExactAttention {
 
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
     T* lse = nullptr;
     if (saved != nullptr) {
       const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;

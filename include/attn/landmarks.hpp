@@ -28,6 +28,16 @@ concept JointLandmarks = std::copyable<L> && requires(const L& landmarks, const 
 
 namespace detail {
 
+/// Whether there is anything to attend to: a kept query and a kept key.
+template <class In>
+bool any_kept(const In& in) {
+  const auto keeps_q = kept_queries(in), keeps_k = kept_keys(in);
+  Index i = 0, j = 0;
+  while (i < in.q.rows() && !keeps_q(i)) ++i;
+  while (j < in.k.rows() && !keeps_k(j)) ++j;
+  return i < in.q.rows() && j < in.k.rows();
+}
+
 /// The landmarks of inputs by a policy; one that reads matrices alone gets copies of what is not in place.
 template <class T, class Landmarks>
 MatrixRef<T> select_jointly(const Landmarks& landmarks, const Sources<T>& in, Scratch& scratch) {
@@ -194,7 +204,7 @@ struct UniformSample {
 };
 
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
-/// says which rows of x count, at least num_landmarks of them. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
+/// says which rows of x count, at least num_landmarks of them. As many of queries as of keys, at least 1. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
 /// to that by the rows that they come from; without it they are constants in the backward pass.
 template <class L, class T>
 concept SplitLandmarks = std::copyable<L> &&

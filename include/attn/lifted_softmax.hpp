@@ -78,9 +78,10 @@ class LiftedSoftmax {
   void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
-    inverse_.check(kName);
+    detail::check_core<T>(kName, inverse_);
     if (!(std::isfinite(scale(in)) && scale(in) > 0))
       detail::refuse(kName, "scale is %g, should be positive and finite", scale(in));
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
   }
 
   template <class In>

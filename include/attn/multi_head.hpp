@@ -203,8 +203,7 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
   for (Index b = 0; b < heads.different_items(); ++b) {
     const Inputs<typename A::Scalar> in = heads(b, 0);
     if (a.supports(in)) continue;
-    std::string_view name = A::kName;
-    if constexpr (requires { name = a.name(); }) name = a.name();
+    const std::string_view name = method_name(a);
     refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s", static_cast<int>(name.size()),
            name.data(), b, in.q.rows(), in.k.rows(), in.mask.causal == Causal::none ? "" : ", causal",
            in.mask.keep_key.empty() ? "" : ", keep_key", in.mask.keep_query.empty() ? "" : ", keep_query");

@@ -24,7 +24,7 @@ namespace attn {
 /// no key bias. Throws std::invalid_argument when shapes disagree or are empty, an option is out of range, or a mask is not supported.
 /// Xiong et al. 2021, eqs. 13-16.
 template <class T, class Landmarks = SegmentMeans, class Inverse = IterativePinv, ScoreKernel Kernel = SoftmaxKernel>
-  requires SplitLandmarks<Landmarks, T> && Core<Inverse, T>
+  requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom {
  public:
   /// @{ As Approximator says.
@@ -66,9 +66,9 @@ class Nystrom {
   void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
     detail::check_landmarks(kName, landmarks_);
-    inverse_.check(kName);
+    detail::check_core<T>(kName, inverse_);
   }
 
   /// saved: a pointer, or nullptr itself, with which nothing of saving is compiled.
@@ -89,6 +89,10 @@ class Nystrom {
   detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch, Context& context) const {
     MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, detail::kept_queries(in), scratch, context);
     MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, detail::kept_keys(in), scratch, context);
+    detail::check_landmark_rows(kName, "q", q_land, 1, in.q.cols());
+    detail::check_landmark_rows(kName, "k", k_land, 1, in.k.cols());
+    if (q_land.rows() != k_land.rows())
+      detail::refuse(kName, "there are %td landmarks of q, %td of k, should be as many", q_land.rows(), k_land.rows());
     return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.elements<T>(q_land.rows())};
   }
 
@@ -112,7 +116,7 @@ class Nystrom {
 
 /// With narrow types in memory.
 template <NarrowScalar T, class Landmarks, class Inverse, ScoreKernel Kernel>
-  requires SplitLandmarks<Landmarks, T> && Core<Inverse, T>
+  requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom<T, Landmarks, Inverse, Kernel> : public detail::Widened<T, Nystrom<float, Landmarks, Inverse, Kernel>> {
   using Wide = Nystrom<float, Landmarks, Inverse, Kernel>;
 

@@ -72,10 +72,10 @@ class Skyformer {
   friend class LiftedSoftmax;
 
   void check(const detail::Sources<T>& in) const {
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
-    inverse_.check(kName);
+    detail::check_core<T>(kName, inverse_);
   }
 
   /// saved may be null.
@@ -83,6 +83,7 @@ class Skyformer {
     check(in);
     Scratch scratch = context.scratch();
     const MatrixRef<T> land = detail::select_jointly(landmarks_, in, scratch);
+    detail::check_landmark_rows(kName, "q and k", land, detail::any_kept(in) ? 1 : 0, in.q.cols());
     MatrixRef<T> sums = scratch.matrix<T>(land.rows(), in.v.cols() + 1);
     const T top = land.rows() == 0 ? T(0) : detail::sum_over_keys<T>(kernel_, in, land, sums, context);
     if (saved != nullptr) saved->keep(in, land, sums, top);

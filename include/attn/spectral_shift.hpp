@@ -11,6 +11,7 @@
 #include <attn/landmarks.hpp>
 #include <attn/narrow.hpp>
 
+#include <cmath>
 #include <concepts>
 #include <span>
 #include <string_view>
@@ -121,7 +122,9 @@ class ShiftedNystrom {
     if (in.q.rows() != in.k.rows())
       detail::refuse(kName, "q has %td rows, k has %td, should be as many", in.q.rows(), in.k.rows());
     if (!detail::same_masks(in)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
+    const double scale = score_parameters(kernel_, in.q.cols()).scale;
+    if (shift_.mode == ShiftMode::row) detail::check_held<T>(kName, "scale", scale, std::sqrt(2 * detail::kMostScore<T>));  // s^2 / 2
     detail::check_landmarks(kName, landmarks_);
     shift_.check(kName);
   }
