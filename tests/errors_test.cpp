@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <new>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -244,7 +245,6 @@ TYPED_TEST(BackwardErrorsOf, ShapesThatDisagree) {
 
 TYPED_TEST(BackwardErrorsOf, WhatOtherInputsSaved) {
   constexpr bool kSavesNothing = std::is_same_v<TypeParam, attn::GaussianAttention<float>>;  // for rows are raw
-  constexpr bool kSavesLandmarks = !kSavesNothing && !std::is_same_v<TypeParam, attn::SoftmaxAttention<float>>;
   const auto saved_holds = [&](const std::string& what) {
     return this->text("saved holds " + what + ": it is not of a forward pass of these inputs");
   };
@@ -254,8 +254,144 @@ TYPED_TEST(BackwardErrorsOf, WhatOtherInputsSaved) {
   };
   expect(backward_error_of(TypeParam{}, {}, unused), !kSavesNothing, saved_holds("0 rows of q, should hold 6"));
   expect(this->error({}, {5, 5, 4, 3}), !kSavesNothing, saved_holds("5 rows of q, should hold 6"));
-  expect(this->error({}, {6, 6, 9, 3}), kSavesLandmarks, saved_holds("9 columns of k, should hold 4"));
-  expect(this->error({}, {6, 6, 4, 7}), kSavesLandmarks, saved_holds("7 columns of v, should hold 3"));
+  expect(this->error({}, {6, 6, 9, 3}), !kSavesNothing, saved_holds("9 columns of k, should hold 4"));
+  expect(this->error({}, {6, 6, 4, 7}), !kSavesNothing, saved_holds("7 columns of v, should hold 3"));
+  if (TypeParam::kName == "shifted-nystrom") return;  // has as many keys as queries
+  expect(this->error({}, {6, 8, 4, 3}), !kSavesNothing, saved_holds("8 rows of k, should hold 6"));
+}
+
+static_assert(!std::is_same_v<attn::Skyformer<float>::Saved, attn::LiftedSoftmax<float>::Saved>);
+static_assert(!std::is_convertible_v<attn::LiftedSoftmax<float>::Saved, attn::Skyformer<float>::Saved>);
+static_assert(!std::is_convertible_v<attn::Nystrom<float, attn::SegmentMeans, attn::IterativePinv, GaussianKernel>::Saved,
+                                     attn::Nystrom<float>::Saved>);
+static_assert(!std::is_convertible_v<attn::ShiftedNystrom<float>::Saved, attn::Nystrom<float>::Saved>);
+
+/// The error of a backward pass of one method after the forward pass of another, both erased, with inputs of their own.
+template <class T>
+std::string error_after(const attn::AnyApproximator<T>& forward, const attn::AnyApproximator<T>& backward, const Inputs<T>& then,
+                        const Inputs<T>& now) {
+  typename attn::AnyApproximator<T>::Saved saved;
+  Matrix<T> out(12, 3), dq(12, 4), dk(12, 4), dv(12, 3);
+  const Matrix<T> dout = Matrix<T>::Ones(12, 3);
+  Context context;
+  forward.forward(then, out, context, saved);
+  return error_of([&] { backward.backward(now, out, dout, saved, {dq, dk, dv}, context); });
+}
+
+template <class T>
+std::string error_after(const std::string& name, const attn::MethodOptions& then, const attn::MethodOptions& now) {
+  const auto x = test::make_tokens<T>(test::Family::unit, {12, 12, 4, 3});
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  return error_after<T>(attn::make_approximator<T>(name, then), attn::make_approximator<T>(name, now), in, in);
+}
+
+TEST(Errors, SavedWithOtherOptions) {
+  const auto landmarks = [](const std::string& name, Index then, Index now) {
+    return name + ": saved holds " + std::to_string(then) + " landmarks, should hold " + std::to_string(now) +
+           ": it is not of a forward pass of these inputs";
+  };
+  for (const std::string name : {"nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
+    for (const auto& [then, now] : {std::pair<Index, Index>{4, 8}, {8, 4}, {4, 40}, {40, 4}}) {  // at 40 two of them are exact
+      EXPECT_EQ(error_after<float>(name, {.num_landmarks = then}, {.num_landmarks = now}), landmarks(name, then, now));
+      EXPECT_EQ(error_after<double>(name, {.num_landmarks = then}, {.num_landmarks = now}), landmarks(name, then, now));
+      EXPECT_EQ(error_after<Eigen::half>(name, {.num_landmarks = then}, {.num_landmarks = now}), landmarks(name, then, now));
+    }
+    EXPECT_EQ(error_after<float>(name, {.num_landmarks = 4}, {.num_landmarks = 4}), "no error");
+  }
+  const auto options = [](const std::string& name) { return name + ": saved is of a forward pass with other options"; };
+  const attn::MethodOptions few{.num_landmarks = 4};
+  const auto error = [&](const std::string& name, const auto& change) {
+    attn::MethodOptions other = few;
+    change(other);
+    return error_after<float>(name, other, few);
+  };
+  EXPECT_EQ(error("nystrom", [](auto& o) { o.iterations = 9; }), options("nystrom"));
+  EXPECT_EQ(error("shifted-nystrom", [](auto& o) { o.iterations = 9; }), options("shifted-nystrom"));
+  EXPECT_EQ(error("shifted-nystrom", [](auto& o) { o.mode = attn::ShiftMode::scalar; }), options("shifted-nystrom"));
+  for (const std::string name : {"skyformer", "lifted-softmax"}) {
+    EXPECT_EQ(error(name, [](auto& o) { o.seed = 9; }), options(name));
+    EXPECT_EQ(error(name, [](auto& o) { o.gamma = 0.5; }), options(name));
+  }
+  EXPECT_EQ(error("skyformer", [](auto& o) { o.rows = Rows::normalized; }),
+            "skyformer: saved is of a forward pass with scale 0.5, bias 0.25 and normalized rows, should be of 0.5, 0.25 and raw");
+  EXPECT_EQ(error("skyformer", [](auto& o) { o.bandwidth = 0.5; }),
+            "skyformer: saved is of a forward pass with scale 4, bias 2 and raw rows, should be of 0.5, 0.25 and raw");
+  for (const std::string name : {"softmax", "nystrom", "shifted-nystrom", "lifted-softmax"}) {
+    EXPECT_NE(error(name, [](auto& o) { o.scale = 2.0; }).find("saved is of a forward pass with scale 2, bias 0"), std::string::npos);
+    EXPECT_EQ(error(name, [](auto& o) { o.scale = 0.5; }), "no error");  // which is the default's value
+  }
+  EXPECT_EQ(error("gaussian", [](auto& o) { o.rows = Rows::normalized; }),
+            "gaussian: saved holds 12 rows of q, should hold 0: it is not of a forward pass of these inputs");
+}
+
+TEST(Errors, SavedWithOtherMasksAndBiases) {
+  const auto x = test::make_tokens<float>(test::Family::unit, {12, 12, 4, 3});
+  std::vector<std::uint8_t> keep(12, 1), other(12, 1), all(12, 7);
+  keep[3] = other[4] = 0;
+  const std::vector<float> bias(12, 0.0F);
+  std::vector<float> removed = bias;
+  removed[3] = -test::kInf<float>;
+  const auto with = [&](const Mask& mask, std::span<const float> key_bias = {}) {
+    return Inputs<float>{.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = key_bias};
+  };
+  const auto error = [&](const std::string& name, const Inputs<float>& then, const Inputs<float>& now) {
+    const auto method = attn::make_approximator<float>(name, {.num_landmarks = 4});
+    return error_after<float>(method, method, then, now);
+  };
+  for (const std::string name : {"softmax", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
+    const std::string refused = name + ": saved is of a forward pass with another mask";
+    EXPECT_EQ(error(name, with({.keep_key = keep, .keep_query = keep}), with({.keep_key = other, .keep_query = other})), refused);
+    EXPECT_EQ(error(name, with({}), with({.keep_key = other, .keep_query = other})), refused);
+    EXPECT_EQ(error(name, with({.keep_key = keep, .keep_query = keep}), with({})), refused);
+    EXPECT_EQ(error(name, with({.keep_key = all}), with({})), "no error");
+  }
+  EXPECT_EQ(error("softmax", with({.causal = Causal::upper_left}), with({})), "softmax: saved is of a forward pass with another mask");
+  for (const std::string name : {"softmax", "skyformer", "lifted-softmax"}) {
+    EXPECT_EQ(error(name, with({}, bias), with({})), name + ": saved is of a forward pass with key biases");
+    EXPECT_EQ(error(name, with({}), with({}, bias)), name + ": saved is of a forward pass with no key biases");
+    EXPECT_EQ(error(name, with({}, bias), with({}, removed)), name + ": saved is of a forward pass with another mask");
+  }
+}
+
+/// Segment means, unless it runs out of memory.
+struct Failing : attn::SegmentMeans {
+  bool fails = false;
+
+  template <class T, class Keeps>
+  attn::MatrixRef<T> select(const attn::ConstMatrixRef<T>& x, const Keeps& keeps, attn::Scratch& scratch) const {
+    if (fails) throw std::bad_alloc();
+    return attn::SegmentMeans::select<T>(x, keeps, scratch);
+  }
+};
+
+TEST(Errors, WhatAForwardPassThatThrewLeft) {
+  const attn::Nystrom<float, Failing> method(Failing{{2}}), failing(Failing{{2}, true});
+  auto saved = saved_of(method, {6, 6, 4, 3});
+  EXPECT_EQ(backward_error_of(method, {}, saved), "no error");
+  const auto x = test::make_tokens<float>(test::Family::unit, {9, 9, 4, 3});
+  Matrix<float> out(9, 3);
+  Context context;
+  EXPECT_THROW(failing.forward({.q = x.q, .k = x.k, .v = x.v}, out, context, saved), std::bad_alloc);
+  EXPECT_EQ(backward_error_of(method, {}, saved),
+            "nystrom: saved holds 0 rows of q, should hold 6: it is not of a forward pass of these inputs");
+}
+
+TEST(Errors, SavedOfHeadsWithOtherLandmarks) {
+  std::vector<double> x(2 * 3 * 12 * 4, 0.5), out(x), dq(x), dk(x), dv(x);
+  const auto view = [](auto& data) { return attn::head_major(data.data(), 2, 3, 12, 4); };
+  const auto then = attn::make_approximator<double>("nystrom", {.num_landmarks = 8}),
+             now = attn::make_approximator<double>("nystrom", {.num_landmarks = 4});
+  std::vector<attn::AnyApproximator<double>::Saved> saved;
+  Context context;
+  attn::multi_head(then, view(x), view(x), view(x), view(out), {}, context, saved);
+  const auto backward = [&](const auto& method) {
+    return error_of([&] {
+      attn::multi_head_backward(method, view(x), view(x), view(x), view(out), view(out), {}, saved, {view(dq), view(dk), view(dv)},
+                                context);
+    });
+  };
+  EXPECT_EQ(backward(now), "nystrom: saved holds 8 landmarks, should hold 4: it is not of a forward pass of these inputs");
+  EXPECT_EQ(backward(then), "no error");
 }
 
 TEST(Errors, WhatAnotherMethodSaved) {
@@ -265,6 +401,11 @@ TEST(Errors, WhatAnotherMethodSaved) {
   saved = saved_of(nystrom, {6, 6, 4, 3});
   EXPECT_EQ(backward_error_of(softmax, {}, saved), "softmax: saved is not of a forward pass of this method");
   EXPECT_EQ(backward_error_of(nystrom, {}, saved), "no error");
+  const auto skyformer = attn::make_approximator<float>("skyformer"), lifted = attn::make_approximator<float>("lifted-softmax");
+  saved = saved_of(lifted, {6, 6, 4, 3});
+  EXPECT_EQ(backward_error_of(skyformer, {}, saved), "skyformer: saved is not of a forward pass of this method");
+  saved = saved_of(skyformer, {6, 6, 4, 3});
+  EXPECT_EQ(backward_error_of(lifted, {}, saved), "lifted-softmax: saved is not of a forward pass of this method");
 }
 
 TEST(Errors, OfTheStreamedGradients) {

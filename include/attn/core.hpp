@@ -49,6 +49,9 @@ concept CoreOfAnyMatrix = Core<C, T> && !detail::kSymmetricOnly<C>;
 struct RidgeInverse {
   double gamma = 0.1;  ///< at least 0
 
+  /// Whether the options are the same.
+  friend bool operator==(const RidgeInverse&, const RidgeInverse&) = default;
+
   /// @{ As Core says.
   static constexpr bool kSymmetricOnly = true;
 
@@ -177,6 +180,9 @@ T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
 struct IterativePinv {
   int iterations = 6;  ///< steps, at least 1
 
+  /// Whether the options are the same.
+  friend bool operator==(const IterativePinv&, const IterativePinv&) = default;
+
   /// @{ As Core says.
   void check(std::string_view who) const { detail::check_at_least(who, "iterations", iterations, 1); }
 
@@ -237,6 +243,9 @@ struct IterativePinv {
 struct PreconditionedPinv {
   double gamma = 0.1;  ///< at least 0
   int iterations = 6;  ///< steps, at least 1
+
+  /// Whether the options are the same.
+  friend bool operator==(const PreconditionedPinv&, const PreconditionedPinv&) = default;
 
   /// @{ As Core says.
   static constexpr bool kSymmetricOnly = true;

@@ -3,6 +3,7 @@
 
 #include <attn/approximator.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/narrow.hpp>
@@ -39,9 +40,10 @@ class ExactAttention {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  /// The log-sums of the rows (n_q); raw rows need none.
+  /// The log-sums of the rows (n_q), and of which inputs they are; raw rows need neither.
   struct Saved {
-    std::vector<T> lse{};  ///< of each row, or empty
+    std::vector<T> lse{};         ///< of each row, or empty
+    detail::PassInputs inputs{};  ///< checked by backward
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
@@ -56,6 +58,7 @@ class ExactAttention {
     detail::check_backward(kName, in, out, dout, gradients);
     const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
     detail::check_saved(kName, "rows of q", static_cast<Index>(saved.lse.size()), normalized ? in.q.rows() : 0);
+    if (normalized) saved.inputs.check(kName, detail::PassInputs::of(kernel_, in));
     kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
   }
 
@@ -70,6 +73,7 @@ class ExactAttention {
     if (saved != nullptr) {
       const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
       saved->lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
+      saved->inputs = normalized ? detail::PassInputs::of(kernel_, in) : detail::PassInputs{};
       lse = detail::data_or_null<T>(saved->lse);
     }
     detail::multiply<Kernel, T>(kernel_, in, out, lse, context);

@@ -5,6 +5,7 @@
 #include <attn/detail/elementwise.hpp>
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/split_mix64.hpp>
 #include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
 
@@ -103,37 +104,14 @@ void scatter_rows(const SampledRows& rows, const ConstMatrixRef<T>& dland, Matri
                    [&](Index landmark, Index row, bool of_queries) { (of_queries ? dq : dk).row(row) += dland.row(landmark); });
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014): the same numbers on every platform.
-class SplitMix64 {
- public:
-  explicit SplitMix64(std::uint64_t seed) : state_(seed) {}
-
-  std::uint64_t operator()() {
-    state_ += 0x9e3779b97f4a7c15U;
-    std::uint64_t z = state_;
-    z = (z ^ (z >> 30U)) * 0xbf58476d1ce4e5b9U;
-    z = (z ^ (z >> 27U)) * 0x94d049bb133111ebU;
-    return z ^ (z >> 31U);
-  }
-
-  /// A number below n, each as likely as any other: draws that would favour small ones are thrown away.
-  Index below(Index n) {
-    const auto bound = static_cast<std::uint64_t>(n);
-    const std::uint64_t rejected = (0 - bound) % bound;
-    std::uint64_t x = (*this)();
-    while (x < rejected) x = (*this)();
-    return static_cast<Index>(x % bound);
-  }
-
- private:
-  std::uint64_t state_;
-};
-
 }  // namespace detail
 
 /// Rows spread evenly: floor((2 j + 1) n / (2 m)) of the n kept rows, half of the landmarks from q and half from k.
 struct StridedSample {
   Index num_landmarks = 128;  ///< m
+
+  /// Whether the choice is the same.
+  friend bool operator==(const StridedSample&, const StridedSample&) = default;
 
   /// @{ As JointLandmarks says.
   template <class T>
@@ -167,6 +145,9 @@ struct StridedSample {
 struct UniformSample {
   Index num_landmarks = 128;  ///< m
   std::uint64_t seed = 0;     ///< of the draw
+
+  /// Whether the choice is the same.
+  friend bool operator==(const UniformSample&, const UniformSample&) = default;
 
   /// @{ As JointLandmarks says.
   template <class T>
@@ -248,6 +229,9 @@ inline Index segment_of(Index n, Index m, Index i) {
 /// The means of num_landmarks consecutive segments of the kept rows. Xiong et al. 2021, section 3.2.
 struct SegmentMeans {
   Index num_landmarks = 64;  ///< m
+
+  /// Whether the choice is the same.
+  friend bool operator==(const SegmentMeans&, const SegmentMeans&) = default;
 
   /// As SplitLandmarks says.
   template <class T, class Keeps>

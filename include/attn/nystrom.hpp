@@ -6,6 +6,7 @@
 #include <attn/detail/checks.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/nystrom_factors.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
@@ -42,7 +43,10 @@ class Nystrom {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = detail::NystromSaved<T>;
+  /// What backward needs, and of which inputs and options it is.
+  struct Saved : detail::NystromSaved<T> {
+    detail::ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -54,7 +58,7 @@ class Nystrom {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    saved.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, inverse_);
     if (saved.exact) return kernel_matmul_backward(kernel_, in, out, saved.lse, dout, gradients, context);
     detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
   }
@@ -77,12 +81,19 @@ class Nystrom {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
     T* lse = nullptr;
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) lse = saved->reset(in.q.rows(), exact);
-    if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) {
+      saved->pass = {};
+      lse = saved->reset(in.q.rows(), exact);
+    }
     Scratch scratch = context.scratch();
-    const detail::NystromFactors<T> factors = select(in, scratch, context);
-    multiply(in, factors, out, lse, context);
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(factors);
+    if (exact) {
+      detail::multiply<Kernel, T>(kernel_, in, out, lse, context);
+    } else {
+      const detail::NystromFactors<T> factors = select(in, scratch, context);
+      multiply(in, factors, out, lse, context);
+      if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(factors);
+    }
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass.keep(kernel_, in, landmarks_, inverse_);
   }
 
   /// The landmarks, and room for what is known of them.

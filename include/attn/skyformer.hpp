@@ -5,6 +5,7 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/detail/skyformer_factors.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -41,7 +42,10 @@ class Skyformer {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = detail::SkyformerSaved<T>;
+  /// What backward needs, and of which inputs and options it is.
+  struct Saved : detail::SkyformerSaved<T> {
+    detail::ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -60,7 +64,7 @@ class Skyformer {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, std::span<T> dbias, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients, {}, dbias);
-    saved.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, inverse_);
     detail::skyformer_backward<T>(kernel_, landmarks_, inverse_, in, saved, out, dout, gradients, dbias, context);
   }
 
@@ -81,12 +85,16 @@ class Skyformer {
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     check(in);
+    if (saved != nullptr) saved->pass = {};
     Scratch scratch = context.scratch();
     const MatrixRef<T> land = detail::select_jointly(landmarks_, in, scratch);
     detail::check_landmark_rows(kName, "q and k", land, detail::any_kept(in) ? 1 : 0, in.q.cols());
     MatrixRef<T> sums = scratch.matrix<T>(land.rows(), in.v.cols() + 1);
     const T top = land.rows() == 0 ? T(0) : detail::sum_over_keys<T>(kernel_, in, land, sums, context);
-    if (saved != nullptr) saved->keep(in, land, sums, top);
+    if (saved != nullptr) {
+      saved->keep(land, sums, top);
+      saved->pass.keep(kernel_, in, landmarks_, inverse_);
+    }
     if (land.rows() == 0) return out.set_zero();  // no query or no key is kept
     multiply(in, land, sums, out, context);
   }

@@ -3,6 +3,7 @@
 
 #include <attn/approximator.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/detail/shift_probes.hpp>
 #include <attn/detail/shifted_product.hpp>
 #include <attn/detail/shifted_rows.hpp>
@@ -27,6 +28,9 @@ struct SpectralShift {
   ShiftMode mode = ShiftMode::row;  ///< how the shift is chosen
   int iterations = 6;               ///< at least 1
   int num_probes = 32;              ///< at least 1
+
+  /// Whether the options are the same.
+  friend bool operator==(const SpectralShift&, const SpectralShift&) = default;
 
   /// Throws std::invalid_argument when an option is out of range.
   void check(std::string_view who) const {
@@ -65,7 +69,10 @@ class ShiftedNystrom {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = detail::ShiftSaved<T>;
+  /// What backward needs, and of which inputs and options it is.
+  struct Saved : detail::ShiftSaved<T> {
+    detail::ForwardPass<Landmarks, SpectralShift> pass{};  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -77,7 +84,7 @@ class ShiftedNystrom {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    saved.nystrom.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, shift_);
     if (saved.nystrom.exact) return kernel_matmul_backward(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
     detail::shifted_backward<T>(kernel_, landmarks_, shift_.iterations, in, saved, out, dout, gradients, context);
   }
@@ -90,9 +97,16 @@ class ShiftedNystrom {
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
-    if (saved != nullptr) saved->reset(in.q.rows(), exact);
-    if (!exact) return shift(in, out, context, saved);
-    detail::multiply<Kernel, T>(kernel_, in, out, saved != nullptr ? saved->nystrom.lse.data() : nullptr, context);
+    if (saved != nullptr) {
+      saved->pass = {};
+      saved->reset(in.q.rows(), exact);
+    }
+    if (exact) {
+      detail::multiply<Kernel, T>(kernel_, in, out, saved != nullptr ? saved->nystrom.lse.data() : nullptr, context);
+    } else {
+      shift(in, out, context, saved);
+    }
+    if (saved != nullptr) saved->pass.keep(kernel_, in, landmarks_, shift_);
   }
 
   void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {

@@ -3,7 +3,6 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/nystrom_factors.hpp>
@@ -16,32 +15,20 @@
 #include <cmath>
 #include <numbers>
 #include <span>
-#include <string_view>
 
 namespace attn::detail {
 
-/// The landmarks (m, d) of n_q queries and n_k keys, and sums = kappa(L, k) [v 1] (m, d_v + 1), divided by 2^top where
+/// The landmarks (m, d), and sums = kappa(L, k) [v 1] (m, d_v + 1), divided by 2^top where
 /// rows are normalized.
 template <class T>
 struct SkyformerSaved {
-  Index n_q = 0, n_k = 0;
   Matrix<T> land{}, sums{};
   T top = 0;
 
-  void keep(const Sources<T>& in, const ConstMatrixRef<T>& landmarks, const ConstMatrixRef<T>& their_sums, T their_top) {
-    n_q = in.q.rows();
-    n_k = in.k.rows();
+  void keep(const ConstMatrixRef<T>& landmarks, const ConstMatrixRef<T>& their_sums, T their_top) {
     land = landmarks;
     sums = their_sums;
     top = their_top;
-  }
-
-  /// It is of inputs like these.
-  void check(std::string_view who, const Inputs<T>& in) const {
-    check_saved(who, "rows of q", n_q, in.q.rows());
-    check_saved(who, "rows of k", n_k, in.k.rows());
-    check_saved(who, "columns of k", land.cols(), in.k.cols());
-    check_saved(who, "columns of v", sums.cols() - 1, in.v.cols());
   }
 };
 
