@@ -19,6 +19,22 @@ using test::Context;
 using test::Index;
 using test::Matrix;
 
+/// A core of a user's: one that says nothing of symmetry is taken to need none.
+template <class T>
+struct Halved {
+  void check(std::string_view) const {}
+  void apply(test::MatrixRef<T>, test::MatrixRef<T> x, Context&) const { x /= 2; }
+  void backward(test::MatrixRef<T>, test::MatrixRef<T>, test::MatrixRef<T> dx, test::MatrixRef<T>, Context&) const { dx /= 2; }
+};
+template <class T>
+struct HalvedSymmetric : Halved<T> {
+  static constexpr bool kSymmetricOnly = true;
+};
+static_assert(attn::CoreOfAnyMatrix<Halved<float>, float> && attn::CoreOfAnyMatrix<attn::IterativePinv, double>);
+static_assert(attn::Core<HalvedSymmetric<float>, float> && !attn::CoreOfAnyMatrix<HalvedSymmetric<float>, float>);
+static_assert(attn::Core<RidgeInverse, float> && !attn::CoreOfAnyMatrix<RidgeInverse, float>);
+static_assert(attn::Core<PreconditionedPinv, double> && !attn::CoreOfAnyMatrix<PreconditionedPinv, double>);
+
 /// kappa(L, L) of m random landmarks.
 reference::Matrix landmark_kernel(Index m, std::uint64_t seed) {
   const reference::Matrix landmarks = test::Random(seed).normal(m, 16) * 0.55;

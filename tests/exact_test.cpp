@@ -136,6 +136,23 @@ TYPED_TEST(LowerRight, CountsToTheLastKeptRows) {
   }
 }
 
+TEST(Scales, ThatVanishInTheTypeWeighAllKeysAlike) {
+  const auto x = test::make_tokens<float>(Family::init, {20, 30, 9, 6}, 94);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  const Eigen::RowVectorXd sum = x.v.cast<double>().colwise().sum();
+  const reference::Matrix sums = sum.replicate(20, 1), means = sums / 30;
+  Matrix<float> out(20, 6);
+  Context context;
+  for (const double bandwidth : {1e22, 1e200}) {
+    GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth}}.forward(in, out, context);
+    EXPECT_LE(test::relative_error(out, sums), 2e-6) << bandwidth;
+    GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth, .rows = Rows::normalized}}.forward(in, out, context);
+    EXPECT_LE(test::relative_error(out, means), 2e-6) << bandwidth;
+  }
+  SoftmaxAttention<float>{SoftmaxKernel{.scale = 1e-50}}.forward(in, out, context);
+  EXPECT_LE(test::relative_error(out, means), 2e-6);
+}
+
 class Widths : public ::testing::TestWithParam<Index> {};
 
 TEST_P(Widths, WithEveryWidthOfValues) {

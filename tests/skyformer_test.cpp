@@ -51,6 +51,22 @@ struct ChosenKeys {
   }
 };
 
+TEST(SkyformerGamma, AsLargeAsTheTypeHoldsLosesNoDigits) {
+  const auto x = test::make_tokens<float>(Family::init, {40, 50, 8, 5}, 93);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  const reference::Problem p = test::to_reference<float>(in);
+  for (const double gamma : {1e30, 8e37}) {
+    const reference::Kernel kernel = reference::gaussian_kernel(8, {}, true);
+    const auto inverse = [&](const reference::Matrix& a) { return reference::ridge_inverse(a, gamma); };
+    const auto expected = reference::skyformer(kernel, p, reference::strided_landmarks(p, 12), inverse);
+    const Skyformer<float, StridedSample> method({.num_landmarks = 12}, {.gamma = gamma}, {.rows = Rows::normalized});
+    Matrix<float> out(40, 5);
+    Context context;
+    method.forward(in, out, context);
+    EXPECT_LE(test::relative_error(out, expected), 1e-5) << gamma;
+  }
+}
+
 std::vector<Index> all_rows(Index n) {
   std::vector<Index> rows(static_cast<std::size_t>(n));
   std::iota(rows.begin(), rows.end(), Index{0});

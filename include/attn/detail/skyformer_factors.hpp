@@ -3,7 +3,6 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/landmark_sums.hpp>
@@ -18,7 +17,6 @@
 #include <cmath>
 #include <numbers>
 #include <span>
-#include <string_view>
 #include <vector>
 
 namespace attn::detail {
@@ -26,26 +24,15 @@ namespace attn::detail {
 /// The landmarks (m, d) of n_q queries and n_k keys, and what LandmarkSums has of them; exponents are empty unless the sums are spread.
 template <class T>
 struct SkyformerSaved {
-  Index n_q = 0, n_k = 0;
   Matrix<T> land{}, sums{};
   T top = 0;
   std::vector<double> exponents{};
 
-  void keep(const Sources<T>& in, const ConstMatrixRef<T>& landmarks, const LandmarkSums<T>& of_keys) {
-    n_q = in.q.rows();
-    n_k = in.k.rows();
+  void keep(const ConstMatrixRef<T>& landmarks, const LandmarkSums<T>& of_keys) {
     land = landmarks;
     sums = of_keys.sums;
     top = of_keys.top;
     exponents.assign(of_keys.exponents.begin(), of_keys.spread ? of_keys.exponents.end() : of_keys.exponents.begin());
-  }
-
-  /// It is of inputs like these.
-  void check(std::string_view who, const Inputs<T>& in) const {
-    check_saved(who, "rows of q", n_q, in.q.rows());
-    check_saved(who, "rows of k", n_k, in.k.rows());
-    check_saved(who, "columns of k", land.cols(), in.k.cols());
-    check_saved(who, "columns of v", sums.cols() - 1, in.v.cols());
   }
 };
 
