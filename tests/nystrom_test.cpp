@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
 #include <limits>
+#include <numbers>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -124,6 +126,49 @@ TYPED_TEST(NystromOf, IsExactWhenTheLandmarksSuffice) {
   EXPECT_FALSE(same(count(keep_key) - 1, {.keep_key = keep_key}));
   EXPECT_TRUE(same(count(keep_query), {.keep_query = keep_query}));
   EXPECT_FALSE(same(count(keep_query) - 1, {.keep_query = keep_query}));
+}
+
+/// kappa = exp(factor q.k), rows raw: a weight may be any positive number.
+struct RawKernel {
+  double factor;
+
+  double scale(Index) const { return factor; }
+  double bias(Index) const { return 0; }
+  attn::Rows rows() const { return attn::Rows::raw; }
+};
+
+/// Of equal tokens of length 1, all weights are 2^exponent.
+template <class T>
+struct EqualTokens {
+  Index n = 40;
+  Matrix<T> x = Matrix<T>::Constant(n, 4, T(0.5)), v = test::Random(314).normal(n, 3).cwiseAbs().template cast<T>() / T(1 << 10);
+
+  auto method(double exponent) const {
+    return Nystrom<T, SegmentMeans, IterativePinv, RawKernel>(SegmentMeans{.num_landmarks = 4}, {},
+                                                              RawKernel{exponent / std::numbers::log2e});
+  }
+  /// What every row of the result is, times 2^-exponent.
+  Dense expected() const { return v.template cast<double>().colwise().sum().replicate(n, 1); }
+};
+
+TYPED_TEST(NystromOf, RawWeightsMayBeLarge) {
+  using T = TypeParam;
+  const EqualTokens<T> tokens;
+  for (const double exponent : {0.0, 20.0, 60.0, 80.0, 0.9 * std::numeric_limits<T>::max_exponent}) {
+    const Matrix<T> out = attn::attention(tokens.method(exponent), tokens.x, tokens.x, tokens.v);
+    const Dense relative = out.template cast<double>() * std::exp2(-exponent);
+    EXPECT_LE(test::relative_error(relative, tokens.expected()), kTolerance<T> * (1 + exponent / 10)) << exponent;
+  }
+}
+
+TYPED_TEST(NystromOf, RawWeightsThatOverflowGiveNothingFinite) {
+  using T = TypeParam;
+  const EqualTokens<T> tokens;
+  constexpr double kEnd = std::numeric_limits<T>::max_exponent;
+  for (const double exponent : {kEnd - 1, kEnd - 0.25, kEnd + 0.25, kEnd + 1, kEnd + 1.6, kEnd + 40, 2 * kEnd, 3 * kEnd - 0.3, 1e5}) {
+    const Matrix<T> out = attn::attention(tokens.method(exponent), tokens.x, tokens.x, tokens.v);
+    for (Index i = 0; i < out.size(); ++i) EXPECT_FALSE(std::isfinite(out.data()[i])) << exponent << " gives " << out.data()[i];
+  }
 }
 
 TEST(NystromInvariances, AShiftOfTheKeysChangesNothing) {

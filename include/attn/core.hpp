@@ -5,6 +5,7 @@
 #include <attn/detail/checks.hpp>
 #include <attn/detail/cholesky.hpp>
 #include <attn/detail/elementwise.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/matrix.hpp>
@@ -97,6 +98,13 @@ T largest_row_sum(const ConstMatrixRef<T>& a) {
     largest = std::max(largest, sum(total));
   }
   return largest;
+}
+
+/// 1 / |a|_inf; NaN where that overflows, for a factor of 0 would make something finite of it.
+template <class T>
+T reciprocal_row_sum(const ConstMatrixRef<T>& a) {
+  const T sum = largest_row_sum<T>(a);
+  return is_finite(sum) ? 1 / sum : std::numeric_limits<T>::quiet_NaN();
 }
 
 /// The largest magnitude of an element of z with which iterate_pinv takes a step: 1 / (64 epsilon |a|_inf). Beyond it a z is little but
@@ -205,7 +213,8 @@ struct IterativePinv {
   template <class T>
   void invert(const ConstMatrixRef<T>& a, MatrixRef<T> z, Context& context) const {
     detail::set_transposed(z, 1, a);
-    detail::set_scaled(z, 1 / (detail::largest_row_sum<T>(a) * detail::largest_row_sum<T>(z)), z);
+    detail::set_scaled(z, detail::reciprocal_row_sum<T>(z), z);  // one after another: the sums' product may overflow
+    detail::set_scaled(z, detail::reciprocal_row_sum<T>(a), z);
     detail::iterate_pinv<T>(a, z, iterations, context);
   }
 
@@ -241,15 +250,15 @@ struct IterativePinv {
     MatrixRef<T> transposed = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m), by_columns = scratch.matrix<T>(m, m);
     transposed = a.transpose();
     const T rows = detail::largest_row_sum<T>(a), columns = detail::largest_row_sum<T>(transposed);
-    start = transposed / (rows * columns);
+    start = transposed / columns / rows;
     da.setZero();
     detail::iterate_pinv_backward<T>(a, start, dz, da, iterations, context);
     const T dscale = detail::sum_of_products<T>(dz, transposed);
     by_columns.setZero();
-    detail::add_row_sum_gradient<T>(transposed, -dscale / (rows * columns * columns), by_columns);
-    detail::add_row_sum_gradient<T>(a, -dscale / (rows * rows * columns), da);
+    detail::add_row_sum_gradient<T>(transposed, -dscale / rows / columns / columns, by_columns);
+    detail::add_row_sum_gradient<T>(a, -dscale / rows / columns / rows, da);
     da += by_columns.transpose();
-    da += dz.transpose() / (rows * columns);
+    da += dz.transpose() / columns / rows;
   }
 };
 

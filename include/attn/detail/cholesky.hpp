@@ -3,6 +3,7 @@
 
 #include <attn/context.hpp>
 #include <attn/detail/elementwise.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/panel.hpp>
 #include <attn/matrix.hpp>
@@ -56,7 +57,7 @@ Index choose_pivots(const ConstMatrixRef<T>& a, T tolerance, MatrixRef<T> factor
     T floor = tolerance;
     for (const Index i : rest) floor = std::max(floor, -of(i));
     const auto largest = std::max_element(
-        rest.begin(), rest.end(), [&](Index i, Index j) { return of(i) < of(j) || (std::isnan(of(j)) && !std::isnan(of(i))); });
+        rest.begin(), rest.end(), [&](Index i, Index j) { return of(i) < of(j) || (is_nan(of(j)) && !is_nan(of(i))); });
     if (of(*largest) <= floor) return rank;
     std::swap(rest.front(), *largest);
     const T* const row = factor.data() + rest.front() * stride;

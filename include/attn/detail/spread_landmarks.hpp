@@ -7,6 +7,7 @@
 #include <attn/core.hpp>
 #include <attn/detail/divided_rows.hpp>
 #include <attn/detail/elementwise.hpp>
+#include <attn/detail/float_bits.hpp>
 #include <attn/detail/gemm.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/landmark_sums.hpp>
@@ -81,8 +82,8 @@ double magnitude_of(const W* row, Index d_v) {
   bool finite = true;
   for (Index c = 0; c <= d_v; ++c) {
     const double x = std::abs(static_cast<double>(row[c])) * (c < d_v ? 0x1p-64 : 1.0);
-    finite = finite && std::isfinite(x);
-    if (std::isfinite(x)) largest = std::max(largest, x);
+    finite = finite && is_finite(x);
+    if (is_finite(x)) largest = std::max(largest, x);
   }
   return largest > 0 || finite ? largest : 1;
 }
