@@ -412,6 +412,36 @@ TYPED_TEST(Narrow, BitwiseEqualWhateverTheWorkers) {
   }
 }
 
+/// Whatever the types of the arguments.
+TYPED_TEST(Narrow, WhatIsWrittenOverlapsNothing) {
+  using T = TypeParam;
+  const typename TestFixture::Pair x({10, 10, 4, 4}, 34);
+  std::vector<T> bias(10, T(0.5F));
+  Inputs<T> in = x.inputs({});
+  in.key_bias = bias;
+  Matrix<T> out(10, 4), dout(10, 4), dq(10, 4), dk(10, 4), dv(10, 4);
+  Matrix<float> weighted(10, 4);
+  std::vector<float> maximum(10), sum(10), lse(10);
+  Context context;
+  const attn::GaussianKernel kernel;
+  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_backward(kernel, in, out, {}, dout, {dq, dk, dv}, context, bias); }),
+            "kernel_matmul_backward: dbias overlaps key_bias");
+  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_backward(kernel, in, out, lse, dout, {dq, dk, dv}, context, lse); }),
+            "kernel_matmul_backward: dbias overlaps lse");
+  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_partial(kernel, in, {maximum, maximum, weighted}, context); }),
+            "kernel_matmul: sum overlaps maximum");
+  const attn::MatrixRef<T> in_place(reinterpret_cast<T*>(weighted.data()), 10, 4, 8);
+  EXPECT_EQ(test::error_of([&] { finish(kernel, {maximum, sum, weighted}, 4, in_place); }), "finish: out overlaps weighted");
+  const attn::Skyformer<T> method(attn::UniformSample{.num_landmarks = 4});
+  typename attn::Skyformer<T>::Saved saved;
+  method.forward(in, out, context, saved);
+  EXPECT_EQ(test::error_of([&] { method.backward(in, out, dout, saved, {dq, dk, dv}, bias, context); }),
+            "skyformer: dbias overlaps key_bias");
+  const attn::ExactOperator<T, attn::SoftmaxKernel> op({}, x.narrow.q, x.narrow.k, {}, context);
+  EXPECT_EQ(test::error_of([&] { op.apply(out, attn::MatrixRef<T>(const_cast<T*>(x.narrow.q.data()), 10, 4, 4), context); }),
+            "exact operator: y overlaps q");
+}
+
 TYPED_TEST(Narrow, ErrorsNameTheMethod) {
   const typename TestFixture::Pair x({10, 12, 4, 4}, 9);
   Matrix<TypeParam> out(9, 4);

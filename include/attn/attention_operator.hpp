@@ -161,12 +161,13 @@ class ExactOperator {
 
   /// x (n_x, b) and y (n_y, b), apart.
   template <class Block>
-  static void check_blocks(const ConstMatrixRef<Block>& x, Index n_x, const MatrixRef<Block>& y, Index n_y) {
+  void check_blocks(const ConstMatrixRef<Block>& x, Index n_x, const MatrixRef<Block>& y, Index n_y) const {
     detail::check_not_empty(kName, "x", x);
     detail::check_shape(kName, "x", x, n_x, x.cols());
     detail::check_shape(kName, "y", y, n_y, x.cols());
-    const detail::Memory result = detail::Memory::of("y", y), argument = detail::Memory::of("x", x);
-    detail::check_apart(kName, {&result, 1}, {&argument, 1});
+    const detail::Memory result = detail::Memory::of("y", y);
+    const detail::Memory inputs[] = {detail::Memory::of("x", x), detail::Memory::of("q", q_), detail::Memory::of("k", k_)};
+    detail::check_apart(kName, {&result, 1}, inputs);
   }
 
   /// log_row_weights_ <- -lse; a row that sees no key has no weight.

@@ -36,12 +36,11 @@ void round_bias_gradient(std::span<T> dbias, Context& context, const OfFloat& of
   std::transform(wide.begin(), wide.end(), dbias.begin(), [](float x) { return static_cast<T>(x); });
 }
 
-/// The backward pass of narrow matrices: of_float(inputs, out, dout, gradients) is that of float, on copies in scratch memory, whose
-/// results are rounded once.
+/// The backward pass of narrow matrices, once it is checked: of_float(inputs, out, dout, gradients) is that of float, on copies in
+/// scratch memory, whose results are rounded once.
 template <NarrowScalar T, class OfFloat>
-void round_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                    const Gradients<T>& gradients, Context& context, const OfFloat& of_float) {
-  check_backward(who, in, out, dout, gradients);
+void round_backward(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
+                    Context& context, const OfFloat& of_float) {
   Scratch scratch = context.scratch();
   const Inputs<float> wide = widen_inputs(in, scratch, context);
   const ConstMatrixRef<float> wide_out = widened(out, scratch, context), wide_dout = widened(dout, scratch, context);
@@ -74,7 +73,8 @@ class Widened {
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
-    round_backward<T>(kName, in, out, dout, gradients, context, [&](const auto& wide, const auto& o, const auto& d_o, const auto& to) {
+    check_backward(kName, in, out, dout, gradients);
+    round_backward<T>(in, out, dout, gradients, context, [&](const auto& wide, const auto& o, const auto& d_o, const auto& to) {
       method_.backward(wide, o, d_o, saved, to, context);
     });
   }
@@ -143,7 +143,8 @@ template <ScoreKernel Kernel, NarrowScalar T>
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                             std::span<const float> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
                             const std::type_identity_t<Gradients<T>>& gradients, Context& context, std::span<float> dbias = {}) {
-  detail::round_backward<T>("kernel_matmul_backward", in, out, dout, gradients, context,
+  detail::check_backward<T>("kernel_matmul_backward", in, out, dout, gradients, lse, dbias);
+  detail::round_backward<T>(in, out, dout, gradients, context,
                             [&](const Inputs<float>& wide, const auto& o, const auto& d_o, const Gradients<float>& to) {
                               kernel_matmul_backward(kernel, wide, o, lse, d_o, to, context, dbias);
                             });
@@ -154,6 +155,7 @@ template <ScoreKernel Kernel, NarrowScalar T, std::convertible_to<std::span<T>> 
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                             std::span<const float> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
                             const std::type_identity_t<Gradients<T>>& gradients, Context& context, Bias&& dbias) {
+  detail::check_backward<T>("kernel_matmul_backward", in, out, dout, gradients, lse, std::span<T>(dbias));
   detail::round_bias_gradient(std::span<T>(dbias), context, [&](std::span<float> wide) {
     kernel_matmul_backward(kernel, in, out, lse, dout, gradients, context, wide);
   });

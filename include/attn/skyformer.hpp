@@ -140,7 +140,8 @@ class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<flo
   /// The same, and dbias (n_k), unless empty, <- the gradient by the key bias, in float.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const typename Wide::Saved& saved,
                 const Gradients<T>& gradients, std::span<float> dbias, Context& context) const {
-    detail::round_backward<T>(Wide::kName, in, out, dout, gradients, context,
+    detail::check_backward<T>(Wide::kName, in, out, dout, gradients, {}, dbias);
+    detail::round_backward<T>(in, out, dout, gradients, context,
                               [&](const auto& wide, const auto& o, const auto& d_o, const auto& to) {
                                 this->wide().backward(wide, o, d_o, saved, to, dbias, context);
                               });
@@ -150,6 +151,7 @@ class Skyformer<T, Landmarks, Inverse> : public detail::Widened<T, Skyformer<flo
   template <std::convertible_to<std::span<T>> Bias>
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const typename Wide::Saved& saved,
                 const Gradients<T>& gradients, Bias&& dbias, Context& context) const {
+    detail::check_backward<T>(Wide::kName, in, out, dout, gradients, {}, std::span<T>(dbias));
     detail::round_bias_gradient(std::span<T>(dbias), context, [&](std::span<float> wide) {
       backward(in, out, dout, saved, gradients, wide, context);
     });

@@ -108,11 +108,10 @@ std::array<Memory, 6> memory_of(const Inputs<T>& in) {
 }
 
 /// Shapes of a backward pass agree with those of its inputs, and what it writes, dbias included, overlaps nothing. lse and dbias may be
-/// empty.
-template <class T>
+/// empty; where T is narrow, lse is float and dbias may be.
+template <class T, class Bias = T>
 void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                    const Gradients<T>& gradients, std::type_identity_t<std::span<const T>> lse = {},
-                    std::type_identity_t<std::span<T>> dbias = {}) {
+                    const Gradients<T>& gradients, std::span<const Arithmetic<T>> lse = {}, std::span<Bias> dbias = {}) {
   check_inputs(who, in);
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
   check_shape(who, "dout", dout, in.q.rows(), in.v.cols());
