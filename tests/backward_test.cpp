@@ -178,6 +178,31 @@ TYPED_TEST(Backward, InPartsIsTheOraclesAndBitwiseEqualWhateverTheWorkers) {
   }
 }
 
+/// Gradients by the key bias are made where the kernel needs them, whether one asks for them or not.
+TYPED_TEST(Backward, WithoutTheBiasesGradientTheOthersAreTheSame) {
+  using T = TypeParam;
+  for (const Shape& shape : {Shape{50, 70, 9, 5}, Shape{700, 40, 3, 5}}) {
+    const auto x = test::make_tokens<T>(Family::init, shape, 215);
+    const Conditions<T> conditions(shape.n_q, shape.n_k);
+    for (const Inputs<T>& in : conditions.all(x)) {
+      for (const reference::Kernel& parameters : kernels(shape.d)) {
+        SCOPED_TRACE(describe(in) + ", scale " + std::to_string(parameters.scale));
+        const Kernel kernel{parameters};
+        const Matrix<T> dout = random_dout(in, 216);
+        Context context;
+        const Written<T> expected = backward(parameters, in, dout, context);
+        Written<T> found = expected;
+        Matrix<T> out(shape.n_q, shape.d_v);
+        std::vector<T> lse(static_cast<std::size_t>(shape.n_q));
+        attn::kernel_matmul(kernel, in, out, std::span<T>(lse), context);
+        for (Matrix<T>* m : {&found.dq, &found.dk, &found.dv}) m->setConstant(test::kNaN<T>);
+        attn::kernel_matmul_backward(kernel, in, out, std::span<const T>(lse), dout, {found.dq, found.dk, found.dv}, context);
+        EXPECT_TRUE(bitwise_equal(found, expected));
+      }
+    }
+  }
+}
+
 /// The derivative at 0 of a smooth f, by five points.
 double derivative(const std::function<double(double)>& f) {
   constexpr double kStep = 2e-4;  // so short that the largest row sums of the iterations stay the largest
@@ -270,6 +295,30 @@ TEST(Gradients, OfEveryMethodAreItsDerivatives) {
         };
         expect_gradients(loss, x, train(method, in, dout, saved, context));
       }
+    }
+  }
+}
+
+/// Many more landmarks than their kernel matrix has directions: since the method is exact, its gradients are those of exact attention.
+TYPED_TEST(Backward, OfSkyformerLeavesOutDirectionsThatAreZeroButForRounding) {
+  using T = TypeParam;
+  Context context;
+  const auto x = test::curve_tokens<T>({400, 500, 8, 5}, 228);
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  const Matrix<T> dout = random_dout(in, 229);
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const auto expected = reference::attend_backward(reference::gaussian_kernel(8, {}, rows == Rows::normalized), test::to_reference(in),
+                                                     dout.template cast<double>());
+    for (const double gamma : {0.0, 1e-6}) {
+      const attn::Skyformer<T> method({.num_landmarks = 400}, {.gamma = gamma}, {.rows = rows});
+      typename attn::Skyformer<T>::Saved saved;
+      Matrix<T> out(400, 5), dq = x.q, dk = x.k, dv = x.v;
+      method.forward(in, out, context, saved);
+      method.backward(in, out, dout, saved, {dq, dk, dv}, context);
+      const double tolerance = sizeof(T) == 4 ? 5e-3 : gamma > 0 ? 1e-3 : 1e-5;
+      EXPECT_LE(test::relative_error(dq, expected.dq), tolerance) << gamma;
+      EXPECT_LE(test::relative_error(dk, expected.dk), tolerance) << gamma;
+      EXPECT_LE(test::relative_error(dv, expected.dv), sizeof(T) == 4 ? 1e-5 : 1e-6) << gamma;
     }
   }
 }

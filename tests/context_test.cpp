@@ -134,6 +134,45 @@ TEST(Context, CallsMayThrow) {
   }
 }
 
+/// Says that it has two workers, and runs the items one after another on the calling thread.
+struct InOrder {
+  static int workers() { return 2; }
+  static void run(Index n, const attn::TaskRef& task) {
+    for (Index item = 0; item < n; ++item) task(item, static_cast<int>(item % 2));
+  }
+};
+
+TEST(Context, AfterAnExceptionNoCallBegins) {
+  Context context{InOrder{}};
+  std::vector<Index> begun;
+  std::string message;
+  try {
+    context.for_each_call(10, [&](Index item, Context&) {
+      begun.push_back(item);
+      if (item >= 3) throw std::runtime_error(std::to_string(item));
+    });
+  } catch (const std::runtime_error& e) {
+    message = e.what();
+  }
+  EXPECT_EQ(message, "3");
+  EXPECT_EQ(begun, (std::vector<Index>{0, 1, 2, 3}));
+}
+
+/// So that whatever worker takes an item at the next call, it has the memory.
+TEST(Context, ContextsOfWorkersHoldAsMuchAsAnyOfThemHasNeeded) {
+  Context context{InOrder{}};
+  const auto take = [&](Index first, Index second) {
+    context.for_each_call(2, [&](Index item, Context& of_worker) {
+      auto scratch = of_worker.scratch();
+      for (int part = 0; part < 3; ++part) scratch.array<char>(item == 0 ? first : second);
+    });
+    return context.scratch_bytes();
+  };
+  const std::size_t bytes = take(100, 1'000'000);
+  EXPECT_EQ(take(1'000'000, 100), bytes);
+  EXPECT_EQ(take(1'000'000, 1'000'000), bytes);
+}
+
 TEST(Context, SaysWhatItsScratchMemoryGrewTo) {
   Context context;
   EXPECT_EQ(context.scratch_bytes(), 0U);

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -17,6 +18,22 @@ using attn::RidgeInverse;
 using test::Context;
 using test::Index;
 using test::Matrix;
+
+/// A core of a user's: one that says nothing of symmetry is taken to need none.
+template <class T>
+struct Halved {
+  void check(std::string_view) const {}
+  void apply(test::MatrixRef<T>, test::MatrixRef<T> x, Context&) const { x /= 2; }
+  void backward(test::MatrixRef<T>, test::MatrixRef<T>, test::MatrixRef<T> dx, test::MatrixRef<T>, Context&) const { dx /= 2; }
+};
+template <class T>
+struct HalvedSymmetric : Halved<T> {
+  static constexpr bool kSymmetricOnly = true;
+};
+static_assert(attn::CoreOfAnyMatrix<Halved<float>, float> && attn::CoreOfAnyMatrix<attn::IterativePinv, double>);
+static_assert(attn::Core<HalvedSymmetric<float>, float> && !attn::CoreOfAnyMatrix<HalvedSymmetric<float>, float>);
+static_assert(attn::Core<RidgeInverse, float> && !attn::CoreOfAnyMatrix<RidgeInverse, float>);
+static_assert(attn::Core<PreconditionedPinv, double> && !attn::CoreOfAnyMatrix<PreconditionedPinv, double>);
 
 /// kappa(L, L) of m random landmarks.
 reference::Matrix landmark_kernel(Index m, std::uint64_t seed) {
@@ -139,6 +156,98 @@ TYPED_TEST(CoreOf, RidgeInverseLeavesOutSingularDirections) {
     ASSERT_TRUE(y.allFinite());
     EXPECT_LE((a * y.template cast<double>() - x).norm() / x.norm(), sizeof(T) == 4 ? 1e-3 : 1e-10);
   }
+}
+
+/// Pivots of at most the size of the matrix times epsilon are 0 but for rounding, whatever the scale of the matrix; larger ones are not.
+TYPED_TEST(CoreOf, RidgeInverseTellsSmallPivotsFromRounding) {
+  using T = TypeParam;
+  constexpr double kEpsilon = std::numeric_limits<T>::epsilon();
+  Context context;
+  for (const Index m : {2, 60, 140}) {
+    for (const double scale : {1.0, 1e-6, 1e6}) {
+      const double tolerance = static_cast<double>(m) * kEpsilon * scale;
+      reference::Matrix a = scale * reference::Matrix::Identity(m, m);
+      a(0, 0) = 2 * tolerance;
+      if (m > 2) a(m / 2, m / 2) = tolerance / 2;
+      const Matrix<T> y = apply<T>(RidgeInverse{.gamma = 0}, a, reference::Matrix::Ones(m, 3), context);
+      for (Index i = 0; i < m; ++i) {
+        const double expected = a(i, i) > tolerance ? 1 / a(i, i) : 0;
+        for (Index c = 0; c < 3; ++c) EXPECT_NEAR(static_cast<double>(y(i, c)), expected, 1e-5 * expected) << i << " of " << m;
+      }
+    }
+  }
+}
+
+/// Landmarks along a curve: the matrix has far fewer directions than rows. Nearly all of a right-hand side that lies in its range comes
+/// back, and y is no larger than it must be.
+TYPED_TEST(CoreOf, RidgeInverseRevealsTheRank) {
+  using T = TypeParam;
+  Context context;
+  for (const Index m : {100, 257}) {
+    reference::Matrix landmarks(m, 3);
+    for (Index i = 0; i < m; ++i) {
+      const double t = static_cast<double>(i) / static_cast<double>(m);
+      landmarks.row(i) << std::cos(6 * t), std::sin(6 * t), t;
+    }
+    const reference::Matrix a = log_kernel(reference::gaussian_kernel(3), landmarks, landmarks).array().exp();
+    const reference::Matrix x = a * test::Random(53).normal(m, 5);
+    for (const double gamma : {0.0, 1e-8}) {
+      const Matrix<T> y = apply<T>(RidgeInverse{.gamma = gamma}, a, x, context);
+      EXPECT_LE((a * y.template cast<double>() - x).norm() / x.norm(), sizeof(T) == 4 ? 1e-5 : 1e-7) << gamma;
+      EXPECT_LE(y.template cast<double>().norm() / x.norm(), sizeof(T) == 4 ? 1e2 : 1e6) << gamma;
+    }
+  }
+}
+
+/// A matrix that rounding of its entries has made indefinite by more than its size times epsilon.
+TYPED_TEST(CoreOf, RidgeInverseBearsSlightlyIndefiniteMatrices) {
+  using T = TypeParam;
+  Context context;
+  const Index m = 120;
+  const double noise = sizeof(T) == 4 ? 1e-3 : 1e-9;
+  const reference::Matrix half = test::Random(54).normal(m, 6), error = noise * test::Random(55).normal(m, m);
+  const reference::Matrix exact = half * half.transpose(), a = exact + error + error.transpose();
+  const reference::Matrix x = exact * test::Random(56).normal(m, 4);
+  const Matrix<T> y = apply<T>(RidgeInverse{.gamma = 0}, a, x, context);
+  EXPECT_LE((exact * y.template cast<double>() - x).norm() / x.norm(), 10 * noise);
+}
+
+TYPED_TEST(CoreOf, RidgeInverseOfNothingIsNothing) {
+  using T = TypeParam;
+  Context context;
+  const reference::Matrix zero = reference::Matrix::Zero(70, 70);
+  EXPECT_TRUE((apply<T>(RidgeInverse{.gamma = 0}, zero, reference::Matrix::Ones(70, 2), context).array() == T(0)).all());
+}
+
+/// What depends on a NaN is NaN, whether or not pivots are chosen.
+TYPED_TEST(CoreOf, RidgeInverseSpreadsNaN) {
+  using T = TypeParam;
+  Context context;
+  for (const double gamma : {0.1, 0.0}) {
+    reference::Matrix a = reference::Matrix::Ones(90, 90);
+    a.row(70).setConstant(std::nan(""));
+    a.col(70).setConstant(std::nan(""));
+    const Matrix<T> y = apply<T>(RidgeInverse{.gamma = gamma}, a, reference::Matrix::Ones(90, 2), context);
+    EXPECT_TRUE(y.array().isNaN().any()) << gamma;
+    EXPECT_TRUE(y.row(70).array().isNaN().all()) << gamma;
+  }
+}
+
+/// dx <- a^-1 dx and da = -dx y^T, of the landmarks that have pivots.
+TYPED_TEST(CoreOf, RidgeInverseHasTheGradientsOfWhatItKeeps) {
+  using T = TypeParam;
+  Context context;
+  const Index m = 60;
+  reference::Matrix a = reference::Matrix::Identity(m, m);
+  a(50, 3) = a(3, 50) = 1;  // a duplicate
+  const Matrix<T> ones = Matrix<T>::Ones(m, 2);
+  Matrix<T> matrix = a.cast<T>(), x = ones, dx = T(2) * ones, da(m, m);
+  RidgeInverse{.gamma = 0}.backward(attn::MatrixRef<T>(matrix), attn::MatrixRef<T>(x), attn::MatrixRef<T>(dx), attn::MatrixRef<T>(da),
+                                    context);
+  reference::Matrix kept = reference::Matrix::Ones(m, 1);
+  kept(50, 0) = 0;
+  EXPECT_LE(test::relative_error(dx, 2 * kept.replicate(1, 2)), 1e-6);
+  EXPECT_LE(test::relative_error(da, -4 * kept * kept.transpose()), 1e-6);
 }
 
 TYPED_TEST(CoreOf, AreTheSameOnEveryExecutor) {

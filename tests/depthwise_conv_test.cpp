@@ -222,6 +222,21 @@ TYPED_TEST(DepthwiseConvOf, GradientsAreItsAdjoints) {
   }
 }
 
+TYPED_TEST(DepthwiseConvOf, GradientsOfStridedViewsAreThoseOfDenseOnes) {
+  using T = TypeParam;
+  const Problem<T> p(300, 7, 9);
+  const Matrix<T> dout = test::Random(408).normal(300, 7).template cast<T>();
+  Matrix<T> dv = p.before;
+  std::vector<T> dfilter(9), of_views(9);
+  Context context;
+  attn::depthwise_conv_backward(p.v, p.filter, dout, dv, dfilter, context);
+  Padded<T> v(p.v, 3, test::kNaN<T>), seed(dout, 1, test::kNaN<T>), to(p.before, 2, T(-7));
+  attn::depthwise_conv_backward<T>(v.view(), p.filter, seed.view(), to.view(), of_views, context);
+  EXPECT_TRUE(test::bitwise_equal(to.matrix(), dv));
+  EXPECT_EQ(of_views, dfilter);
+  EXPECT_TRUE(to.padding_untouched());
+}
+
 TEST(DepthwiseConv, BackwardRefusesWhatDoesNotFit) {
   const Matrix<float> v = Matrix<float>::Zero(6, 4), dout = Matrix<float>::Zero(5, 4);
   Matrix<float> dv = Matrix<float>::Zero(6, 4);

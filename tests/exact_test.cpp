@@ -136,6 +136,23 @@ TYPED_TEST(LowerRight, CountsToTheLastKeptRows) {
   }
 }
 
+TEST(Scales, ThatVanishInTheTypeWeighAllKeysAlike) {
+  const auto x = test::make_tokens<float>(Family::init, {20, 30, 9, 6}, 94);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  const Eigen::RowVectorXd sum = x.v.cast<double>().colwise().sum();
+  const reference::Matrix sums = sum.replicate(20, 1), means = sums / 30;
+  Matrix<float> out(20, 6);
+  Context context;
+  for (const double bandwidth : {1e22, 1e200}) {
+    GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth}}.forward(in, out, context);
+    EXPECT_LE(test::relative_error(out, sums), 2e-6) << bandwidth;
+    GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth, .rows = Rows::normalized}}.forward(in, out, context);
+    EXPECT_LE(test::relative_error(out, means), 2e-6) << bandwidth;
+  }
+  SoftmaxAttention<float>{SoftmaxKernel{.scale = 1e-50}}.forward(in, out, context);
+  EXPECT_LE(test::relative_error(out, means), 2e-6);
+}
+
 class Widths : public ::testing::TestWithParam<Index> {};
 
 TEST_P(Widths, WithEveryWidthOfValues) {
@@ -344,6 +361,27 @@ TYPED_TEST(ExactOf, HugeLogitsPickTheLargest) {
     EXPECT_TRUE((out.array() == x.v.array()).all());
     const Matrix<T> negative = attn::attention(SoftmaxAttention<T>{}, x.q, Matrix<T>(-x.k), x.v);
     EXPECT_TRUE(negative.allFinite());
+  }
+}
+
+/// Under causal masks, and where keys are few, too: scores of 0 to 1e15 whose largest lies at any place.
+TYPED_TEST(ExactOf, HugeLogitsPickTheLargestOfThoseSeen) {
+  using T = TypeParam;
+  for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 40}, {200, 20}, {200, 37}, {400, 90}}) {
+    for (const Causal causal : {Causal::none, Causal::upper_left}) {
+      for (const Index top : {Index{0}, n_k / 2, n_k - 1}) {
+        SCOPED_TRACE(std::to_string(n_q) + ", " + std::to_string(n_k) + ", key " + std::to_string(top));
+        auto x = test::make_tokens<T>(Family::unit, {n_q, n_k, 1, 6});
+        x.q.setOnes();
+        x.k.setZero();
+        x.k(top, 0) = T(1e15);
+        const Matrix<T> out = attn::attention(SoftmaxAttention<T>{}, x.q, x.k, x.v, {.causal = causal});
+        for (Index i = causal == Causal::none ? 0 : top; i < n_q; ++i) {
+          EXPECT_TRUE((out.row(i).array() == x.v.row(top).array()).all()) << "row " << i;
+        }
+        EXPECT_TRUE(out.allFinite());
+      }
+    }
   }
 }
 

@@ -10,11 +10,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
 namespace {
 
+using attn::Rows;
 using test::Context;
 using test::Family;
 using test::in_both_precisions;
@@ -158,6 +160,28 @@ TEST(ExactExtremes, GaussianWeightsStayBelowOne) {
     attn::make_approximator<float>("gaussian").forward({.q = x.q, .k = k, .v = v}, out, context);
     EXPECT_LE(out.maxCoeff(), 1.0F) << n_k;
     EXPECT_GE(out.minCoeff(), 0.0F) << n_k;
+    std::vector<float> lse(static_cast<std::size_t>(kLength));  // for which maxima are kept
+    attn::kernel_matmul(attn::GaussianKernel{}, test::Inputs<float>{.q = x.q, .k = k, .v = v}, out, std::span<float>(lse), context);
+    EXPECT_LE(out.maxCoeff(), 1.0F + 1e-5F) << n_k;
+  }
+}
+
+/// In the backward pass too: no dv_j is above the sum of dout.
+TEST(ExactExtremes, WeightsOfTheBackwardPassStayBelowOne) {
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    for (const float size : {1e2F, 1e4F}) {
+      const Tokens<float> x = tokens_of_size(size, Family::self);
+      const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+      const Matrix<float> dout = Matrix<float>::Ones(kLength, 7);
+      Matrix<float> out = dout, dq = x.q, dk = x.k, dv = x.v;
+      std::vector<float> lse(static_cast<std::size_t>(kLength));
+      const attn::GaussianKernel kernel{.rows = rows};
+      Context context;
+      attn::kernel_matmul(kernel, in, out, std::span<float>(lse), context);
+      attn::kernel_matmul_backward(kernel, in, out, std::span<const float>(lse), dout, {dq, dk, dv}, context);
+      EXPECT_LE(dv.maxCoeff(), static_cast<float>(kLength)) << size;
+      EXPECT_GE(dv.minCoeff(), 0.0F) << size;
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <attn/matrix.hpp>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -35,6 +36,21 @@ std::vector<T> random_key_bias(Index n, double removed, std::uint64_t seed) {
   std::vector<T> bias(static_cast<std::size_t>(n));
   for (auto& x : bias) x = random.uniform() < removed ? -std::numeric_limits<T>::infinity() : static_cast<T>(random.normal());
   return bias;
+}
+
+/// Tokens along smooth curves: a kernel of theirs is of far lower rank, but for rounding, than they are many. v i.i.d. N(0, 1).
+template <class T>
+Tokens<T> curve_tokens(const Shape& s, std::uint64_t seed) {
+  const Matrix<double> v = Random(seed).normal(s.n_k, s.d_v);
+  const auto curve = [&](Index n, double frequency, double phase) {
+    Matrix<T> x(n, s.d);
+    for (Index i = 0; i < n; ++i) {
+      const double t = 6 * static_cast<double>(i) / static_cast<double>(n);
+      for (Index c = 0; c < s.d; ++c) x(i, c) = static_cast<T>(std::sin(t * (1 + frequency * static_cast<double>(c)) + phase * static_cast<double>(c)));
+    }
+    return x;
+  };
+  return {curve(s.n_q, 0.5, 1), curve(s.n_k, 0.3, 0.7), v.cast<T>()};
 }
 
 }  // namespace test

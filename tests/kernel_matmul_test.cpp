@@ -403,6 +403,28 @@ TYPED_TEST(KernelMatmulOf, MergedStatesFarApartCountByTheirSums) {
   }
 }
 
+/// Rows whose sums are no numbers but 0: their logarithms are still known, from all keys at once and from parts of them.
+TYPED_TEST(KernelMatmulOf, LogSumsOfRawRowsDoNotUnderflow) {
+  using T = TypeParam;
+  auto x = test::make_tokens<T>(Family::init, {30, 200, 16, 3});
+  x.q.array() += T(25);
+  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  const reference::Result expected = attend(reference::gaussian_kernel(16), test::to_reference(in));
+  Context context;
+  Matrix<T> out(30, 3);
+  std::vector<T> lse(30), of_parts(30);
+  kernel_matmul(GaussianKernel{}, in, out, std::span<T>(lse), context);
+  States<T> a = partial(GaussianKernel{}, in, 0, 120, context), b = partial(GaussianKernel{}, in, 120, 200, context);
+  merge(a.ref(), b.ref());
+  finish(GaussianKernel{}, a.ref(), 16, out, of_parts);
+  for (Index i = 0; i < 30; ++i) {
+    ASSERT_LT(expected.lse[i], -1000);
+    const double digits = 2e-6 * std::abs(expected.lse[i]);
+    EXPECT_NEAR(static_cast<double>(lse[static_cast<std::size_t>(i)]), expected.lse[i], digits);
+    EXPECT_NEAR(static_cast<double>(of_parts[static_cast<std::size_t>(i)]), expected.lse[i], digits);
+  }
+}
+
 /// Between views that are wider than their rows.
 TYPED_TEST(KernelMatmulOf, StatesMayBeStrided) {
   using T = TypeParam;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <ostream>
 #include <set>
 #include <tuple>
@@ -200,6 +201,25 @@ TEST(UniformSample, DrawsEveryRowEquallyOften) {
     EXPECT_NEAR(of_q[i], 800, 110) << "query " << i;
     EXPECT_NEAR(of_k[i], 800, 110) << "key " << i;
   }
+}
+
+/// The first numbers of Steele, Lea and Flood's generator from 0.
+TEST(SplitMix64, IsTheGeneratorOfItsName) {
+  attn::detail::SplitMix64 random(0);
+  for (const std::uint64_t x : {0xe220a8397b1dcdafU, 0x6e789e6aa1b965f4U, 0x06c45d188009454fU}) EXPECT_EQ(random(), x);
+}
+
+/// 2^64 = 2 n + 2^62 for n = 3 2^61: the first quarter of all numbers would favour remainders below 2^62.
+TEST(SplitMix64, ThrowsAwayNumbersThatWouldFavourSmallOnes) {
+  constexpr std::uint64_t kBound = std::uint64_t{3} << 61U, kRejected = std::uint64_t{1} << 62U;
+  attn::detail::SplitMix64 random(36), numbers(36);
+  int rejected = 0;
+  for (int i = 0; i < 100; ++i) {
+    std::uint64_t x = numbers();
+    for (; x < kRejected; x = numbers()) ++rejected;
+    ASSERT_EQ(random.below(static_cast<Index>(kBound)), static_cast<Index>(x % kBound)) << i;
+  }
+  EXPECT_GT(rejected, 10);
 }
 
 /// The rows of one seed, written down: the generator is part of the interface, the same on every platform and in every version.

@@ -289,6 +289,80 @@ TEST(MethodList, HasNamesDescriptionsAndExpectations) {
   EXPECT_EQ(attn::methods<float>().size(), std::size(kExpectations));
 }
 
+/// Documented defaults, which results depend on.
+TEST(MethodList, DefaultsAreThoseOfThePapers) {
+  EXPECT_EQ(attn::SegmentMeans{}.num_landmarks, 64);
+  EXPECT_EQ(attn::StridedSample{}.num_landmarks, 128);
+  EXPECT_EQ(attn::UniformSample{}.num_landmarks, 128);
+  EXPECT_EQ(attn::UniformSample{}.seed, 0U);
+  EXPECT_EQ(attn::IterativePinv{}.iterations, 6);
+  EXPECT_EQ(attn::RidgeInverse{}.gamma, 0.1);
+  EXPECT_EQ(attn::PreconditionedPinv{}.gamma, 0.1);
+  EXPECT_EQ(attn::PreconditionedPinv{}.iterations, 6);
+  EXPECT_EQ(attn::SpectralShift{}.mode, attn::ShiftMode::row);
+  EXPECT_EQ(attn::SpectralShift{}.iterations, 6);
+  EXPECT_EQ(attn::SpectralShift{}.num_probes, 32);
+}
+
+/// By its name a method is the one of its type, with and without options; and each option changes the result.
+class MethodsByName : public ::testing::Test {
+ protected:
+  Matrix<double> named(std::string_view name, const attn::MethodOptions& options) const {
+    return attn::attention(attn::make_approximator<double>(name, options), x_.q, x_.k, x_.v);
+  }
+  Matrix<double> typed(const auto& method) const { return attn::attention(method, x_.q, x_.k, x_.v); }
+
+  void expect(std::string_view name, const attn::MethodOptions& options, const auto& method) const {
+    EXPECT_TRUE(test::bitwise_equal(named(name, options), typed(method))) << name;
+  }
+  void expect_to_matter(std::string_view name, const std::vector<attn::MethodOptions>& options) const {
+    const Matrix<double> usual = named(name, {});
+    for (std::size_t i = 0; i < options.size(); ++i)
+      EXPECT_FALSE(test::bitwise_equal(named(name, options[i]), usual)) << name << ", option " << i;
+  }
+
+ private:
+  Tokens<double> x_ = test::make_tokens<double>(Family::self, {300, 300, 8, 5}, 119);
+};
+
+TEST_F(MethodsByName, ExactOnes) {
+  using attn::GaussianKernel, attn::Rows;
+  expect("softmax", {}, attn::SoftmaxAttention<double>{});
+  expect("softmax", {.scale = 0.2}, attn::SoftmaxAttention<double>({.scale = 0.2}));
+  expect("gaussian", {}, attn::GaussianAttention<double>{});
+  const GaussianKernel kernel{.bandwidth = 1.3, .rows = Rows::normalized};
+  expect("gaussian", {.bandwidth = 1.3, .rows = Rows::normalized}, attn::GaussianAttention<double>(kernel));
+  expect_to_matter("softmax", {{.scale = 0.2}});
+  expect_to_matter("gaussian", {{.bandwidth = 1.3}, {.rows = Rows::normalized}});
+}
+
+TEST_F(MethodsByName, ThroughSegmentMeans) {
+  using attn::ShiftMode;
+  expect("nystrom", {}, attn::Nystrom<double>{});
+  expect("nystrom", {.num_landmarks = 9, .iterations = 3, .scale = 0.2}, attn::Nystrom<double>({9}, {3}, {.scale = 0.2}));
+  expect("shifted-nystrom", {}, attn::ShiftedNystrom<double>{});
+  expect("shifted-nystrom",
+         {.num_landmarks = 9, .iterations = 3, .num_probes = 7, .scale = 0.2, .mode = ShiftMode::scalar},
+         attn::ShiftedNystrom<double>({9}, {.mode = ShiftMode::scalar, .iterations = 3, .num_probes = 7}, {.scale = 0.2}));
+  expect_to_matter("nystrom", {{.num_landmarks = 9}, {.iterations = 3}, {.scale = 0.2}});
+  expect_to_matter("shifted-nystrom",
+                   {{.num_landmarks = 9}, {.iterations = 3}, {.num_probes = 7}, {.scale = 0.2}, {.mode = ShiftMode::scalar}});
+}
+
+TEST_F(MethodsByName, ThroughSampledTokens) {
+  using attn::Rows, attn::Skyformer, attn::LiftedSoftmax;
+  expect("skyformer", {}, Skyformer<double>{});
+  expect("skyformer", {.num_landmarks = 9, .gamma = 0.2, .bandwidth = 1.3, .seed = 4, .rows = Rows::normalized},
+         Skyformer<double>({9, 4}, {0.2}, {.bandwidth = 1.3, .rows = Rows::normalized}));
+  expect("lifted-softmax", {}, LiftedSoftmax<double>{});
+  expect("lifted-softmax", {}, LiftedSoftmax<double>({}, {.gamma = 1e-3}));
+  expect("lifted-softmax", {.num_landmarks = 9, .gamma = 0.2, .scale = 0.2, .seed = 4},
+         LiftedSoftmax<double>({9, 4}, {0.2}, {.scale = 0.2}));
+  expect_to_matter("skyformer",
+                   {{.num_landmarks = 9}, {.gamma = 0.2}, {.bandwidth = 1.3}, {.seed = 4}, {.rows = Rows::normalized}});
+  expect_to_matter("lifted-softmax", {{.num_landmarks = 9}, {.gamma = 0.2}, {.scale = 0.2}, {.seed = 4}});
+}
+
 TEST(MethodList, UnknownNamesAreRefusedWithAllNames) {
   std::string names;
   for (const auto& method : attn::methods<float>()) names += (names.empty() ? "" : ", ") + std::string(method.name);

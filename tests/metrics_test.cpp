@@ -160,6 +160,29 @@ TEST(SingularValues, StopAtTheLastIterationAndAreLowerBounds) {
   }
 }
 
+/// A tolerance below what rounding leaves is that.
+TEST(SingularValues, ConvergeUpToRounding) {
+  const Matrix<double> a = with_singular_values(40, 30, Eigen::VectorXd{{4, 2, 1, 0.5}}, 7);
+  Context context;
+  const SubspaceIteration options{.tolerance = 0};
+  EXPECT_TRUE(attn::leading_singular_values(Dense<double>{a}, 2, options, context).converged);
+  EXPECT_TRUE(attn::leading_singular_values(Dense<float>{a.cast<float>()}, 2, options, context).converged);
+}
+
+TEST(SingularValues, TakeFewerStepsWithMoreColumnsAndOthersFromOtherStarts) {
+  const Dense<double> a{with_singular_values(100, 100, Eigen::VectorXd::LinSpaced(100, 2, 1), 8)};
+  Context context;
+  const auto steps = [&](Index oversampling) {
+    return attn::leading_singular_values(a, 2, {.tolerance = 1e-4, .oversampling = oversampling}, context).iterations;
+  };
+  EXPECT_LT(2 * steps(40), steps(0));
+  const auto first = [&](std::uint64_t seed) {
+    return attn::leading_singular_values(a, 1, {.max_iterations = 1, .seed = seed}, context).values[0];
+  };
+  EXPECT_EQ(first(3), first(3));
+  EXPECT_NE(first(3), first(4));
+}
+
 TEST(SingularValues, RefuseWhatCannotBe) {
   const Dense<double> a{Matrix<double>::Ones(5, 4)};
   Context context;

@@ -252,4 +252,36 @@ TYPED_TEST(NarrowMultiHeadBackward, AddsUpWhatMethodsOfOnesOwnRound) {
   EXPECT_LE(std::sqrt(error / size), 0.5F * kUnit);
 }
 
+TEST(MultiHeadBackward, EveryShapeIsChecked) {
+  const attn::SoftmaxAttention<double> a;
+  Step step(6);
+  Context context;
+  std::vector<attn::SoftmaxAttention<double>::Saved> saved;
+  step.run(a, {}, context, saved);
+  const std::vector<double> before = step.dv;
+  const auto backward = [&](const auto& change) {
+    auto dout = step.queries(std::as_const(step.dout).data(), Step::kDv);
+    auto dq = step.queries(step.dq.data(), Step::kD), dk = step.keys(step.dk.data(), Step::kD), dv = step.keys(step.dv.data(), Step::kDv);
+    change(dout, dq, dk, dv);
+    attn::multi_head_backward(a, step.queries(std::as_const(step.q).data(), Step::kD), step.keys(std::as_const(step.k).data(), Step::kD),
+                              step.keys(std::as_const(step.v).data(), Step::kDv), step.queries(std::as_const(step.out).data(), Step::kDv),
+                              dout, {}, saved, {dq, dk, dv}, context);
+  };
+  const auto expect_refused = [&](const auto& change) {
+    EXPECT_THROW(backward(change), std::invalid_argument);
+    EXPECT_EQ(step.dv, before);
+  };
+  EXPECT_NO_THROW(backward([](auto&, auto&, auto&, auto&) {}));
+  for (Index HeadsView<double>::*const size :
+       {&HeadsView<double>::batch, &HeadsView<double>::heads, &HeadsView<double>::length, &HeadsView<double>::dim}) {
+    expect_refused([&](auto&, auto& dq, auto&, auto&) { --(dq.*size); });
+    expect_refused([&](auto&, auto&, auto& dk, auto&) { --(dk.*size); });
+    expect_refused([&](auto&, auto&, auto&, auto& dv) { --(dv.*size); });
+  }
+  for (Index HeadsView<const double>::*const size : {&HeadsView<const double>::batch, &HeadsView<const double>::heads,
+                                                     &HeadsView<const double>::length, &HeadsView<const double>::dim}) {
+    expect_refused([&](auto& dout, auto&, auto&, auto&) { --(dout.*size); });
+  }
+}
+
 }  // namespace

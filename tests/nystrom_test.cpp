@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <iterator>
 #include <limits>
 #include <numbers>
@@ -70,6 +72,41 @@ TYPED_TEST(NystromOf, CutsSegmentsOverKeptRows) {
       const Matrix<T> out = attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = m}), x.q, x.k, x.v, mask);
       EXPECT_LE(test::relative_error(out, defined(test::to_reference(in), m, 6)), kTolerance<T>) << m << " landmarks";
     }
+  }
+}
+
+/// A single dropped row moves all segments after it.
+TYPED_TEST(NystromOf, CutsSegmentsAroundOneDroppedRow) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {60, 60, 16, 5}, 313);
+  for (const std::size_t dropped : {0U, 7U, 59U}) {
+    std::vector<std::uint8_t> keep(60, 1);
+    keep[dropped] = 0;
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_key = keep, .keep_query = keep}};
+    const Matrix<T> out = attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = 12}), x.q, x.k, x.v, in.mask);
+    EXPECT_LE(test::relative_error(out, defined(test::to_reference(in), 12, 6)), kTolerance<T>) << dropped;
+  }
+}
+
+/// A kernel whose entries are above 1, for its bias is below half its scale, or below.
+struct OwnKernel {
+  double factor, penalty;
+
+  double scale(Index) const { return factor; }
+  double bias(Index) const { return penalty; }
+  static attn::Rows rows() { return attn::Rows::normalized; }
+};
+
+TYPED_TEST(NystromOf, TakesAKernelOfOnesOwn) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {130, 210, 16, 5}, 314);
+  for (const OwnKernel& kernel : {OwnKernel{0.3, 0.05}, OwnKernel{0.3, 0.15}, OwnKernel{0.2, 0.4}, OwnKernel{-0.3, -0.1}}) {
+    const Nystrom<T, SegmentMeans, IterativePinv, OwnKernel> method(SegmentMeans{.num_landmarks = 12}, {}, kernel);
+    const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
+    EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v),
+                                   nystrom({kernel.factor, kernel.penalty, true}, p, 12, 6)),
+              sizeof(T) == 4 ? 1e-5 : 1e-11)
+        << kernel.factor << ", " << kernel.penalty;
   }
 }
 

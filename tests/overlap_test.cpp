@@ -3,6 +3,7 @@
 #include <attn/depthwise_conv.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/any_approximator.hpp>
+#include <attn/attention_operator.hpp>
 #include <attn/multi_head.hpp>
 
 #include "methods.hpp"
@@ -17,6 +18,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -390,6 +392,41 @@ TEST(OverlapOfArrays, OfNarrowTypesWithFloatIsRefused) {
   EXPECT_EQ(error(k.data() + 48), "kernel_matmul: lse overlaps k");
   EXPECT_EQ(error(out.data() + 16), "kernel_matmul: lse overlaps out");
   EXPECT_EQ(error_of([&] { attn::SoftmaxAttention<Eigen::bfloat16>{}.forward({q, k, v}, k, context); }), "softmax: out overlaps k");
+}
+
+TEST(OverlapOfViews, IsRefusedByOperators) {
+  Packed packed;
+  Context context;
+  const attn::ExactOperator<float, attn::SoftmaxKernel> exact({}, packed.part(0), packed.part(1), {}, context);
+  const attn::ApproximatorOperator<attn::Nystrom<float>> approximate(attn::Nystrom<float>(attn::SegmentMeans{6}), packed.part(0),
+                                                                     packed.part(1));
+  const attn::Difference difference(exact, approximate);
+  const auto error = [&](const auto& op, MatrixRef<float> x, MatrixRef<float> y) {
+    const std::string forward = error_of([&] { op.apply(x, y, context); }), transposed = error_of([&] { op.apply_transpose(x, y, context); });
+    return std::pair(forward, transposed);
+  };
+  const MatrixRef<float> x = packed.part(2), shifted(x.data() + 3, kLength, kWidth, x.outerStride());
+  EXPECT_EQ(error(exact, x, shifted), std::pair(std::string("kernel_matmul: out overlaps v"), std::string("kernel_matmul: out overlaps v")));
+  EXPECT_EQ(error(approximate, x, shifted), std::pair(std::string("nystrom: out overlaps v"), std::string("nystrom: dv overlaps dout")));
+  EXPECT_EQ(error(difference, x, x), error(exact, x, x));
+  EXPECT_EQ(error(difference, x, packed.part(1)).first, "kernel_matmul: out overlaps k");
+  EXPECT_EQ(error(difference, x, packed.part(3)), std::pair(std::string("no error"), std::string("no error")));
+}
+
+TEST(OverlapOfViews, OfInputsIsAllowedAndSoIsAnyStrideOfTheirs) {
+  Packed packed;
+  Context context;
+  const attn::SoftmaxAttention<float> method;
+  const MatrixRef<float> q = packed.part(0);
+  const test::ConstMatrixRef<float> backwards(q.data() + (kLength - 1) * q.outerStride(), kLength, kWidth, -q.outerStride());
+  const test::ConstMatrixRef<float> windows(q.data(), kLength, kWidth, 3), one_row(q.data(), kLength, kWidth, 0);
+  for (const auto& x : {backwards, windows, one_row}) {
+    const Matrix<float> copy = x;
+    Matrix<float> out(kLength, kWidth), expected(kLength, kWidth);
+    method.forward({x, x, x}, out, context);
+    method.forward({copy, copy, copy}, expected, context);
+    EXPECT_TRUE(test::bitwise_equal(out, expected));
+  }
 }
 
 TEST(OverlapOfViews, IsRefusedByTheConvolution) {

@@ -216,6 +216,7 @@ Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks
 Matrix lifted_softmax(double scale, Problem p, const Matrix& landmarks, double gamma) {
   if (p.key_bias.size() == 0) p.key_bias = Vector::Zero(p.k.rows());
   p.key_bias += scale / 2 * p.k.rowwise().squaredNorm();
+  p.key_bias.array() -= p.key_bias.maxCoeff();
   return skyformer({scale, scale / 2, true}, p, landmarks, [&](const Matrix& a) { return ridge_inverse(a, gamma); });
 }
 

@@ -1,3 +1,4 @@
+#include <attn/lifted_softmax.hpp>
 #include <attn/skyformer.hpp>
 
 #include "support.hpp"
@@ -5,8 +6,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string>
+#include <type_traits>
+#include <string_view>
 #include <vector>
 
 namespace {
@@ -46,6 +50,22 @@ struct ChosenKeys {
     return landmarks;
   }
 };
+
+TEST(SkyformerGamma, AsLargeAsTheTypeHoldsLosesNoDigits) {
+  const auto x = test::make_tokens<float>(Family::init, {40, 50, 8, 5}, 93);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  const reference::Problem p = test::to_reference<float>(in);
+  for (const double gamma : {1e30, 8e37}) {
+    const reference::Kernel kernel = reference::gaussian_kernel(8, {}, true);
+    const auto inverse = [&](const reference::Matrix& a) { return reference::ridge_inverse(a, gamma); };
+    const auto expected = reference::skyformer(kernel, p, reference::strided_landmarks(p, 12), inverse);
+    const Skyformer<float, StridedSample> method({.num_landmarks = 12}, {.gamma = gamma}, {.rows = Rows::normalized});
+    Matrix<float> out(40, 5);
+    Context context;
+    method.forward(in, out, context);
+    EXPECT_LE(test::relative_error(out, expected), 1e-5) << gamma;
+  }
+}
 
 std::vector<Index> all_rows(Index n) {
   std::vector<Index> rows(static_cast<std::size_t>(n));
@@ -127,6 +147,156 @@ TYPED_TEST(SkyformerOf, TakesMasksBiasesAndStridedViews) {
   }
 }
 
+/// Each row is near the oracle's.
+template <class T>
+void expect_rows_near(const Matrix<T>& out, const reference::Matrix& expected, double tolerance) {
+  for (Index i = 0; i < out.rows(); ++i) {
+    EXPECT_LE((out.row(i).template cast<double>() - expected.row(i)).norm(), tolerance * expected.row(i).norm()) << "row " << i;
+  }
+}
+
+reference::Matrix ridge(const reference::Matrix& a) {
+  return reference::ridge_inverse(a, 0.1);
+}
+
+/// Landmarks that are keys see keys of distance 0; those that are queries are so far from all that their sums are 2^-200 and less of the
+/// others', in the last case less than a double's square root. Each matters to the queries near it.
+TYPED_TEST(SkyformerOf, IsItsDefinitionWhereTokensAreFarFromOneAnother) {
+  using T = TypeParam;
+  Context context;
+  const auto keep_query = test::random_keep(256, 0.8, 72), keep_key = test::random_keep(200, 0.7, 73);
+  const auto bias = test::random_key_bias<T>(200, 0.1, 74);
+  for (const double deviation : {3.0, 5.0, 8.0}) {
+    auto x = test::make_tokens<T>(Family::unit, {256, 200, 64, 6}, 75);
+    x.q *= static_cast<T>(deviation);
+    x.k *= static_cast<T>(deviation);
+    for (const bool masked : {false, true}) {
+      Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+      if (masked) in.mask = {.keep_key = keep_key, .keep_query = keep_query};
+      if (masked) in.key_bias = bias;
+      SCOPED_TRACE("deviation " + std::to_string(deviation) + ", masked " + std::to_string(masked));
+      const reference::Problem p = test::to_reference(in);
+      const GaussianKernel kernel{.rows = Rows::normalized};
+      const auto expected_kernel = reference::gaussian_kernel(64, {}, true);
+      const reference::Matrix landmarks = strided_landmarks(p, 64), expected = skyformer(expected_kernel, p, landmarks, ridge);
+      const Matrix<T> out = forward<T>(Strided<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context);
+      EXPECT_LE(test::relative_error(out, expected), kTolerance<T>);
+      expect_rows_near(out, expected, sizeof(T) == 4 ? 2e-4 : 1e-11);
+      const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
+      EXPECT_LE(test::relative_error(forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context),
+                                     skyformer(expected_kernel, p, landmarks, iterated)),
+                kTolerance<T>);
+    }
+  }
+}
+
+/// A core as a user would write it for one type alone.
+template <class T>
+struct OwnInverse {
+  void check(std::string_view) const {}
+  void apply(attn::MatrixRef<T> a, attn::MatrixRef<T> x, Context& context) const { RidgeInverse{}.apply(a, x, context); }
+  void backward(attn::MatrixRef<T> a, attn::MatrixRef<T> x, attn::MatrixRef<T> dx, attn::MatrixRef<T> da, Context& context) const {
+    RidgeInverse{}.backward(a, x, dx, da, context);
+  }
+};
+
+TYPED_TEST(SkyformerOf, TakesACoreOfOneTypeWhereverTheTokensAre) {
+  using T = TypeParam;
+  static_assert(!attn::Core<OwnInverse<float>, double>);
+  Context context;
+  for (const double deviation : {1.0, 4.0}) {
+    auto x = test::make_tokens<T>(Family::unit, {90, 90, 64, 6}, 76);
+    x.q *= static_cast<T>(deviation);
+    x.k *= static_cast<T>(deviation);
+    const Skyformer<T, StridedSample, OwnInverse<T>> method(StridedSample{.num_landmarks = 20}, {}, {.rows = Rows::normalized});
+    EXPECT_TRUE(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v}, context).allFinite()) << deviation;
+  }
+}
+
+/// Normalized rows do not depend on what all key biases have in common; one of them removes its key, and the largest is that of a key that
+/// is dropped.
+TYPED_TEST(SkyformerOf, ACommonBiasOfAllKeysChangesNoNormalizedRow) {
+  using T = TypeParam;
+  Context context;
+  const auto x = test::make_tokens<T>(Family::init, {90, 130, 16, 6}, 77);
+  auto keep_key = test::random_keep(130, 0.8, 78);
+  keep_key[5] = 0;
+  keep_key[6] = 1;
+  const Strided<T> method(StridedSample{.num_landmarks = 24}, {}, {.rows = Rows::normalized});
+  for (const double gap : {0.0, 0.5}) {
+    for (const double common : {0.0, 89.0, 1e4, -1e4, 1e30, -1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
+      std::vector<T> bias(130, static_cast<T>(common)), relative(130, T(0));
+      if (std::abs(common) <= 1e4) bias[3] += static_cast<T>(gap), relative[3] = static_cast<T>(gap);
+      bias[5] = test::kNaN<T>;
+      bias[6] = relative[6] = -test::kInf<T>;
+      bias[7] = std::numeric_limits<T>::lowest();
+      if (common != bias[7]) relative[7] = T(-1e4);
+      const Mask mask{.keep_key = keep_key};
+      const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = relative});
+      EXPECT_LE(test::relative_error(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = bias}, context),
+                                     skyformer(reference::gaussian_kernel(16, {}, true), p, strided_landmarks(p, 24), ridge)),
+                kTolerance<T>)
+          << common;
+    }
+  }
+}
+
+/// e^bias times what they are without the bias, also where e^bias alone, or the sums over the keys, leave T's range.
+TYPED_TEST(SkyformerOf, RawRowsAreAsLargeAsTheyAre) {
+  using T = TypeParam;
+  Context context;
+  const double largest = std::log(static_cast<double>(std::numeric_limits<T>::max()));
+  auto x = test::make_tokens<T>(Family::init, {90, 130, 16, 6}, 79);
+  x.v.col(2).setZero();
+  for (const double distance : {0.0, 4.0}) {
+    x.q.array() += static_cast<T>(distance);
+    const Strided<T> method(StridedSample{.num_landmarks = 24});
+    const std::vector<T> lowest(130, std::numeric_limits<T>::lowest());
+    EXPECT_TRUE((forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = lowest}, context).array() == T(0)).all());
+    const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
+    const reference::Matrix unbiased = skyformer(reference::gaussian_kernel(16), p, strided_landmarks(p, 24), ridge);
+    for (const double common : {-0.55 * largest, -1.0, 0.5 * largest, 0.95 * largest, 0.99 * largest + 0.5, largest + 2}) {
+      const std::vector<T> bias(130, static_cast<T>(common));
+      const Matrix<T> out = forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context);
+      const double exponent = static_cast<double>(bias[0]), back = std::exp(-exponent / 2);
+      ASSERT_FALSE(out.array().isNaN().any()) << common;
+      EXPECT_TRUE((out.col(2).array() == T(0)).all()) << common;
+      for (Index i = 0; i < out.size(); ++i) {
+        const double log = std::log(std::abs(unbiased.data()[i])) + exponent;
+        if (std::abs(log - largest) < 1e-3) continue;
+        EXPECT_EQ(std::isfinite(out.data()[i]), log < largest) << common;
+        EXPECT_GE(out.data()[i] * static_cast<T>(unbiased.data()[i]), T(0)) << common;
+      }
+      if (!out.allFinite()) continue;
+      EXPECT_LE(test::relative_error(Matrix<double>(out.template cast<double>() * back * back), unbiased), kTolerance<T>)
+          << common << " at distance " << distance;
+    }
+  }
+}
+
+/// Queries are taken 4096 at a time.
+TYPED_TEST(SkyformerOf, TakesManyQueriesWithAMask) {
+  using T = TypeParam;
+  Context context;
+  const Index n_q = 4096 + 250;
+  const auto x = test::make_tokens<T>(Family::init, {n_q, 60, 8, 3}, 80);
+  const auto keep_query = test::random_keep(n_q, 0.5, 81);
+  for (const double common : {0.0, 80.0}) {  // the second has raw rows of float take the wide range's way
+    const std::vector<T> bias(60, static_cast<T>(common));
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_query = keep_query}, .key_bias = bias};
+    const reference::Problem p = test::to_reference(in);
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      const Matrix<T> out = forward<T>(Strided<T>(StridedSample{.num_landmarks = 12}, {}, {.rows = rows}), in, context);
+      const reference::Matrix expected =
+          skyformer(reference::gaussian_kernel(8, {}, rows == Rows::normalized), p, strided_landmarks(p, 12), ridge);
+      EXPECT_LE(test::relative_error(out, expected), kTolerance<T>);
+      for (Index i = 0; i < n_q; ++i) {
+        EXPECT_EQ((out.row(i).array() == T(0)).all(), !reference::kept(keep_query, i)) << "row " << i;
+      }
+    }
+  }
+}
+
 TYPED_TEST(SkyformerOf, WhatTheMasksDropHasNoInfluence) {
   using T = TypeParam;
   auto x = test::make_tokens<T>(Family::init, {130, 210, 16, 12}, 56);
@@ -180,6 +350,71 @@ TYPED_TEST(SkyformerOf, NaNReachesTheRowsThatSeeIt) {
     y.q(4, 3) = test::kNaN<T>;  // a landmark
     EXPECT_TRUE(attn::attention(method, y.q, y.k, y.v).array().isNaN().all());
   }
+}
+
+TYPED_TEST(SkyformerOf, AKeyRemovedByItsBiasHasNoInfluence) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {60, 90, 16, 5}, 75);
+  const auto bias = test::random_key_bias<T>(90, 0.3, 76);
+  const Matrix<T> dout = test::Random(77).normal(60, 5).template cast<T>();
+  const auto train = [&](const auto& method, const test::Tokens<T>& y) {
+    const Inputs<T> in{.q = y.q, .k = y.k, .v = y.v, .key_bias = bias};
+    Matrix<T> out(60, 5), dq(60, 16), dk(90, 16), dv(90, 5), all(300, 16);
+    typename std::remove_cvref_t<decltype(method)>::Saved saved;
+    Context context;
+    method.forward(in, out, context, saved);
+    method.backward(in, out, dout, saved, {dq, dk, dv}, context);
+    all.setZero();
+    all.topRows(60) = dq;
+    all.middleRows(60, 90) = dk;
+    all.block(150, 0, 90, 5) = dv;
+    all.block(240, 0, 60, 5) = out;
+    return all;
+  };
+  const auto expect_same = [&](const auto& method) {
+    const Matrix<T> clean = train(method, x);
+    EXPECT_TRUE(clean.allFinite());
+    for (const T poison : {test::kNaN<T>, test::kInf<T>}) {
+      test::Tokens<T> y = x;
+      for (Index j = 0; j < 90; ++j) {
+        if (std::isfinite(bias[static_cast<std::size_t>(j)])) continue;
+        y.k.row(j).setConstant(poison);
+        y.v.row(j).setConstant(poison);
+      }
+      EXPECT_TRUE(test::bitwise_equal(train(method, y), clean)) << poison;
+    }
+  };
+  const StridedSample strided{.num_landmarks = 16};
+  expect_same(Strided<T>(strided));
+  expect_same(Strided<T>(strided, {}, GaussianKernel{.rows = Rows::normalized}));
+  expect_same(attn::LiftedSoftmax<T, StridedSample>(strided));
+}
+
+/// The same landmarks in a matrix that is wider than its rows, as a policy of one's own may have them.
+struct WideKeys {
+  Index num_landmarks = 20, padding = 0;
+
+  template <class T>
+  attn::MatrixRef<T> select(const Inputs<T>& in, attn::Scratch& scratch) const {
+    const Index d = in.k.cols();
+    attn::MatrixRef<T> all = scratch.matrix<T>(num_landmarks, d + padding);
+    all.setConstant(test::kNaN<T>);
+    all.leftCols(d) = in.k.topRows(num_landmarks);
+    return all.leftCols(d);
+  }
+};
+
+TYPED_TEST(SkyformerOf, TakesStridedLandmarks) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {90, 130, 16, 12}, 78);
+  const auto expect_same = [&](const auto& strided, const auto& dense) {
+    EXPECT_TRUE(test::bitwise_equal(attn::attention(strided, x.q, x.k, x.v), attn::attention(dense, x.q, x.k, x.v)));
+  };
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const GaussianKernel kernel{.rows = rows};
+    expect_same(Skyformer<T, WideKeys>(WideKeys{.padding = 3}, {}, kernel), Skyformer<T, WideKeys>(WideKeys{}, {}, kernel));
+  }
+  expect_same(attn::LiftedSoftmax<T, WideKeys>(WideKeys{.padding = 3}), attn::LiftedSoftmax<T, WideKeys>(WideKeys{}));
 }
 
 TYPED_TEST(SkyformerOf, PaddedIsTrimmed) {
@@ -330,6 +565,24 @@ TYPED_TEST(SkyformerOf, DuplicateTokensAndNoRidgeStayFinite) {
     const Matrix<T> out =
         attn::attention(Strided<T>(StridedSample{.num_landmarks = 16}, RidgeInverse{.gamma = gamma}), x.q, x.k, x.v);
     EXPECT_TRUE(out.allFinite()) << gamma;
+  }
+}
+
+/// Many more landmarks than their kernel matrix has directions, and next to no ridge: the method is as exact as with the directions
+/// that there are.
+TYPED_TEST(SkyformerOf, LeavesOutDirectionsThatAreZeroButForRounding) {
+  using T = TypeParam;
+  const auto x = test::curve_tokens<T>({1200, 1200, 8, 6}, 71);
+  const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const reference::Matrix exact = attend(reference::gaussian_kernel(8, {}, rows == Rows::normalized), p).out;
+    for (const Index m : {256, 600, 1000}) {
+      for (const double gamma : {0.0, 1e-6}) {
+        const Strided<T> method(StridedSample{.num_landmarks = m}, RidgeInverse{.gamma = gamma}, GaussianKernel{.rows = rows});
+        EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), exact), sizeof(T) == 4 ? 1e-5 : gamma > 0 ? 1e-6 : 1e-11)
+            << m << " landmarks, gamma " << gamma;
+      }
+    }
   }
 }
 

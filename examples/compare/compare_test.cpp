@@ -224,6 +224,7 @@ TEST(MeanOfValues, IsSoftmaxAttentionOfEqualScores) {
   const auto x = families::make_tokens<float>(families::Family::unit, {30, 40, 4, 5});
   std::vector<std::uint8_t> keep_key(40, 1), keep_query(30, 1);
   for (const std::size_t i : {0U, 1U, 7U}) keep_key[i] = keep_query[i + 3] = 0;
+  keep_key[38] = keep_key[39] = keep_query[29] = 0;  // which lower_right does not count
   for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
     const attn::Mask mask{.causal = causal, .keep_key = keep_key, .keep_query = keep_query};
     const Matrix<float> mean = mean_of_values({x.q, x.k, x.v, mask});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/checks.hpp>
 #include <attn/matrix.hpp>
 
 #include <concepts>
@@ -35,13 +36,28 @@ concept Approximator = std::copyable<A> && std::default_initializable<typename A
                          a.backward(inputs, dout, dout, kept, gradients, context);
                        };
 
-/// out = attention of q (n_q, d) to k (n_k, d) and v (n_k, d_v) by method a, in one line: allocates its result, runs serially.
+namespace detail {
+
+/// What error messages call a method: its own name, where it holds another one that one's.
+template <Approximator A>
+std::string_view method_name(const A& a) {
+  std::string_view name = A::kName;
+  if constexpr (requires { name = a.name(); }) name = a.name();
+  return name;
+}
+
+}  // namespace detail
+
+/// out = attention of q (n_q, d) to k (n_k, d) and v (n_k, d_v) by method a, in one line: allocates its result, runs serially. Throws
+/// std::invalid_argument as a.forward does.
 template <Approximator A>
 Matrix<typename A::Scalar> attention(const A& a, ConstMatrixRef<typename A::Scalar> q, ConstMatrixRef<typename A::Scalar> k,
                                      ConstMatrixRef<typename A::Scalar> v, const Mask& mask = {}) {
+  const Inputs<typename A::Scalar> in{.q = q, .k = k, .v = v, .mask = mask};
+  detail::check_inputs(detail::method_name(a), in);
   Matrix<typename A::Scalar> out(q.rows(), v.cols());
   Context context;
-  a.forward({.q = q, .k = k, .v = v, .mask = mask}, out, context);
+  a.forward(in, out, context);
   return out;
 }
 

@@ -122,7 +122,7 @@ class ExactOperator {
     const Inputs<T> in{q_, k_, k_, mask_};
     detail::check_inputs(kName, in);
     detail::check_not_causal(kName, in);
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, q_.cols());
     if (score_parameters(kernel_, q_.cols()).rows == Rows::normalized) find_row_weights(context);
   }
 
@@ -208,6 +208,9 @@ class ApproximatorOperator {
 
   /// The gradient by v for x as the gradient by out; costs a forward and a backward pass, with matrices of its own.
   void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+    constexpr std::string_view kName = "approximator operator";
+    detail::check_inputs(kName, Inputs<Scalar>{q_, k_, y, mask_});
+    detail::check_shape(kName, "x", x, rows(), y.cols());
     const Matrix<Scalar> v = Matrix<Scalar>::Zero(y.rows(), y.cols());
     Matrix<Scalar> out(x.rows(), x.cols()), dq(q_.rows(), q_.cols()), dk(k_.rows(), k_.cols());
     typename Method::Saved saved;
@@ -292,9 +295,9 @@ class Difference {
 
   template <class Product>
   void subtract(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context, const Product& product) const {
+    product(a_, x, y, context);  // which refuses a wrong shape
     Scratch scratch = context.scratch();
     MatrixRef<Wide> other = scratch.matrix<Wide>(y.rows(), y.cols());
-    product(a_, x, y, context);
     product(b_, x, other, context);
     y -= other;
   }

@@ -21,7 +21,9 @@ namespace attn {
 /// A core of one's own: apply(a, x, context) overwrites x (m, columns) with what replaces a^-1 x; it may destroy a (m, m).
 /// backward(a, x, dx, da, context), for the same a and x, turns dx (m, columns), the gradient by apply's result, into the gradient by
 /// x, and sets da (m, m) to the gradient by a; it may destroy a and x. check(who) throws std::invalid_argument when an option is out
-/// of range.
+/// of range; it may be a template check<T>(who), T what the core computes in. A core that is right for symmetric a alone says so with
+/// a member static constexpr bool kSymmetricOnly = true: Skyformer's and LiftedSoftmax's matrices are, Nystrom's are not and it refuses
+/// such a core. One without that member is taken to be right for any a.
 template <class C, class T>
 concept Core = std::copyable<C> && requires(const C& core, MatrixRef<T> a, MatrixRef<T> x, Context& context, std::string_view who) {
   core.apply(a, x, context);
@@ -29,13 +31,37 @@ concept Core = std::copyable<C> && requires(const C& core, MatrixRef<T> a, Matri
   core.check(who);
 };
 
+namespace detail {
+
+template <class C>
+inline constexpr bool kSymmetricOnly = false;
+
+template <class C>
+  requires requires { C::kSymmetricOnly; }
+inline constexpr bool kSymmetricOnly<C> = C::kSymmetricOnly;
+
+}  // namespace detail
+
+/// A core that does not need a symmetric matrix.
+template <class C, class T>
+concept CoreOfAnyMatrix = Core<C, T> && !detail::kSymmetricOnly<C>;
+
 /// (A + gamma I)^-1 for a symmetric positive semidefinite A, by Cholesky. A direction in which A + gamma I is 0 but for rounding
-/// (duplicate landmarks, gamma = 0) is left out. m^3 / 3 flops.
+/// (duplicate landmarks, gamma = 0) is left out: the result is 0 at landmarks that depend on others, which pivots choose. m^3 / 3 flops;
+/// with pivots, for r of m landmarks, m r^2 more.
 struct RidgeInverse {
   double gamma = 0.1;  ///< at least 0
 
+  /// Whether the options are the same.
+  friend bool operator==(const RidgeInverse&, const RidgeInverse&) = default;
+
   /// @{ As Core says.
-  void check(std::string_view who) const { detail::check_at_least(who, "gamma", gamma, 0); }
+  static constexpr bool kSymmetricOnly = true;
+
+  template <class T = double>
+  void check(std::string_view who) const {
+    detail::check_gamma<T>(who, gamma);
+  }
 
   template <class T>
   void apply(MatrixRef<T> a, MatrixRef<T> x, Context& context) const {
@@ -177,6 +203,9 @@ T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
 struct IterativePinv {
   int iterations = 6;  ///< steps, at least 1
 
+  /// Whether the options are the same.
+  friend bool operator==(const IterativePinv&, const IterativePinv&) = default;
+
   /// @{ As Core says.
   void check(std::string_view who) const { detail::check_at_least(who, "iterations", iterations, 1); }
 
@@ -239,9 +268,15 @@ struct PreconditionedPinv {
   double gamma = 0.1;  ///< at least 0
   int iterations = 6;  ///< steps, at least 1
 
+  /// Whether the options are the same.
+  friend bool operator==(const PreconditionedPinv&, const PreconditionedPinv&) = default;
+
   /// @{ As Core says.
+  static constexpr bool kSymmetricOnly = true;
+
+  template <class T = double>
   void check(std::string_view who) const {
-    detail::check_at_least(who, "gamma", gamma, 0);
+    detail::check_gamma<T>(who, gamma);
     detail::check_at_least(who, "iterations", iterations, 1);
   }
 

@@ -3,6 +3,7 @@
 
 #include <attn/approximator.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/narrow.hpp>
@@ -42,9 +43,11 @@ class ExactAttention {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits; raw rows need none.
+  /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits, and of which inputs they are; raw rows
+  /// need neither.
   struct Saved {
     std::vector<detail::RowLog<T>> lse{};  ///< of each row, or empty
+    detail::PassInputs inputs{};           ///< checked by backward
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
@@ -59,6 +62,7 @@ class ExactAttention {
     detail::check_backward(kName, in, out, dout, gradients);
     const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
     detail::check_saved(kName, "rows of q", static_cast<Index>(saved.lse.size()), normalized ? in.q.rows() : 0);
+    if (normalized) saved.inputs.check(kName, detail::PassInputs::of(kernel_, in));
     detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
   }
 
@@ -68,11 +72,12 @@ class ExactAttention {
 
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
     detail::RowLog<T>* lse = nullptr;
     if (saved != nullptr) {
       const bool normalized = score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
       saved->lse.resize(normalized ? static_cast<std::size_t>(in.q.rows()) : 0);
+      saved->inputs = normalized ? detail::PassInputs::of(kernel_, in) : detail::PassInputs{};
       lse = saved->lse.data();
     }
     detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);

@@ -35,8 +35,7 @@ inline constexpr std::string_view kMatmulName = "kernel_matmul";
 template <ScoreKernel Kernel, class T>
 Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Index workers, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
-  check_finite(kMatmulName, "scale", parameters.scale);
-  check_finite(kMatmulName, "bias", parameters.bias);
+  check_kernel<T>(kMatmulName, kernel, in.q.cols());
   const bool bounded = parameters.bounded() && in.key_bias.empty();
   const T* center = nullptr;
   if constexpr (kMayHaveBias<Kernel>) {

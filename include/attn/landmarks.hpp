@@ -6,6 +6,7 @@
 #include <attn/detail/key_tiles.hpp>
 #include <attn/detail/long_sums.hpp>
 #include <attn/detail/partition.hpp>
+#include <attn/detail/split_mix64.hpp>
 #include <attn/detail/upcoming.hpp>
 #include <attn/matrix.hpp>
 
@@ -28,6 +29,16 @@ concept JointLandmarks = std::copyable<L> && requires(const L& landmarks, const 
 };
 
 namespace detail {
+
+/// Whether there is anything to attend to: a kept query and a kept key.
+template <class In>
+bool any_kept(const In& in) {
+  const auto keeps_q = kept_queries(in), keeps_k = kept_keys(in);
+  Index i = 0, j = 0;
+  while (i < in.q.rows() && !keeps_q(i)) ++i;
+  while (j < in.k.rows() && !keeps_k(j)) ++j;
+  return i < in.q.rows() && j < in.k.rows();
+}
 
 /// The landmarks of inputs by a policy; one that reads matrices alone gets copies of what is not in place.
 template <class T, class Landmarks>
@@ -94,37 +105,14 @@ void scatter_rows(const SampledRows& rows, const ConstMatrixRef<T>& dland, Matri
                    [&](Index landmark, Index row, bool of_queries) { (of_queries ? dq : dk).row(row) += dland.row(landmark); });
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014): the same numbers on every platform.
-class SplitMix64 {
- public:
-  explicit SplitMix64(std::uint64_t seed) : state_(seed) {}
-
-  std::uint64_t operator()() {
-    state_ += 0x9e3779b97f4a7c15U;
-    std::uint64_t z = state_;
-    z = (z ^ (z >> 30U)) * 0xbf58476d1ce4e5b9U;
-    z = (z ^ (z >> 27U)) * 0x94d049bb133111ebU;
-    return z ^ (z >> 31U);
-  }
-
-  /// A number below n, each as likely as any other: draws that would favour small ones are thrown away.
-  Index below(Index n) {
-    const auto bound = static_cast<std::uint64_t>(n);
-    const std::uint64_t rejected = (0 - bound) % bound;
-    std::uint64_t x = (*this)();
-    while (x < rejected) x = (*this)();
-    return static_cast<Index>(x % bound);
-  }
-
- private:
-  std::uint64_t state_;
-};
-
 }  // namespace detail
 
 /// Rows spread evenly: floor((2 j + 1) n / (2 m)) of the n kept rows, half of the landmarks from q and half from k.
 struct StridedSample {
   Index num_landmarks = 128;  ///< m
+
+  /// Whether the choice is the same.
+  friend bool operator==(const StridedSample&, const StridedSample&) = default;
 
   /// @{ As JointLandmarks says.
   template <class T>
@@ -158,6 +146,9 @@ struct StridedSample {
 struct UniformSample {
   Index num_landmarks = 128;  ///< m
   std::uint64_t seed = 0;     ///< of the draw
+
+  /// Whether the choice is the same.
+  friend bool operator==(const UniformSample&, const UniformSample&) = default;
 
   /// @{ As JointLandmarks says.
   template <class T>
@@ -195,7 +186,7 @@ struct UniformSample {
 };
 
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
-/// says which rows of x count, at least num_landmarks of them. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
+/// says which rows of x count, at least num_landmarks of them. As many of queries as of keys, at least 1. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
 /// to that by the rows that they come from; without it they are constants in the backward pass.
 template <class L, class T>
 concept SplitLandmarks = std::copyable<L> &&
@@ -239,6 +230,9 @@ inline Index segment_of(Index n, Index m, Index i) {
 /// The means of num_landmarks consecutive segments of the kept rows. Xiong et al. 2021, section 3.2.
 struct SegmentMeans {
   Index num_landmarks = 64;  ///< m
+
+  /// Whether the choice is the same.
+  friend bool operator==(const SegmentMeans&, const SegmentMeans&) = default;
 
   /// As SplitLandmarks says.
   template <class T, class Keeps>

@@ -5,7 +5,9 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/float_bits.hpp>
+#include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/panel.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/narrow.hpp>
@@ -43,7 +45,11 @@ class LiftedSoftmax {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = typename Skyformer<T, Landmarks, Inverse>::Saved;
+  /// What Skyformer saved, and of which inputs and options it is.
+  struct Saved {
+    typename Skyformer<T, Landmarks, Inverse>::Saved of_skyformer{};  ///< for its backward
+    detail::ForwardPass<Landmarks, Inverse> pass{};                  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -55,11 +61,11 @@ class LiftedSoftmax {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    saved.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, inverse_);
     Scratch scratch = context.scratch();
     const std::span<T> dbias = scratch.array<T>(in.k.rows());
     const Inputs<T> weighted{in.q, in.k, in.v, in.mask, log_weights(detail::sources(in), scratch)};
-    skyformer(in).backward(weighted, out, dout, saved, gradients, dbias, context);
+    skyformer(in).backward(weighted, out, dout, saved.of_skyformer, gradients, dbias, context);
     MatrixRef<T> dk = gradients.dk;
     for (Index j = 0; j < dk.rows(); ++j) {
       if (detail::keeps_key(in, j)) dk.row(j) += static_cast<T>(scale(in)) * dbias[static_cast<std::size_t>(j)] * in.k.row(j);
@@ -73,16 +79,19 @@ class LiftedSoftmax {
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     check(in);
+    if (saved != nullptr) saved->pass = {};
     Scratch scratch = context.scratch();
-    skyformer(in).run({in.q, in.k, in.v, in.mask, log_weights(in, scratch)}, out, context, saved);
+    skyformer(in).run({in.q, in.k, in.v, in.mask, log_weights(in, scratch)}, out, context, saved == nullptr ? nullptr : &saved->of_skyformer);
+    if (saved != nullptr) saved->pass.keep(kernel_, in, landmarks_, inverse_);
   }
 
   void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
-    inverse_.check(kName);
+    detail::check_core<T>(kName, inverse_);
     if (!(detail::is_finite(scale(in)) && scale(in) > 0))
       detail::refuse(kName, "scale is %g, should be positive and finite", scale(in));
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
   }
 
   template <class In>
@@ -96,9 +105,10 @@ class LiftedSoftmax {
         landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(in)), .rows = Rows::normalized}};
   }
 
-  /// s |k_j|^2 / 2 and the caller's bias. Dropped keys may hold anything, so they get no weight.
+  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest. Dropped keys may hold anything, so they get no weight.
   std::span<const T> log_weights(const detail::Sources<T>& in, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
+    const std::span<const T> bias = detail::relative_bias(in, scratch).relative;
     Scratch temporary = scratch.nested();
     T* buffer = temporary.elements<T>(in.k.cols());
     const T half_scale = static_cast<T>(scale(in)) / 2;
@@ -107,7 +117,7 @@ class LiftedSoftmax {
       weights[at] = -std::numeric_limits<T>::infinity();
       if (!detail::keeps_key(in, j)) continue;
       weights[at] = half_scale * detail::squared_norm(in.k.row(j, buffer), in.k.cols());
-      if (!in.key_bias.empty()) weights[at] += in.key_bias[at];
+      if (!bias.empty()) weights[at] += bias[at];
     }
     return weights;
   }

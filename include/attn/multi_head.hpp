@@ -205,8 +205,7 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
   for (Index b = 0; b < heads.different_items(); ++b) {
     const Inputs<typename A::Scalar> in = heads(b, 0);
     if (a.supports(in)) continue;
-    std::string_view name = A::kName;
-    if constexpr (requires { name = a.name(); }) name = a.name();
+    const std::string_view name = method_name(a);
     refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s", static_cast<int>(name.size()),
            name.data(), b, in.q.rows(), in.k.rows(), in.mask.causal == Causal::none ? "" : ", causal",
            in.mask.keep_key.empty() ? "" : ", keep_key", in.mask.keep_query.empty() ? "" : ", keep_query");
@@ -322,7 +321,8 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same arguments and the out
 /// and saved of multi_head. Query heads that share a key head add up in their order, of narrow types in float. Throws
-/// std::invalid_argument before anything is written when shapes disagree or saved is of another number of heads.
+/// std::invalid_argument before anything is written when shapes disagree, saved is of another number of heads, or any head of a gradient
+/// overlaps any other array or head. What a.backward throws beyond that, where a head's saved is not of its inputs, arrives on the calling thread, with gradients partly written.
 template <Approximator A>
 void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                          const HeadsView<const typename A::Scalar>& v, const HeadsView<const typename A::Scalar>& out,

@@ -122,22 +122,18 @@ template <ScoreKernel Kernel, class Out>
   requires NarrowScalar<typename detail::EigenType<Out>::Scalar>
 void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&& out, std::span<float> lse = {}) {
   using T = typename detail::EigenType<Out>::Scalar;
-  constexpr Index kColumns = 256;  // at a time
+  constexpr Index kColumns = 256;  // of one row, at a time
+  float wide[kColumns];
   const MatrixRef<T> to(out);
   detail::check_finish("finish", states, to, lse);
-  const Rows rows = score_parameters(kernel, d).rows;
-  float wide[kColumns];
-  for (std::size_t i = 0; i < states.sum.size(); ++i) {
-    const detail::RowScale<float> scale = detail::row_scale(rows, states.maximum[i], states.sum[i]);
-    if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
-    const Index row = static_cast<Index>(i);
-    const float* weighted = states.weighted.data() + row * states.weighted.outerStride();
-    T* narrow = to.data() + row * to.outerStride();
+  for (Index i = 0; i < to.rows(); ++i) {
+    const auto row = static_cast<std::size_t>(i);
     for (Index c = 0; c < to.cols(); c += kColumns) {
       const Index count = std::min(kColumns, to.cols() - c);
-      detail::scale_row(scale.first, weighted + c, wide, count);
-      detail::scale_row(scale.second, wide, wide, count);
-      detail::convert_row(wide, narrow + c, count);
+      float* weighted = states.weighted.data() + i * states.weighted.outerStride() + c;
+      const RowStates<float> some{states.maximum.subspan(row, 1), states.sum.subspan(row, 1), {weighted, 1, count, count}};
+      finish(kernel, some, d, MatrixRef<float>(wide, 1, count, count), lse.empty() ? lse : lse.subspan(row, 1));
+      detail::convert_row(wide, to.data() + i * to.outerStride() + c, count);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <attn/detail/checks.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/nystrom_factors.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
@@ -24,7 +25,7 @@ namespace attn {
 /// no key bias. Throws std::invalid_argument when shapes disagree or are empty, an option is out of range, or a mask is not supported.
 /// Xiong et al. 2021, eqs. 13-16.
 template <class T, class Landmarks = SegmentMeans, class Inverse = IterativePinv, ScoreKernel Kernel = SoftmaxKernel>
-  requires SplitLandmarks<Landmarks, T> && Core<Inverse, T>
+  requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom {
  public:
   /// @{ As Approximator says.
@@ -43,7 +44,10 @@ class Nystrom {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = detail::NystromSaved<T>;
+  /// What backward needs, and of which inputs and options it is.
+  struct Saved : detail::NystromSaved<T> {
+    detail::ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -55,7 +59,7 @@ class Nystrom {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    saved.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, inverse_);
     if (saved.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
     detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
   }
@@ -67,9 +71,9 @@ class Nystrom {
   void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
     detail::check_landmarks(kName, landmarks_);
-    inverse_.check(kName);
+    detail::check_core<T>(kName, inverse_);
   }
 
   /// saved: a pointer, or nullptr itself, with which nothing of saving is compiled.
@@ -78,18 +82,29 @@ class Nystrom {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
     detail::RowLog<T>* lse = nullptr;
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) lse = saved->reset(in.q.rows(), exact);
-    if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) {
+      saved->pass = {};
+      lse = saved->reset(in.q.rows(), exact);
+    }
     Scratch scratch = context.scratch();
-    const detail::NystromFactors<T> factors = select(in, scratch, context);
-    multiply(in, factors, out, lse, context);
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(factors);
+    if (exact) {
+      detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
+    } else {
+      const detail::NystromFactors<T> factors = select(in, scratch, context);
+      multiply(in, factors, out, lse, context);
+      if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(factors);
+    }
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass.keep(kernel_, in, landmarks_, inverse_);
   }
 
   /// The landmarks, and room for what is known of them.
   detail::NystromFactors<T> select(const detail::Sources<T>& in, Scratch& scratch, Context& context) const {
     MatrixRef<T> q_land = detail::select_rows(landmarks_, in.q, detail::kept_queries(in), scratch, context);
     MatrixRef<T> k_land = detail::select_rows(landmarks_, in.k, detail::kept_keys(in), scratch, context);
+    detail::check_landmark_rows(kName, "q", q_land, 1, in.q.cols());
+    detail::check_landmark_rows(kName, "k", k_land, 1, in.k.cols());
+    if (q_land.rows() != k_land.rows())
+      detail::refuse(kName, "there are %td landmarks of q, %td of k, should be as many", q_land.rows(), k_land.rows());
     return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.elements<detail::RowLog<T>>(q_land.rows())};
   }
 
@@ -113,7 +128,7 @@ class Nystrom {
 
 /// With narrow types in memory.
 template <NarrowScalar T, class Landmarks, class Inverse, ScoreKernel Kernel>
-  requires SplitLandmarks<Landmarks, T> && Core<Inverse, T>
+  requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom<T, Landmarks, Inverse, Kernel> : public detail::Widened<T, Nystrom<float, Landmarks, Inverse, Kernel>> {
   using Wide = Nystrom<float, Landmarks, Inverse, Kernel>;
 

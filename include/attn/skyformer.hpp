@@ -5,7 +5,10 @@
 #include <attn/core.hpp>
 #include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
+#include <attn/detail/landmark_sums.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/detail/skyformer_factors.hpp>
+#include <attn/detail/spread_landmarks.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
@@ -43,7 +46,10 @@ class Skyformer {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = detail::SkyformerSaved<T>;
+  /// What backward needs, and of which inputs and options it is.
+  struct Saved : detail::SkyformerSaved<T> {
+    detail::ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -62,7 +68,7 @@ class Skyformer {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, std::span<T> dbias, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients, {}, dbias);
-    saved.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, inverse_);
     detail::skyformer_backward<T>(kernel_, landmarks_, inverse_, in, saved, out, dout, gradients, dbias, context);
   }
 
@@ -74,22 +80,28 @@ class Skyformer {
   friend class LiftedSoftmax;
 
   void check(const detail::Sources<T>& in) const {
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
     detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
-    inverse_.check(kName);
+    detail::check_core<T>(kName, inverse_);
   }
 
   /// saved may be null.
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     check(in);
+    if (saved != nullptr) saved->pass = {};
     Scratch scratch = context.scratch();
     const MatrixRef<T> land = detail::select_jointly(landmarks_, in, scratch);
-    MatrixRef<T> sums = scratch.matrix<T>(land.rows(), in.v.cols() + 1);
-    const T top = land.rows() == 0 ? T(0) : detail::sum_over_keys<T>(kernel_, in, land, sums, context);
-    if (saved != nullptr) saved->keep(in, land, sums, top);
+    detail::check_landmark_rows(kName, "q and k", land, detail::any_kept(in) ? 1 : 0, in.q.cols());
+    const detail::LandmarkSums<T> sums =
+        detail::sum_over_keys<T>(kernel_, in, detail::relative_bias(in, scratch), land, scratch, context);
+    if (saved != nullptr) {
+      saved->keep(land, sums);
+      saved->pass.keep(kernel_, in, landmarks_, inverse_);
+    }
     if (land.rows() == 0) return out.set_zero();  // no query or no key is kept
-    multiply(in, land, sums, out, context);
+    if (sums.spread) return detail::multiply_spread<T>(kernel_, inverse_, in, land, sums, out, context);
+    multiply(in, land, sums.sums, out, context);
   }
 
   /// out <- kappa(q, L) (kappa(L, L) + gamma I)^-1 sums.

@@ -3,6 +3,7 @@
 
 #include <attn/approximator.hpp>
 #include <attn/detail/checks.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/detail/shift_probes.hpp>
 #include <attn/detail/shifted_product.hpp>
 #include <attn/detail/shifted_rows.hpp>
@@ -11,6 +12,7 @@
 #include <attn/landmarks.hpp>
 #include <attn/narrow.hpp>
 
+#include <cmath>
 #include <concepts>
 #include <span>
 #include <string_view>
@@ -26,6 +28,9 @@ struct SpectralShift {
   ShiftMode mode = ShiftMode::row;  ///< how the shift is chosen
   int iterations = 6;               ///< at least 1
   int num_probes = 32;              ///< at least 1
+
+  /// Whether the options are the same.
+  friend bool operator==(const SpectralShift&, const SpectralShift&) = default;
 
   /// Throws std::invalid_argument when an option is out of range.
   void check(std::string_view who) const {
@@ -65,7 +70,10 @@ class ShiftedNystrom {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  using Saved = detail::ShiftSaved<T>;
+  /// What backward needs, and of which inputs and options it is.
+  struct Saved : detail::ShiftSaved<T> {
+    detail::ForwardPass<Landmarks, SpectralShift> pass{};  ///< checked by backward
+  };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     detail::check(kName, in, out);
@@ -77,7 +85,7 @@ class ShiftedNystrom {
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
-    saved.nystrom.check(kName, in);
+    saved.pass.check(kName, kernel_, in, landmarks_, shift_);
     if (saved.nystrom.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
     detail::shifted_backward<T>(kernel_, landmarks_, shift_.iterations, in, saved, out, dout, gradients, context);
   }
@@ -90,9 +98,16 @@ class ShiftedNystrom {
   void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     check(in);
     const bool exact = detail::covers(landmarks_.num_landmarks, in);
-    if (saved != nullptr) saved->reset(in.q.rows(), exact);
-    if (!exact) return shift(in, out, context, saved);
-    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr}, context);
+    if (saved != nullptr) {
+      saved->pass = {};
+      saved->reset(in.q.rows(), exact);
+    }
+    if (exact) {
+      detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr}, context);
+    } else {
+      shift(in, out, context, saved);
+    }
+    if (saved != nullptr) saved->pass.keep(kernel_, in, landmarks_, shift_);
   }
 
   void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
@@ -127,7 +142,9 @@ class ShiftedNystrom {
     if (in.q.rows() != in.k.rows())
       detail::refuse(kName, "q has %td rows, k has %td, should be as many", in.q.rows(), in.k.rows());
     if (!detail::same_masks(in)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");
-    detail::check_kernel(kName, kernel_);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
+    const double scale = score_parameters(kernel_, in.q.cols()).scale;
+    if (shift_.mode == ShiftMode::row) detail::check_held<T>(kName, "scale", scale, std::sqrt(2 * detail::kMostScore<T>));  // s^2 / 2
     detail::check_landmarks(kName, landmarks_);
     shift_.check(kName);
   }

@@ -9,6 +9,8 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <bit>
+#include <limits>
 
 namespace attn::detail {
 
@@ -22,12 +24,18 @@ T median_of_finite(T* values, Index count) {
   return *middle;
 }
 
+/// x with half of its digits: where tokens are measured from such a number, differences to it are mostly exact.
+template <class T>
+T with_few_digits(T x) {
+  return std::bit_cast<T>(std::bit_cast<BitsOf<T>>(x) & (~BitsOf<T>{0} << (std::numeric_limits<T>::digits / 2)));
+}
+
 /// An origin amid the keys, d numbers: of each feature the median over at most kSampled kept keys that every query sees, which tokens
 /// far from all others do not move. Where these are fewer than three, as under a causal mask, whose results must not depend on later
 /// tokens, the first query and zero make up for them.
 template <class T>
 const T* choose_center(const Sources<T>& in, Scratch& scratch) {
-  constexpr Index kSampled = 31, kFewest = 3;
+  constexpr Index kSampled = 63, kFewest = 3;
   const Index d = in.k.cols();
   T* const center = scratch.elements<T>(d);
   Scratch temporary = scratch.nested();
@@ -46,7 +54,7 @@ const T* choose_center(const Sources<T>& in, Scratch& scratch) {
   }
   if (count < kFewest && keeps_query(in, 0)) add_sample(in.q.row(0, buffer));
   if (count < kFewest) add_sample(nullptr);
-  for (Index c = 0; c < d; ++c) center[c] = median_of_finite(samples + c * kSampled, count);
+  for (Index c = 0; c < d; ++c) center[c] = with_few_digits(median_of_finite(samples + c * kSampled, count));
   return center;
 }
 

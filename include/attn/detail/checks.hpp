@@ -12,6 +12,8 @@
 #include <cstdarg>
 #include <cstddef>
 #include <cstdio>
+#include <limits>
+#include <numbers>
 #include <span>
 #include <stdexcept>
 #include <string_view>
@@ -170,18 +172,66 @@ void check_landmarks(std::string_view who, const Landmarks& landmarks) {
   }
 }
 
-inline void check_kernel(std::string_view who, const SoftmaxKernel& kernel) {
-  if (kernel.scale) check_finite(who, "scale", *kernel.scale);
+/// What a policy, perhaps a user's, gives as landmarks of a matrix of d features: at least so many, of as many features.
+template <class T>
+void check_landmark_rows(std::string_view who, const char* of, const MatrixRef<T>& landmarks, Index least, Index d) {
+  if (landmarks.rows() >= least && landmarks.cols() == d) return;
+  refuse(who, "landmarks of %s are %td x %td, should be at least %td x %td", of, landmarks.rows(), landmarks.cols(), least, d);
 }
 
-inline void check_kernel(std::string_view who, const GaussianKernel& kernel) {
-  if (kernel.bandwidth && !(is_finite(*kernel.bandwidth) && *kernel.bandwidth > 0)) {
-    refuse(who, "bandwidth is %g, should be positive and finite", *kernel.bandwidth);
+/// What arithmetic with matrices of T is in: its limits are those of options.
+template <class T>
+using Computing = std::conditional_t<NarrowScalar<T>, float, T>;
+
+template <class T>
+inline constexpr const char* kComputingName = std::is_same_v<Computing<T>, float> ? "float" : "double";
+
+/// The largest parameter of a kernel that the computing type holds in units of log2. Small ones may vanish: with them all scores do.
+template <class T>
+inline constexpr double kMostScore = static_cast<double>(std::numeric_limits<Computing<T>>::max()) / std::numbers::log2e;
+
+/// An option is a number of the type that computes, too.
+template <class T>
+void check_held(std::string_view who, const char* name, double value, double most) {
+  check_finite(who, name, value);
+  if (!(std::abs(value) <= most)) {
+    refuse(who, "%s is %g, should be at most %g in magnitude for arithmetic in %s", name, value, most, kComputingName<T>);
   }
 }
 
-/// A kernel of the user's has no fields to name; kernel_matmul checks what it returns.
-template <ScoreKernel Kernel>
-void check_kernel(std::string_view, const Kernel&) {}
+/// kernel is one for tokens of d features.
+template <class T, ScoreKernel Kernel>
+void check_kernel(std::string_view who, const Kernel& kernel, Index d) {
+  if constexpr (std::is_same_v<Kernel, GaussianKernel>) {
+    if (kernel.bandwidth && !(std::isfinite(*kernel.bandwidth) && *kernel.bandwidth > 0)) {
+      refuse(who, "bandwidth is %g, should be positive and finite", *kernel.bandwidth);
+    }
+    const double scale = score_parameters(kernel, d).scale;
+    if (scale <= kMostScore<T>) return;
+    refuse(who, "bandwidth is %g, should be at least %g for arithmetic in %s", kernel.bandwidth.value_or(0), std::sqrt(1 / kMostScore<T>),
+           kComputingName<T>);
+  } else {
+    const ScoreParameters parameters = score_parameters(kernel, d);
+    check_held<T>(who, "scale", parameters.scale, kMostScore<T>);
+    check_held<T>(who, "bias", parameters.bias, kMostScore<T>);
+  }
+}
+
+/// gamma, what is added to a matrix's diagonal. Its inverse is what the result's digits come from, so it must have all of its own.
+template <class T>
+void check_gamma(std::string_view who, double gamma) {
+  check_at_least(who, "gamma", gamma, 0);
+  check_held<T>(who, "gamma", gamma, 1 / static_cast<double>(std::numeric_limits<Computing<T>>::min()));
+}
+
+/// Options of a core, by check<T>(who) where there is one, with T what it will compute in.
+template <class T, class Inverse>
+void check_core(std::string_view who, const Inverse& inverse) {
+  if constexpr (requires { inverse.template check<Computing<T>>(who); }) {
+    inverse.template check<Computing<T>>(who);
+  } else {
+    inverse.check(who);
+  }
+}
 
 }  // namespace attn::detail

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <type_traits>
 
 namespace attn::detail {
 
@@ -20,31 +21,32 @@ T guarded_divisor(T sum, T magnitude) {
   return std::max(sum, T(1e-6) * magnitude);
 }
 
-/// Queries [rows] of a call, with their masks, on landmarks.
+/// Queries [rows] of a call, with their masks, on landmarks; bias: those of the landmarks, or empty.
 template <class T>
-Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values) {
+Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values,
+                        std::span<const T> bias) {
   const Index count = rows.last - rows.first;
   Mask mask = queries_only(in.mask);
   if (!mask.keep_query.empty()) {
     mask.keep_query = mask.keep_query.subspan(static_cast<std::size_t>(rows.first), static_cast<std::size_t>(count));
   }
-  return {in.q.middle_rows(rows.first, count), land, values, mask};
+  return {in.q.middle_rows(rows.first, count), land, values, mask, bias};
 }
 
 inline constexpr Index kDividedRows = 4096;  ///< at a time, to keep the extra columns small
 
 /// out <- (F z) / max(F z1, 1e-6 F |z1|) for values = [z z1 |z1|], F = kappa(q, L) up to a factor of each row, which cancels: its rows are
-/// normalised, so that queries far from every landmark stay finite.
+/// normalised, so that queries far from every landmark stay finite. bias: where given, landmark l weighs e^bias_l times as much.
 template <class T>
 void divide_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& values,
-                 const ResultRows<T>& out, Context& context) {
+                 const ResultRows<T>& out, Context& context, std::type_identity_t<std::span<const T>> bias = {}) {
   Scratch scratch = context.scratch();
   const Index d_v = out.cols();
   MatrixRef<T> parts = scratch.matrix<T>(std::min(kDividedRows, out.rows()), d_v + 2);
   for (Index first = 0; first < out.rows(); first += kDividedRows) {
     const Range rows{first, std::min(first + kDividedRows, out.rows())};
-    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values), MatrixRef<T>(parts.topRows(rows.last - first)), nullptr,
-                                context);
+    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values, bias), MatrixRef<T>(parts.topRows(rows.last - first)),
+                                nullptr, context);
     for (Index i = first; i < rows.last; ++i) {
       auto part = parts.row(i - first);
       const T divisor = guarded_divisor(part(d_v), part(d_v + 1));
@@ -72,23 +74,24 @@ void divide_row_backward(const T* out, const T* dout, Index d_v, T* parts) {
 template <class T>
 void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land,
                           const MatrixRef<T>& solved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq,
-                          MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context) {
+                          MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context,
+                          std::type_identity_t<std::span<const T>> bias = {}) {
   Scratch scratch = context.scratch();
   const Index m = land.rows(), d_v = out.cols(), n = out.rows();
   MatrixRef<T> values = scratch.matrix<T>(m, d_v + 2), dall = scratch.matrix<T>(m, d_v + 2);
   MatrixRef<T> parts = scratch.matrix<T>(n, d_v + 2), dparts = scratch.matrix<T>(n, d_v + 2);
-  const std::span<T> lse = scratch.array<T>(n);
+  const std::span<RowLog<T>> lse = scratch.array<RowLog<T>>(n);
   values.leftCols(d_v + 1) = solved;
   values.col(d_v + 1) = solved.col(d_v).cwiseAbs();
-  const Inputs<T> queries{in.q, land, values, queries_only(in.mask)};
-  kernel_matmul(kernel, queries, parts, lse, context);
+  const Inputs<T> queries{in.q, land, values, queries_only(in.mask), bias};
+  multiply<GaussianKernel, T>(kernel, sources(queries), parts, {nullptr, lse.data()}, context);
   for (Index i = 0; i < n; ++i) {
     dparts.row(i).setZero();
     if (!keeps_query(in, i)) continue;
     dparts.row(i) = parts.row(i);
     divide_row_backward(out.data() + i * out.outerStride(), dout.data() + i * dout.outerStride(), d_v, &dparts(i, 0));
   }
-  kernel_matmul_backward(kernel, queries, parts, lse, dparts, {dq, dland, dall}, context);
+  multiply_backward<GaussianKernel, T>(kernel, queries, parts, lse, dparts, {dq, dland, dall}, context);
   dvalues = dall.leftCols(d_v + 1);
   for (Index j = 0; j < m; ++j) dvalues(j, d_v) += std::copysign(T(1), values(j, d_v)) * dall(j, d_v + 1);
 }

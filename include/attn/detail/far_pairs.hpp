@@ -26,10 +26,14 @@ namespace attn::detail {
 template <class T>
 inline constexpr T kFarNorm = sizeof(T) == 4 ? 16 : 256;
 
+/// How many times smaller -log2 kappa is than the sum of two N where these cancel for the most part.
+template <class T>
+inline constexpr T kNearRatio = 4;
+
 /// Whether log2 kappa of a pair has to be computed from the difference of its tokens.
 template <class T>
 bool is_near(T log_kappa, T n_q, T n_k) {
-  return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -4;
+  return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -kNearRatio<T>;
 }
 
 /// |a - b|^2 of rows of length d, in short chains of sums.
@@ -97,15 +101,15 @@ class FarPairs {
  private:
   static constexpr T kNever = std::numeric_limits<T>::infinity();
 
-  /// What a score is above for near pairs, but for N_k / -4: the score is log2 kappa + beyond.
-  static T needed(T n_q, T beyond) { return n_q > kFarNorm<T> ? beyond - n_q / 4 : kNever; }
+  /// What a score is above for near pairs, but for the part of N_k: the score is log2 kappa + beyond.
+  static T needed(T n_q, T beyond) { return n_q > kFarNorm<T> ? beyond - n_q / kNearRatio<T> : kNever; }
 
   /// Whether a key is near to any lane whose needed_ is not kNever; scores may be of pairs that are hidden, at -infinity.
   bool may_be_near(T n_k, T key_part, const T* scores, Index lanes) const {
     if (!(n_k > kFarNorm<T>)) return false;
     auto most = broadcast(std::numeric_limits<T>::lowest());
     for (Index p = 0; p < lanes; p += kLanes<T>) most = max(most, load(scores + p) - load(needed_ + p));
-    return largest(most) - key_part > n_k / -4;
+    return largest(most) - key_part > n_k / -kNearRatio<T>;
   }
 
   /// distance_ <- |q - k|^2, in short chains of sums.

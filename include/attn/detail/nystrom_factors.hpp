@@ -4,7 +4,6 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
 #include <attn/detail/kernel_matrix.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -12,7 +11,6 @@
 #include <attn/matrix.hpp>
 
 #include <span>
-#include <string_view>
 #include <vector>
 
 namespace attn::detail {
@@ -44,14 +42,6 @@ struct NystromSaved {
     k_land = factors.k_land;
     sums = factors.sums;
     lse_land.assign(factors.lse_land, factors.lse_land + factors.q_land.rows());
-  }
-
-  /// Throws std::invalid_argument when it is not of inputs like these.
-  void check(std::string_view who, const Inputs<T>& in) const {
-    check_saved(who, "rows of q", static_cast<Index>(lse.size()), in.q.rows());
-    if (exact) return;
-    check_saved(who, "columns of k", k_land.cols(), in.k.cols());
-    check_saved(who, "columns of v", sums.cols(), in.v.cols());
   }
 };
 

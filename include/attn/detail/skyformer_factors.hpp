@@ -3,10 +3,11 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
 #include <attn/detail/kernel_matrix.hpp>
+#include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/nystrom_factors.hpp>
+#include <attn/detail/spread_landmarks.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
@@ -16,65 +17,31 @@
 #include <cmath>
 #include <numbers>
 #include <span>
-#include <string_view>
+#include <vector>
 
 namespace attn::detail {
 
-/// The landmarks (m, d) of n_q queries and n_k keys, and sums = kappa(L, k) [v 1] (m, d_v + 1), divided by 2^top where
-/// rows are normalized.
+/// The landmarks (m, d) of n_q queries and n_k keys, and what LandmarkSums has of them; exponents are empty unless the sums are spread.
 template <class T>
 struct SkyformerSaved {
-  Index n_q = 0, n_k = 0;
   Matrix<T> land{}, sums{};
   T top = 0;
+  std::vector<double> exponents{};
 
-  void keep(const Sources<T>& in, const ConstMatrixRef<T>& landmarks, const ConstMatrixRef<T>& their_sums, T their_top) {
-    n_q = in.q.rows();
-    n_k = in.k.rows();
+  void keep(const ConstMatrixRef<T>& landmarks, const LandmarkSums<T>& of_keys) {
     land = landmarks;
-    sums = their_sums;
-    top = their_top;
-  }
-
-  /// It is of inputs like these.
-  void check(std::string_view who, const Inputs<T>& in) const {
-    check_saved(who, "rows of q", n_q, in.q.rows());
-    check_saved(who, "rows of k", n_k, in.k.rows());
-    check_saved(who, "columns of k", land.cols(), in.k.cols());
-    check_saved(who, "columns of v", sums.cols() - 1, in.v.cols());
+    sums = of_keys.sums;
+    top = of_keys.top;
+    exponents.assign(of_keys.exponents.begin(), of_keys.spread ? of_keys.exponents.end() : of_keys.exponents.begin());
   }
 };
-
-/// kappa(L, L) has raw rows whatever those of the result are.
-inline GaussianKernel raw_rows(const GaussianKernel& kernel) {
-  return {.bandwidth = kernel.bandwidth, .rows = Rows::raw};
-}
-
-/// sums (m, d_v + 1) <- kappa(L, k) [v 1]; where the rows of the result are normalized, relative to the largest of kappa's maxima, a
-/// factor that cancels, so that large key biases do not overflow. Returns log2 of it.
-template <class T>
-T sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land, MatrixRef<T> sums,
-                Context& context) {
-  Scratch scratch = context.scratch();
-  const Index m = land.rows(), d_v = in.v.cols();
-  const RowStates<T> states{scratch.array<T>(m), scratch.array<T>(m), sums.leftCols(d_v)};
-  multiply_partial(kernel, Sources<T>{land, in.k, in.v, keys_only(in.mask), in.key_bias}, states, context);
-  T top = 0;
-  if (kernel.rows == Rows::normalized) top = *std::max_element(states.maximum.begin(), states.maximum.end());
-  for (Index j = 0; j < m; ++j) {
-    const T factor = std::exp2(states.maximum[static_cast<std::size_t>(j)] - top);
-    sums.row(j).head(d_v) *= factor;
-    sums(j, d_v) = factor * states.sum[static_cast<std::size_t>(j)];
-  }
-  return top;
-}
 
 /// values (m, d_v + 1) <- (kappa(L, L) + gamma I)^-1 sums. a (m, m) is overwritten.
 template <class T, class Inverse>
 void solve_landmarks(const GaussianKernel& kernel, const Inverse& inverse, const ConstMatrixRef<T>& land,
                      const ConstMatrixRef<T>& sums, MatrixRef<T> a, MatrixRef<T> values, Context& context) {
   values = sums;
-  kernel_matrix<GaussianKernel, T>(raw_rows(kernel), land, land, a, context);
+  kernel_matrix<GaussianKernel, T>(with_rows(kernel, Rows::raw), land, land, a, context);
   inverse.apply(a, values, context);
 }
 
@@ -101,38 +68,51 @@ void backward_core(const GaussianKernel& kernel, const Inverse& inverse, const S
   const MatrixRef<T> identity = identity_matrix<T>(m, scratch), unused = scratch.matrix<T>(m, m);
   MatrixRef<T> again = scratch.matrix<T>(dland.rows(), dland.cols());
   sums = saved.sums;
-  kernel_matrix<GaussianKernel, T>(raw_rows(kernel), saved.land, saved.land, a, context);
+  kernel_matrix<GaussianKernel, T>(with_rows(kernel, Rows::raw), saved.land, saved.land, a, context);
   inverse.backward(a, sums, dsums, da, context);
-  kernel_matmul_backward(raw_rows(kernel), Inputs<T>{saved.land, saved.land, identity}, a, {}, da, {dland, again, unused}, context);
+  kernel_matmul_backward(with_rows(kernel, Rows::raw), Inputs<T>{saved.land, saved.land, identity}, a, {}, da, {dland, again, unused}, context);
   dland += again;
 }
 
-/// By the landmarks, k and v: dsums times 2^-top, which the key biases take on.
+/// By the landmarks, k and v: dsums times e^largest of the key biases, or 2^-top, which the key biases take on.
 template <class T>
-void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved, const MatrixRef<T>& dsums,
-                   const Gradients<T>& to, std::span<T> dbias, Context& context) {
+void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const KeyBias<T>& bias, const SkyformerSaved<T>& saved,
+                   MatrixRef<T> dsums, const Gradients<T>& to, std::span<T> dbias, Context& context) {
   const Index n = in.v.rows(), d_v = in.v.cols();
   if (kernel.rows == Rows::raw) {
-    const Inputs<T> keys{saved.land, in.k, in.v, keys_only(in.mask), in.key_bias};
+    if (bias.largest != 0) dsums *= std::exp(bias.largest);
+    const Inputs<T> keys{saved.land, in.k, in.v, keys_only(in.mask), bias.relative};
     return kernel_matmul_backward(kernel, keys, saved.sums.leftCols(d_v), {}, dsums.leftCols(d_v), to, context, dbias);
   }
   Scratch scratch = context.scratch();
-  MatrixRef<T> v = scratch.matrix<T>(n, d_v + 1), dv = scratch.matrix<T>(n, d_v + 1);
-  const std::span<T> bias = scratch.array<T>(n);
-  v.leftCols(d_v) = in.v;
-  v.col(d_v).setOnes();
-  for (std::size_t j = 0; j < bias.size(); ++j) {
-    bias[j] = (in.key_bias.empty() ? T(0) : in.key_bias[j]) - std::numbers::ln2_v<T> * saved.top;
+  const std::span<T> shifted = scratch.array<T>(n);
+  for (std::size_t j = 0; j < shifted.size(); ++j) {
+    shifted[j] = (bias.relative.empty() ? T(0) : bias.relative[j]) - std::numbers::ln2_v<T> * saved.top;
   }
-  const Inputs<T> keys{saved.land, in.k, v, keys_only(in.mask), bias};
-  kernel_matmul_backward(raw_rows(kernel), keys, saved.sums, {}, dsums, {to.dq, to.dk, dv}, context, dbias);
-  MatrixRef<T>(to.dv) = dv.leftCols(d_v);
+  sum_over_keys_backward<T>(with_rows(kernel, Rows::raw), in, shifted, saved.land, saved.sums, {}, dsums, to, dbias, context);
 }
 
 template <class T>
 void set_zero(Gradients<T> gradients, std::span<T> dbias) {
   for (MatrixRef<T>* gradient : {&gradients.dq, &gradients.dk, &gradients.dv}) gradient->setZero();
   std::fill(dbias.begin(), dbias.end(), T(0));
+}
+
+/// to, dland (m, d) and dbias <- the gradients by q, k and v as far as they do not come from the landmarks, by these, and by the key bias.
+template <class T, class Inverse>
+void multiply_backward(const GaussianKernel& kernel, const Inverse& inverse, const Inputs<T>& in, const KeyBias<T>& bias,
+                       const SkyformerSaved<T>& saved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                       const Gradients<T>& to, MatrixRef<T> dland, std::span<T> dbias, Context& context) {
+  Scratch scratch = context.scratch();
+  const Index m = saved.land.rows(), columns = saved.sums.cols();
+  MatrixRef<T> added = scratch.matrix<T>(m, dland.cols()), dsums = scratch.matrix<T>(m, columns);
+  MatrixRef<T> a = scratch.matrix<T>(m, m), da = scratch.matrix<T>(m, m), values = scratch.matrix<T>(m, columns);
+  solve_landmarks<T>(kernel, inverse, saved.land, saved.sums, a, values, context);
+  backward_queries(kernel, in, saved, values, out, dout, to.dq, dland, dsums, context);  // kappa(q, L) values
+  backward_core(kernel, inverse, saved, a, values, dsums, da, added, context);           // (kappa(L, L) + gamma I)^-1 sums
+  dland += added;
+  backward_keys(kernel, in, bias, saved, dsums, {added, to.dk, to.dv}, dbias, context);  // kappa(L, k) [v 1]
+  dland += added;
 }
 
 /// gradients <- those of Skyformer, out its result and dout the gradient by that; dbias (n_k), unless empty, <- the gradient by the key
@@ -144,15 +124,13 @@ void skyformer_backward(const GaussianKernel& kernel, const Landmarks& landmarks
   const Gradients<T> to = gradients;
   if (saved.land.rows() == 0) return set_zero(to, dbias);
   Scratch scratch = context.scratch();
-  const Index m = saved.land.rows(), d = in.q.cols();
-  MatrixRef<T> dland = scratch.matrix<T>(m, d), added = scratch.matrix<T>(m, d), dsums = scratch.matrix<T>(m, in.v.cols() + 1);
-  MatrixRef<T> a = scratch.matrix<T>(m, m), da = scratch.matrix<T>(m, m), values = scratch.matrix<T>(m, in.v.cols() + 1);
-  solve_landmarks<T>(kernel, inverse, saved.land, saved.sums, a, values, context);
-  backward_queries(kernel, in, saved, values, out, dout, to.dq, dland, dsums, context);  // kappa(q, L) values
-  backward_core(kernel, inverse, saved, a, values, dsums, da, added, context);           // (kappa(L, L) + gamma I)^-1 sums
-  dland += added;
-  backward_keys(kernel, in, saved, dsums, {added, to.dk, to.dv}, dbias, context);  // kappa(L, k) [v 1]
-  dland += added;
+  MatrixRef<T> dland = scratch.matrix<T>(saved.land.rows(), in.q.cols());
+  const KeyBias<T> bias = relative_bias(sources(in), scratch);
+  if (saved.exponents.empty()) {
+    multiply_backward(kernel, inverse, in, bias, saved, out, dout, to, dland, dbias, context);
+  } else {
+    multiply_spread_backward<T>(kernel, inverse, in, bias, saved.land, saved.sums, saved.exponents, out, dout, to, dland, dbias, context);
+  }
   if constexpr (requires { landmarks.scatter(in, dland, to.dq, to.dk, scratch); }) {
     landmarks.scatter(in, dland, to.dq, to.dk, scratch);
   }

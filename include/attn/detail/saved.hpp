@@ -1,0 +1,121 @@
+/// Whether what a forward pass saved is of the same inputs and options as a backward pass, which relies on it.
+#pragma once
+
+#include <attn/detail/checks.hpp>
+#include <attn/detail/key_tiles.hpp>
+#include <attn/detail/split_mix64.hpp>
+#include <attn/kernel.hpp>
+#include <attn/mask.hpp>
+#include <attn/matrix.hpp>
+
+#include <concepts>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+
+namespace attn::detail {
+
+/// A number that tells which of n rows are dropped, as good as different for different ones; 0 for none.
+template <class Keeps>
+std::uint64_t dropped_rows(Index n, const Keeps& keeps) {
+  std::uint64_t all = 0;
+  for (Index i = 0; i < n; ++i) {
+    if (!keeps(i)) all += SplitMix64(static_cast<std::uint64_t>(i))();
+  }
+  return all;
+}
+
+/// The inputs of a pass but for their elements, and its kernel.
+struct PassInputs {
+  Index n_q = 0, n_k = 0, d = 0, d_v = 0;
+  std::uint64_t dropped_queries = 0, dropped_keys = 0;
+  Causal causal = Causal::none;
+  bool has_bias = false;
+  ScoreParameters kernel{};
+
+  template <ScoreKernel Kernel, class In>
+  static PassInputs of(const Kernel& kernel, const In& in) {
+    const bool drops_keys = !in.mask.keep_key.empty() || !in.key_bias.empty();
+    return {.n_q = in.q.rows(),
+            .n_k = in.k.rows(),
+            .d = in.k.cols(),
+            .d_v = in.v.cols(),
+            .dropped_queries = in.mask.keep_query.empty() ? 0 : dropped_rows(in.q.rows(), kept_queries(in)),
+            .dropped_keys = drops_keys ? dropped_rows(in.k.rows(), kept_keys(in)) : 0,
+            .causal = in.mask.causal,
+            .has_bias = !in.key_bias.empty(),
+            .kernel = score_parameters(kernel, in.k.cols())};
+  }
+
+  /// Throws std::invalid_argument unless now is the same.
+  void check(std::string_view who, const PassInputs& now) const {
+    check_saved(who, "rows of q", n_q, now.n_q);
+    check_saved(who, "rows of k", n_k, now.n_k);
+    check_saved(who, "columns of k", d, now.d);
+    check_saved(who, "columns of v", d_v, now.d_v);
+    const char* other = nullptr;
+    if (has_bias != now.has_bias) other = has_bias ? "key biases" : "no key biases";
+    if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal) other = "another mask";
+    if (other != nullptr) refuse(who, "saved is of a forward pass with %s", other);
+    if (kernel.scale == now.kernel.scale && kernel.bias == now.kernel.bias && kernel.rows == now.kernel.rows) return;
+    const auto name = [](Rows rows) { return rows == Rows::raw ? "raw" : "normalized"; };
+    refuse(who, "saved is of a forward pass with scale %g, bias %g and %s rows, should be of %g, %g and %s", kernel.scale, kernel.bias,
+           name(kernel.rows), now.kernel.scale, now.kernel.bias, name(now.kernel.rows));
+  }
+};
+
+/// An option of a forward pass, where its type can be compared; of another nothing is known but its type.
+template <class Option>
+struct SavedOption {
+  void keep(const Option&) {}
+  bool same(const Option&) const { return true; }
+};
+
+template <std::equality_comparable Option>
+struct SavedOption<Option> {
+  void keep(const Option& option) { kept = option; }
+  bool same(const Option& option) const { return kept == option; }
+
+  std::optional<Option> kept{};
+};
+
+/// A forward pass of a method with a choice of landmarks and other options: what its backward pass relies on beside what is saved of the
+/// elements. Made anew before anything else is saved, so that a pass that throws leaves none.
+template <class Landmarks, class... Others>
+struct ForwardPass {
+  template <ScoreKernel Kernel, class In>
+  void keep(const Kernel& kernel, const In& in, const Landmarks& landmarks, const Others&... others) {
+    inputs = PassInputs::of(kernel, in);
+    num_landmarks = count(landmarks);
+    landmark_options.keep(landmarks);
+    std::apply([&](auto&... kept) { (kept.keep(others), ...); }, options);
+  }
+
+  /// Throws std::invalid_argument unless it is of inputs and options like these.
+  template <ScoreKernel Kernel, class In>
+  void check(std::string_view who, const Kernel& kernel, const In& in, const Landmarks& landmarks, const Others&... others) const {
+    inputs.check(who, PassInputs::of(kernel, in));
+    check_saved(who, "landmarks", num_landmarks, count(landmarks));
+    const bool same_others = std::apply([&](const auto&... kept) { return (kept.same(others) && ...); }, options);
+    if (!landmark_options.same(landmarks) || !same_others) refuse(who, "saved is of a forward pass with other options");
+  }
+
+  PassInputs inputs{};
+  Index num_landmarks = 0;
+  SavedOption<Landmarks> landmark_options{};
+  std::tuple<SavedOption<Others>...> options{};
+
+ private:
+  /// As many as a policy says that it chooses, or 0.
+  static Index count(const Landmarks& landmarks) {
+    if constexpr (requires { landmarks.num_landmarks; }) {
+      return static_cast<Index>(landmarks.num_landmarks);
+    } else {
+      return 0;
+    }
+  }
+};
+
+}  // namespace attn::detail

@@ -1,0 +1,4 @@
+// error: CoreOfAnyMatrix
+#include <attn/nystrom.hpp>
+
+attn::Nystrom<float, attn::SegmentMeans, attn::RidgeInverse> method;
