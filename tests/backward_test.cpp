@@ -6,8 +6,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
+#include <numbers>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -402,6 +405,36 @@ TEST(Gradients, OfSpectralShiftAreTheDerivativesForAGivenShift) {
         EXPECT_GT(*std::max_element(saved.shift.begin(), saved.shift.end()), 0.01) << "no shift tests nothing";
         expect_gradients([&](const Tokens<double>& y) { return sum_of_products(dout, shifted(y)); }, x, gradients);
       }
+    }
+  }
+}
+
+/// kappa = exp(scale q.k), rows raw: a weight may be any positive number.
+struct RawKernel {
+  double scale(Index) const { return 1 / std::numbers::log2e; }
+  double bias(Index) const { return 0; }
+  Rows rows() const { return Rows::raw; }
+};
+
+template <class T>
+class BackwardOf : public ::testing::Test {};
+TYPED_TEST_SUITE(BackwardOf, test::Scalars);
+
+/// For one query, one key and dout = 1, dv is the weight itself.
+TYPED_TEST(BackwardOf, RawWeightsMayBeAsLargeAsNumbersAre) {
+  using T = TypeParam;
+  constexpr int kEnd = std::numeric_limits<T>::max_exponent;
+  const Matrix<T> one = Matrix<T>::Ones(1, 1), zero = Matrix<T>::Zero(1, 1);
+  for (const double exponent : {0.5, 100.0, kEnd - 1.0, kEnd - 0.6, kEnd - 0.4, kEnd - 0.1, kEnd + 0.1, kEnd + 1.5, 2.0 * kEnd, 1e6}) {
+    const Matrix<T> k = Matrix<T>::Constant(1, 1, static_cast<T>(exponent));
+    Matrix<T> dq(1, 1), dk(1, 1), dv(1, 1);
+    Context context;
+    attn::kernel_matmul_backward(RawKernel{}, Inputs<T>{.q = one, .k = k, .v = zero}, zero, {}, one, {dq, dk, dv}, context);
+    if (exponent > kEnd) {
+      EXPECT_EQ(dv(0, 0), test::kInf<T>) << exponent;
+    } else {
+      const T expected = std::exp2(static_cast<T>(exponent));
+      EXPECT_NEAR(dv(0, 0) / expected, 1, (4 + exponent) * std::numeric_limits<T>::epsilon()) << exponent;
     }
   }
 }

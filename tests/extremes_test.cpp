@@ -1,5 +1,6 @@
 /// Every method on inputs at the ends of what numbers can hold, on tokens that are all alike, and on a million of them.
 #include <attn/any_approximator.hpp>
+#include <attn/exact.hpp>
 
 #include "methods.hpp"
 #include "support.hpp"
@@ -111,6 +112,20 @@ TEST_P(Extremes, LargeScoresGiveNothingLarge) {
           EXPECT_TRUE(std::isfinite(gradients(x, {.rows = rows})));
         }
       }
+    }
+  });
+}
+
+TEST(ExactExtremes, SoftmaxOfTwoScoresIsALogisticFunction) {
+  in_both_precisions([]<class T>(T) {
+    const Matrix<T> q = Matrix<T>::Ones(1, 1);
+    Matrix<T> k = Matrix<T>::Zero(2, 1), v = Matrix<T>::Zero(2, 1);
+    v(1, 0) = 1;
+    for (const T score : {T(0.25), T(-0.25), T(0.5), T(3.75), T(-20)}) {
+      k(1, 0) = score;
+      const Matrix<T> out = attn::attention(attn::SoftmaxAttention<T>(attn::SoftmaxKernel{.scale = 1.0}), q, k, v);
+      const double expected = 1 / (1 + std::exp(-static_cast<double>(score)));
+      EXPECT_NEAR(out(0, 0), expected, (4 + std::abs(score)) * std::numeric_limits<T>::epsilon() * expected) << score;
     }
   });
 }
