@@ -576,6 +576,19 @@ TEST(Errors, SkyformerParameters) {
             "skyformer: bandwidth is 0, should be positive and finite");
 }
 
+TEST(Errors, ParametersOfThePreconditionedCore) {
+  using attn::PreconditionedPinv, attn::UniformSample;
+  const auto errors = [](const PreconditionedPinv& inverse) {
+    return std::pair(error_of(attn::Skyformer<float, UniformSample, PreconditionedPinv>({}, inverse), Call{}),
+                     error_of(attn::LiftedSoftmax<float, UniformSample, PreconditionedPinv>({}, inverse), Call{}));
+  };
+  const auto both = [](const std::string& text) { return std::pair("skyformer: " + text, "lifted-softmax: " + text); };
+  EXPECT_EQ(errors({.gamma = -1}), both("gamma is -1, should be at least 0"));
+  EXPECT_EQ(errors({.gamma = test::kNaN<double>}), both("gamma is nan, should be at least 0"));
+  EXPECT_EQ(errors({.iterations = 0}), both("iterations is 0, should be at least 1"));
+  EXPECT_EQ(errors({}), std::pair(std::string("no error"), std::string("no error")));
+}
+
 TEST(Errors, SkyformerIsNotCausal) {
   const Matrix<float> q = Matrix<float>::Zero(6, 4);
   for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {

@@ -425,6 +425,30 @@ TYPED_TEST(KernelMatmulOf, LogSumsOfRawRowsDoNotUnderflow) {
   }
 }
 
+/// Limits count rows of the call's own keys: a part that all queries see, and the part in which they differ.
+TYPED_TEST(KernelMatmulOf, StatesOfACausalPartMerge) {
+  using T = TypeParam;
+  const Index n_q = 70, n_k = 300, before = n_k - n_q;
+  const auto x = test::make_tokens<T>(Family::unit, {n_q, n_k, 16, 5});
+  const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::lower_right}});
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const GaussianKernel kernel{.rows = rows};
+    Context context;
+    States<T> states = partial(kernel, Inputs<T>{.q = x.q, .k = x.k, .v = x.v}, 0, before, context), own(n_q, 5);
+    const Inputs<T> last{
+        .q = x.q, .k = x.k.bottomRows(n_q), .v = x.v.bottomRows(n_q), .mask = {.causal = Causal::upper_left}};
+    attn::kernel_matmul_partial(kernel, last, own.ref(), context);
+    merge(states.ref(), own.ref());
+    std::vector<T> lse(static_cast<std::size_t>(n_q));
+    finish(kernel, states.ref(), 16, states.weighted, lse);  // in place
+    const reference::Kernel expected_kernel = to_reference(kernel, 16);
+    const reference::Result expected = attend(expected_kernel, p);
+    test::expect_close(states.weighted, expected, p, expected_kernel);
+    for (Index i = 0; i < n_q; ++i)
+      EXPECT_NEAR(static_cast<double>(lse[static_cast<std::size_t>(i)]), expected.lse[i], sizeof(T) == 4 ? 1e-4 : 1e-12);
+  }
+}
+
 /// Between views that are wider than their rows.
 TYPED_TEST(KernelMatmulOf, StatesMayBeStrided) {
   using T = TypeParam;
