@@ -186,8 +186,9 @@ struct UniformSample {
 };
 
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
-/// says which rows of x count, at least num_landmarks of them. As many of queries as of keys, at least 1. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks
-/// to that by the rows that they come from; without it they are constants in the backward pass.
+/// says which rows of x count, at least num_landmarks of them. As many of queries as of keys, at least 1. Optional:
+/// scatter(dland, keep, dx) adds the gradient by the landmarks to that by the rows that they come from; without it they are constants in
+/// the backward pass.
 template <class L, class T>
 concept SplitLandmarks = std::copyable<L> &&
     requires(const L& landmarks, const ConstMatrixRef<T>& x, bool (*keeps)(Index), Scratch& scratch) {

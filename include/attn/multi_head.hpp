@@ -322,7 +322,8 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same arguments and the out
 /// and saved of multi_head. Query heads that share a key head add up in their order, of narrow types in float. Throws
 /// std::invalid_argument before anything is written when shapes disagree, saved is of another number of heads, or any head of a gradient
-/// overlaps any other array or head. What a.backward throws beyond that, where a head's saved is not of its inputs, arrives on the calling thread, with gradients partly written.
+/// overlaps any other array or head. What a.backward throws beyond that, where a head's saved is not of its inputs, arrives on the calling
+/// thread, with gradients partly written.
 template <Approximator A>
 void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                          const HeadsView<const typename A::Scalar>& v, const HeadsView<const typename A::Scalar>& out,
