@@ -216,11 +216,12 @@ void check_kernel(std::string_view who, const Kernel& kernel, Index d) {
   }
 }
 
-/// gamma, what is added to a matrix's diagonal. Its inverse is what the result's digits come from, so it must have all of its own.
+/// gamma, what is added to a matrix's diagonal: as far as its inverse, and that of sums of so large numbers, has all digits.
 template <class T>
 void check_gamma(std::string_view who, double gamma) {
+  using Limits = std::numeric_limits<Computing<T>>;
   check_at_least(who, "gamma", gamma, 0);
-  check_held<T>(who, "gamma", gamma, 1 / static_cast<double>(std::numeric_limits<Computing<T>>::min()));
+  check_held<T>(who, "gamma", gamma, static_cast<double>(Limits::epsilon()) / static_cast<double>(Limits::min()));
 }
 
 /// Options of a core, by check<T>(who) where there is one, with T what it will compute in.
