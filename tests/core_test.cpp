@@ -142,6 +142,68 @@ TEST(Core, PreconditionedPinvApproachesTheInverse) {
   EXPECT_LE(test::relative_error(apply<double>(PreconditionedPinv{.gamma = 0.1, .iterations = 20}, a, x, context), exact), 1e-10);
 }
 
+/// exp(x_i y_j / 3) of numbers x, y, rows divided by their sums: positive, and singular but for a few directions.
+reference::Matrix nearly_singular(Index m) {
+  const reference::Matrix x = test::Random(51).normal(m, 1), y = test::Random(52).normal(m, 1);
+  const reference::Matrix a = (x * y.transpose() / 3).array().exp();
+  return a.array().colwise() / a.rowwise().sum().array();
+}
+
+/// What the iteration makes of I is Z itself. It stops once an element of Z is above 1 / (64 epsilon |A|_inf), far from the overflow that
+/// as many steps would end in.
+TYPED_TEST(CoreOf, IterativePinvStaysFiniteForAnyNumberOfSteps) {
+  using T = TypeParam;
+  Context context;
+  for (const Index m : {16, 33, 65}) {
+    for (const int iterations : {40, 100, 1000}) {
+      SCOPED_TRACE(std::to_string(m) + ", " + std::to_string(iterations) + " iterations");
+      const reference::Matrix a = nearly_singular(m), eye = reference::Matrix::Identity(m, m);
+      const double limit = 1 / (64 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+      const Matrix<T> z = apply<T>(IterativePinv{.iterations = iterations}, a, eye, context);
+      EXPECT_LE(z.cwiseAbs().maxCoeff(), 8 * limit);
+      EXPECT_GE(z.cwiseAbs().maxCoeff(), iterations == 1000 ? limit : 1);
+      EXPECT_TRUE(apply<T>(PreconditionedPinv{.gamma = 0, .iterations = iterations}, a * a.transpose(), eye, context).allFinite());
+    }
+  }
+}
+
+/// Ten steps are far below that limit in float, too.
+TYPED_TEST(CoreOf, IterativePinvTakesTenSteps) {
+  using T = TypeParam;
+  Context context;
+  for (const Index m : {3, 16, 65}) {
+    const reference::Matrix a = nearly_singular(m), x = test::Random(53).normal(m, 4);
+    const Matrix<T> nine = apply<T>(IterativePinv{.iterations = 9}, a, x, context), ten = apply<T>(IterativePinv{.iterations = 10}, a, x, context);
+    EXPECT_GT(test::relative_error(nine, ten.template cast<double>()), 0.5);
+    EXPECT_LE(test::relative_error(ten, reference::iterated_inverse(a, 10) * x), sizeof(T) == 4 ? 2e-2 : 1e-9);
+  }
+}
+
+/// The backward pass goes through as many steps as the forward pass took.
+TYPED_TEST(CoreOf, IterativePinvsGradientsAreOfTheStepsTaken) {
+  using T = TypeParam;
+  Context context;
+  const Index m = 16;
+  const Matrix<T> a = nearly_singular(m).cast<T>(), x = test::Random(54).normal(m, 4).template cast<T>();
+  struct Pass {
+    Pass(int iterations, const Matrix<T>& a, const Matrix<T>& x, Context& context) : y(x), dx(x), da(a) {
+      Matrix<T> of_a = a, of_x = x;
+      const IterativePinv core{.iterations = iterations};
+      core.apply<T>(of_a, y, context);
+      of_a = a;
+      core.backward<T>(of_a, of_x, dx, da, context);
+    }
+    Matrix<T> y, dx, da;
+  };
+  const Pass many(500, a, x, context);
+  int steps = 1;
+  while (!test::bitwise_equal(Pass(steps, a, x, context).y, many.y)) ASSERT_LT(++steps, 500);
+  EXPECT_GT(steps, 10);
+  const Pass as_many(steps, a, x, context);
+  EXPECT_TRUE(many.dx.allFinite() && many.da.allFinite());
+  EXPECT_TRUE(test::bitwise_equal(many.dx, as_many.dx) && test::bitwise_equal(many.da, as_many.da));
+}
+
 /// Duplicate landmarks without a ridge: the matrix is singular, the result is finite and solves what can be solved.
 TYPED_TEST(CoreOf, RidgeInverseLeavesOutSingularDirections) {
   using T = TypeParam;

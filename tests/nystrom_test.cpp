@@ -215,6 +215,46 @@ TEST(SegmentMeansOf, UnevenSegmentsHaveTheLongerOnesLast) {
   EXPECT_EQ(means(2, [](Index i) { return i % 2 == 1; }), (std::vector<double>{2, 7}));  // 1 3 and 5 7 9
 }
 
+TEST(SegmentMeansOf, LongSegmentsPassOverDroppedRows) {
+  const Dense x = test::Random(252).normal(150'000, 3);
+  const auto keep = test::random_keep(x.rows(), 0.9, 253);
+  const auto keeps = [&](Index i) { return reference::kept(keep, i); };
+  Context context;
+  for (const Index m : {1, 2, 300}) {
+    attn::Scratch scratch = context.scratch();
+    const Dense means = SegmentMeans{.num_landmarks = m}.select<double>(attn::detail::TokenRows<double>(x), keeps, scratch);
+    EXPECT_LE(test::relative_error(means, reference::segment_means(reference::kept_rows(x, keep), m)), 1e-12) << m << " landmarks";
+  }
+}
+
+/// n tokens in so many pieces that are the same throughout, of coordinates near 3: a long chain of additions rounds each the same way.
+test::Tokens<float> pieces_of_tokens(Index n, Index pieces) {
+  test::Tokens<float> x{Matrix<float>(n, 4), {}, Matrix<float>(n, 2)};
+  test::Random random(251);
+  for (Index i = 0; i < n; ++i) {
+    x.q.row(i) = i % (n / pieces) == 0 ? Matrix<float>((3 + random.normal(1, 4).array()).cast<float>()) : Matrix<float>(x.q.row(i - 1));
+    x.v.row(i) << static_cast<float>(random.normal()), static_cast<float>(i < n / 3);
+  }
+  x.k = x.q;
+  return x;
+}
+
+/// The means are those of the tokens, and attention through them as exact as with few.
+TEST(SegmentMeansOf, AMillionTokensAreAsAccurateAsOfFew) {
+  constexpr Index n = Index{1} << 20;
+  for (const Index m : {1, 8, 64}) {
+    const auto x = pieces_of_tokens(n, std::max<Index>(m, 8));
+    const Matrix<double> q = x.q.cast<double>(), v = x.v.cast<double>();
+    const SegmentMeans landmarks{.num_landmarks = m};
+    EXPECT_LE(test::relative_error(attn::attention(Nystrom<float>(landmarks), x.q, x.k, x.v),
+                                   attn::attention(Nystrom<double>(landmarks), q, q, v)), 1e-5) << m << " landmarks";
+    Context context;
+    attn::Scratch scratch = context.scratch();
+    const Matrix<float> means = landmarks.select<float>(attn::detail::TokenRows<float>(x.q), [](Index) { return true; }, scratch);
+    EXPECT_LE(test::relative_error(means, reference::segment_means(q, m)), 3e-6) << m << " landmarks";
+  }
+}
+
 TEST(NystromRefuses, OptionsOutOfRange) {
   const Matrix<float> x = Matrix<float>::Zero(6, 4);
   const auto error = [&](Index num_landmarks, int iterations, double scale) -> std::string {
