@@ -164,7 +164,11 @@ TEST(Context, ContextsOfWorkersHoldAsMuchAsAnyOfThemHasNeeded) {
   const auto take = [&](Index first, Index second) {
     context.for_each_call(2, [&](Index item, Context& of_worker) {
       auto scratch = of_worker.scratch();
-      for (int part = 0; part < 3; ++part) scratch.array<char>(item == 0 ? first : second);
+      {
+        auto inner = scratch.nested();
+        for (int part = 0; part < 3; ++part) inner.array<char>(item == 0 ? first : second);
+      }
+      scratch.array<char>(100);
     });
     return context.scratch_bytes();
   };

@@ -167,21 +167,25 @@ TEST(ExactExtremes, GaussianWeightsStayBelowOne) {
 }
 
 /// In the backward pass too: no dv_j is above the sum of dout.
+template <class Kernel>
+void expect_weights_of_the_backward_pass_below_one(const Kernel& kernel, float size) {
+  const Tokens<float> x = tokens_of_size(size, Family::self);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  const Matrix<float> dout = Matrix<float>::Ones(kLength, 7);
+  Matrix<float> out = dout, dq = x.q, dk = x.k, dv = x.v;
+  std::vector<float> lse(static_cast<std::size_t>(kLength));
+  Context context;
+  attn::kernel_matmul(kernel, in, out, std::span<float>(lse), context);
+  attn::kernel_matmul_backward(kernel, in, out, std::span<const float>(lse), dout, {dq, dk, dv}, context);
+  EXPECT_LE(dv.maxCoeff(), static_cast<float>(kLength)) << size;
+  EXPECT_GE(dv.minCoeff(), 0.0F) << size;
+}
+
 TEST(ExactExtremes, WeightsOfTheBackwardPassStayBelowOne) {
-  for (const Rows rows : {Rows::raw, Rows::normalized}) {
-    for (const float size : {1e2F, 1e4F}) {
-      const Tokens<float> x = tokens_of_size(size, Family::self);
-      const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
-      const Matrix<float> dout = Matrix<float>::Ones(kLength, 7);
-      Matrix<float> out = dout, dq = x.q, dk = x.k, dv = x.v;
-      std::vector<float> lse(static_cast<std::size_t>(kLength));
-      const attn::GaussianKernel kernel{.rows = rows};
-      Context context;
-      attn::kernel_matmul(kernel, in, out, std::span<float>(lse), context);
-      attn::kernel_matmul_backward(kernel, in, out, std::span<const float>(lse), dout, {dq, dk, dv}, context);
-      EXPECT_LE(dv.maxCoeff(), static_cast<float>(kLength)) << size;
-      EXPECT_GE(dv.minCoeff(), 0.0F) << size;
-    }
+  for (const float size : {1e2F, 1e4F}) {
+    expect_weights_of_the_backward_pass_below_one(attn::GaussianKernel{}, size);
+    expect_weights_of_the_backward_pass_below_one(attn::GaussianKernel{.rows = Rows::normalized}, size);
+    expect_weights_of_the_backward_pass_below_one(attn::SoftmaxKernel{}, size);
   }
 }
 
