@@ -406,10 +406,10 @@ TEST(OverlapOfViews, IsRefusedByOperators) {
     return std::pair(forward, transposed);
   };
   const MatrixRef<float> x = packed.part(2), shifted(x.data() + 3, kLength, kWidth, x.outerStride());
-  EXPECT_EQ(error(exact, x, shifted), std::pair(std::string("kernel_matmul: out overlaps v"), std::string("kernel_matmul: out overlaps v")));
+  EXPECT_EQ(error(exact, x, shifted), std::pair(std::string("exact operator: y overlaps x"), std::string("exact operator: y overlaps x")));
   EXPECT_EQ(error(approximate, x, shifted), std::pair(std::string("nystrom: out overlaps v"), std::string("nystrom: dv overlaps dout")));
   EXPECT_EQ(error(difference, x, x), error(exact, x, x));
-  EXPECT_EQ(error(difference, x, packed.part(1)).first, "kernel_matmul: out overlaps k");
+  EXPECT_EQ(error(difference, x, packed.part(1)).first, "exact operator: y overlaps k");
   EXPECT_EQ(error(difference, x, packed.part(3)), std::pair(std::string("no error"), std::string("no error")));
 }
 

@@ -36,7 +36,7 @@ template <ScoreKernel Kernel, class T>
 Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Index workers, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_kernel<T>(kMatmulName, kernel, in.q.cols());
-  const bool bounded = parameters.bounded() && in.key_bias.empty();
+  const bool needs_no_maximum = parameters.bounded() && in.key_bias.empty() && parameters.rows == Rows::raw;
   const T* center = nullptr;
   if constexpr (kMayHaveBias<Kernel>) {
     const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
@@ -49,8 +49,8 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
                     .bias_origins = BiasOrigins<T>::of_inputs(in, scratch)},
           .limits = CausalLimits::of_inputs(in),
           .rows = parameters.rows,
-          .bounded = bounded,
-          .maximum = bounded && parameters.rows == Rows::raw ? raw_rows : Maximum::running,
+          .bounded = parameters.bounded(),
+          .maximum = needs_no_maximum ? raw_rows : Maximum::running,
           .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
 }
 

@@ -30,7 +30,7 @@ struct LogSums {
   RowLog<T>* relative = nullptr;
 };
 
-/// in must outlive it. bounded: no weight is above 1.
+/// in must outlive it. bounded: the kernel is at most 1.
 template <class T>
 struct Product {
   const Sources<T>& in;
@@ -66,14 +66,20 @@ struct Product {
     const T none = -std::numeric_limits<T>::infinity();
     if (to.relative != nullptr) to.relative[query] = {keeps ? row_log_sum(relative, sum) : none, base};
     if (to.absolute == nullptr) return;
-    const double log_sum = row_log_sum(static_cast<double>(relative) + static_cast<double>(query_bias), static_cast<double>(sum));
+    const double log_sum = row_log_sum(kernel_maximum(relative, query_bias), static_cast<double>(sum));
     to.absolute[query] = keeps ? static_cast<T>(log_sum + static_cast<double>(space.bias_origins.of(query))) : none;
+  }
+
+  /// log2 of the largest weight of a row but for the origin of key biases: not above 0 where the kernel is at most 1, which rounding must not
+  /// hide where squares are large. query_bias may be more precise than the kernels'.
+  double kernel_maximum(T relative, double query_bias) const {
+    const double maximum_so_far = static_cast<double>(relative) + query_bias;
+    return bounded ? std::min(maximum_so_far, 0.0) : maximum_so_far;
   }
 
  private:
   double absolute_maximum(Index query, T relative, T query_bias) const {
-    const double absolute = static_cast<double>(relative) + origin(query, query_bias);
-    return bounded && rows == Rows::raw ? std::min(absolute, 0.0) : absolute;
+    return kernel_maximum(relative, query_bias) + std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
   }
 };
 

@@ -221,7 +221,7 @@ class BlockRunner {
     const auto bias = static_cast<double>(product_.space.bias_origins.of(strip.first + i));
     const double origin = std::numbers::log2e * bias, rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
     const double relative =
-        static_cast<double>(strip.total.maximum[i]) + (strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0);
+        product_.kernel_maximum(strip.total.maximum[i], strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0);
     const auto rounded = static_cast<T>(origin);
     if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
       // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands for its origin.

@@ -183,7 +183,9 @@ class BackwardRunner {
 
   bool has_bias() const { return product_.space.bias != 0; }
 
-  bool weights_at_most_one() const { return product_.bounded || product_.rows == Rows::normalized; }
+  bool weights_at_most_one() const {
+    return product_.rows == Rows::normalized || (product_.bounded && product_.in.key_bias.empty());
+  }
 
   void load_strip(Lanes& strip, Index s) const {
     const Range packets = product_.partition.packets_of_strip(s);
