@@ -411,6 +411,13 @@ TEST(OverlapOfViews, IsRefusedByOperators) {
   EXPECT_EQ(error(difference, x, x), error(exact, x, x));
   EXPECT_EQ(error(difference, x, packed.part(1)).first, "exact operator: y overlaps k");
   EXPECT_EQ(error(difference, x, packed.part(3)), std::pair(std::string("no error"), std::string("no error")));
+
+  std::vector<float> side(kLength * kWidth);
+  std::memset(side.data(), 1, side.size() * sizeof(float));
+  const std::span<const std::uint8_t> keep(reinterpret_cast<const std::uint8_t*>(side.data() + 40), kLength);
+  const attn::ExactOperator<float, attn::SoftmaxKernel> masked({}, packed.part(0), packed.part(1), {.keep_query = keep}, context);
+  EXPECT_EQ(error(masked, x, {side.data(), kLength, kWidth, kWidth}),
+            std::pair(std::string("exact operator: y overlaps keep_query"), std::string("exact operator: y overlaps keep_query")));
 }
 
 TEST(OverlapOfViews, OfInputsIsAllowedAndSoIsAnyStrideOfTheirs) {

@@ -166,7 +166,8 @@ class ExactOperator {
     detail::check_shape(kName, "x", x, n_x, x.cols());
     detail::check_shape(kName, "y", y, n_y, x.cols());
     const detail::Memory result = detail::Memory::of("y", y);
-    const detail::Memory inputs[] = {detail::Memory::of("x", x), detail::Memory::of("q", q_), detail::Memory::of("k", k_)};
+    const detail::Memory inputs[] = {detail::Memory::of("x", x), detail::Memory::of("q", q_), detail::Memory::of("k", k_),
+                                     detail::Memory::of("keep_key", mask_.keep_key), detail::Memory::of("keep_query", mask_.keep_query)};
     detail::check_apart(kName, {&result, 1}, inputs);
   }
 
