@@ -305,6 +305,8 @@ class Calls {
       attn::Skyformer<T>(attn::UniformSample{.num_landmarks = m}, {}, GaussianKernel{.rows = Rows::normalized})
           .forward(in, out, context);
     }
+    const GaussianKernel narrow{.bandwidth = 0.2, .rows = Rows::normalized};  // landmarks far from one another
+    attn::Skyformer<T>(attn::UniformSample{.num_landmarks = 24}, {}, narrow).forward(in, out, context);
     const attn::StridedSample strided{.num_landmarks = 200};
     attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv>(strided).forward(in, out, context);
   }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -320,6 +321,118 @@ TYPED_TEST(Backward, OfSkyformerLeavesOutDirectionsThatAreZeroButForRounding) {
       EXPECT_LE(test::relative_error(dk, expected.dk), tolerance) << gamma;
       EXPECT_LE(test::relative_error(dv, expected.dv), sizeof(T) == 4 ? 1e-5 : 1e-6) << gamma;
     }
+  }
+}
+
+/// A training step of Skyformer or LiftedSoftmax, and its gradient by the key bias where there is one.
+template <class T, class Method>
+Written<T> train_with_bias(const Method& method, const Inputs<T>& in, const Matrix<T>& dout, Context& context) {
+  typename Method::Saved saved;
+  Written<T> to{in.q, in.k, in.v, Matrix<T>::Zero(in.k.rows(), 1)};
+  Matrix<T> out(in.q.rows(), in.v.cols());
+  method.forward(in, out, context, saved);
+  const attn::Gradients<T> gradients{to.dq, to.dk, to.dv};
+  if constexpr (requires { method.backward(in, out, dout, saved, gradients, std::span<T>{}, context); }) {
+    method.backward(in, out, dout, saved, gradients, std::span<T>(to.dbias.data(), static_cast<std::size_t>(in.k.rows())), context);
+  } else {
+    method.backward(in, out, dout, saved, gradients, context);
+  }
+  return to;
+}
+
+template <class T, class U>
+void expect_near(const Written<T>& found, const Written<U>& expected, double tolerance) {
+  const auto expect = [&](const Matrix<T>& a, const Matrix<U>& b, const char* name) {
+    EXPECT_LE((a.template cast<double>() - b.template cast<double>()).norm(), tolerance * b.template cast<double>().norm()) << name;
+  };
+  expect(found.dq, expected.dq, "dq");
+  expect(found.dk, expected.dk, "dk");
+  expect(found.dv, expected.dv, "dv");
+  expect(found.dbias, expected.dbias, "dbias");
+}
+
+/// What all key biases have in common changes no gradient of normalized rows, and multiplies those of raw ones.
+TYPED_TEST(Backward, OfSkyformerKnowsACommonBias) {
+  using T = TypeParam;
+  Context context;
+  const auto x = test::make_tokens<T>(Family::init, {60, 70, 16, 5}, 230);
+  Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+  const Matrix<T> dout = random_dout(in, 231);
+  const auto with_bias = [&](const auto& method, double common) {
+    std::vector<T> bias(70, static_cast<T>(common));
+    bias[3] = -test::kInf<T>;
+    in.key_bias = bias;
+    return train_with_bias(method, in, dout, context);
+  };
+  const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-11, large = sizeof(T) == 4 ? 80 : 600;
+  const attn::Skyformer<T> normalized({.num_landmarks = 24}, {}, {.rows = Rows::normalized}), raw({.num_landmarks = 24});
+  const attn::LiftedSoftmax<T> lifted({.num_landmarks = 24});
+  for (const double common : {40.0, 89.0, 1e4, -1e4, 1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
+    expect_near(with_bias(normalized, common), with_bias(normalized, 0), tolerance);
+    expect_near(with_bias(lifted, common), with_bias(lifted, 0), 50 * tolerance);
+  }
+  for (const double common : {20.0, -20.0, large, -large}) {
+    Written<T> expected = with_bias(raw, 0);
+    const T factor = static_cast<T>(std::exp(common));
+    for (Matrix<T>* m : {&expected.dq, &expected.dk, &expected.dv, &expected.dbias}) *m *= factor;
+    expect_near(with_bias(raw, common), expected, tolerance);
+  }
+}
+
+/// Tokens so far from one another that float's exponents do not reach from one landmark to another.
+TEST(Gradients, OfSkyformerInFloatAreThoseInDoubleWhereTokensAreFarFromOneAnother) {
+  using attn::PreconditionedPinv, attn::RidgeInverse, attn::StridedSample;
+  Context context;
+  const attn::GaussianKernel kernel{.rows = Rows::normalized};
+  const auto keep_query = test::random_keep(90, 0.8, 233), keep_key = test::random_keep(120, 0.7, 234);
+  const auto bias = test::random_key_bias<float>(120, 0.1, 235);
+  for (const double deviation : {3.0, 5.0}) {
+    auto x = test::make_tokens<float>(Family::unit, {90, 120, 64, 5}, 232);
+    x.q *= static_cast<float>(deviation);
+    x.k *= static_cast<float>(deviation);
+    for (const bool masked : {false, true}) {
+      Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+      if (masked) in.mask = {.keep_key = keep_key, .keep_query = keep_query};
+      if (masked) in.key_bias = bias;
+      const std::vector<double> wide_bias(in.key_bias.begin(), in.key_bias.end());
+      const Tokens<double> y{x.q.cast<double>(), x.k.cast<double>(), x.v.cast<double>()};
+      const Inputs<double> wide{.q = y.q, .k = y.k, .v = y.v, .mask = in.mask, .key_bias = wide_bias};
+      const Matrix<float> dout = random_dout(in, 236);
+      const Matrix<double> wide_dout = dout.cast<double>();
+      const auto compare = [&]<class Inverse>(const Inverse& inverse) {
+        const StridedSample landmarks{.num_landmarks = 24};
+        expect_near(train_with_bias(attn::Skyformer<float, StridedSample, Inverse>(landmarks, inverse, kernel), in, dout, context),
+                    train_with_bias(attn::Skyformer<double, StridedSample, Inverse>(landmarks, inverse, kernel), wide, wide_dout, context),
+                    2e-4);
+      };
+      SCOPED_TRACE(std::to_string(deviation) + ", " + describe(in));
+      compare(RidgeInverse{});
+      compare(PreconditionedPinv{});
+    }
+  }
+}
+
+/// Where double's exponents would not do with one common factor.
+TEST(Gradients, OfSkyformerAreItsDerivativesWhereTokensAreFarFromOneAnother) {
+  Context context;
+  auto x = test::make_tokens<double>(Family::unit, {40, 50, 32, 4}, 237);
+  x.q *= 12;
+  x.k *= 12;
+  const std::vector<double> bias(50, 400);
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    Inputs<double> in{.q = x.q, .k = x.k, .v = x.v};
+    if (rows == Rows::raw) in.key_bias = bias;
+    const Matrix<double> dout = (rows == Rows::raw ? 1e-170 : 1.0) * random_dout(in, 238);
+    const attn::Skyformer<double, attn::StridedSample> method({16}, {}, {.rows = rows});
+    attn::Skyformer<double, attn::StridedSample>::Saved saved;
+    const Loss loss = [&](const Tokens<double>& y) {
+      Matrix<double> out(40, 4);
+      method.forward({.q = y.q, .k = y.k, .v = y.v, .key_bias = in.key_bias}, out, context);
+      return sum_of_products(dout, out);
+    };
+    const Tokens<double> gradients = train(method, in, dout, saved, context);
+    EXPECT_FALSE(saved.exponents.empty()) << "one common factor does";
+    expect_gradients(loss, x, gradients);
   }
 }
 

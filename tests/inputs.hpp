@@ -46,7 +46,10 @@ Tokens<T> curve_tokens(const Shape& s, std::uint64_t seed) {
     Matrix<T> x(n, s.d);
     for (Index i = 0; i < n; ++i) {
       const double t = 6 * static_cast<double>(i) / static_cast<double>(n);
-      for (Index c = 0; c < s.d; ++c) x(i, c) = static_cast<T>(std::sin(t * (1 + frequency * static_cast<double>(c)) + phase * static_cast<double>(c)));
+      for (Index c = 0; c < s.d; ++c) {
+        const auto number = static_cast<double>(c);
+        x(i, c) = static_cast<T>(std::sin(t * (1 + frequency * number) + phase * number));
+      }
     }
     return x;
   };

@@ -6,6 +6,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -80,6 +83,25 @@ TEST(LiftedSoftmax, ACommonWeightOfAllKeysChangesNothing) {
             1e-10);
 }
 
+TYPED_TEST(LiftedSoftmaxOf, ALargeCommonWeightOfAllKeysChangesNothing) {
+  using T = TypeParam;
+  const auto x = test::make_tokens<T>(Family::init, {80, 90, 16, 12}, 510);
+  const Strided<T> method(StridedSample{.num_landmarks = 32}, RidgeInverse{.gamma = 1e-2});
+  for (const bool some_removed : {false, true}) {
+    std::vector<T> bias(90, T(0));
+    if (some_removed) bias[4] = -test::kInf<T>;
+    const reference::Matrix expected =
+        defined(test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}), 32, 1e-2, 0.25);
+    for (const double common : {89.0, 1e4, -1e4, 1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
+      std::fill(bias.begin(), bias.end(), static_cast<T>(common));
+      if (some_removed) bias[4] = -test::kInf<T>;
+      EXPECT_LE(test::relative_error(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}), expected),
+                sizeof(T) == 4 ? 1e-4 : 1e-10)
+          << common;
+    }
+  }
+}
+
 TEST(LiftedSoftmax, ComesCloseToSoftmaxOnSmoothInputsWithManyLandmarks) {
   const auto x = test::make_tokens<double>(Family::smooth, {300, 300, 16, 12}, 508);
   const Matrix<double> exact = attn::attention(SoftmaxAttention<double>{}, x.q, x.k, x.v);
@@ -99,6 +121,23 @@ TYPED_TEST(LiftedSoftmaxOf, LargeKeysDoNotOverflow) {
     x.k *= static_cast<T>(size);
     for (const Index m : {2, 20, 180}) {
       EXPECT_TRUE(forward<T>(Strided<T>(StridedSample{.num_landmarks = m}), {.q = x.q, .k = x.k, .v = x.v}).allFinite()) << size;
+    }
+  }
+}
+
+/// Keys whose weights differ by factors up to e^100 and more.
+TYPED_TEST(LiftedSoftmaxOf, IsItsDefinitionWithLargeKeys) {
+  using T = TypeParam;
+  for (const double size : {3.0, 5.0, 8.0}) {
+    auto x = test::make_tokens<T>(Family::unit, {90, 90, 32, 7}, 511);
+    x.q *= static_cast<T>(size);
+    x.k *= static_cast<T>(size);
+    const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
+    for (const Index m : {20, 60}) {
+      const Strided<T> method(StridedSample{.num_landmarks = m});
+      EXPECT_LE(test::relative_error(forward(method, in), defined(test::to_reference(in), m, 1e-3, 1 / std::sqrt(32.0))),
+                sizeof(T) == 4 ? 1e-3 : 1e-9)
+          << size << ", " << m << " landmarks";
     }
   }
 }

@@ -31,29 +31,25 @@ T with_few_digits(T x) {
 }
 
 /// An origin amid the keys, d numbers: of each feature the median over at most kSampled kept keys that every query sees, which tokens
-/// far from all others do not move. Where these are fewer than three, as under a causal mask, whose results must not depend on later
-/// tokens, the first query and zero make up for them.
+/// far from all others do not move; or the first kept key, where no other is seen by all, as under a causal mask: results must not depend
+/// on later tokens.
 template <class T>
 const T* choose_center(const Sources<T>& in, Scratch& scratch) {
-  constexpr Index kSampled = 63, kFewest = 3;
+  constexpr Index kSampled = 63;
   const Index d = in.k.cols();
   T* const center = scratch.elements<T>(d);
   Scratch temporary = scratch.nested();
   T *const samples = temporary.elements<T>(kSampled * d), *const buffer = temporary.elements<T>(d);  // feature by feature
-  Index count = 0;
-  const auto add_sample = [&](const T* row) {
-    for (Index c = 0; c < d; ++c) samples[c * kSampled + count] = row == nullptr ? T(0) : row[c];
-    ++count;
-  };
   const Index seen = CausalLimits::of_inputs(in).seen_by_all(in.k.rows());
-  const Index kept = count_kept(seen, kept_keys(in)), step = std::max<Index>(1, kept / kSampled);
-  for (Index j = 0, until_next = step / 2; j < seen && count < kSampled; ++j) {
+  const Index step = std::max<Index>(1, count_kept(seen, kept_keys(in)) / kSampled);
+  Index count = 0;
+  for (Index j = 0, until_next = step / 2; j < in.k.rows() && (j < seen || count == 0) && count < kSampled; ++j) {
     if (!keeps_key(in, j) || until_next-- > 0) continue;
-    add_sample(in.k.row(j, buffer));
+    const T* const row = in.k.row(j, buffer);
+    for (Index c = 0; c < d; ++c) samples[c * kSampled + count] = row[c];
     until_next = step - 1;
+    ++count;
   }
-  if (count < kFewest && keeps_query(in, 0)) add_sample(in.q.row(0, buffer));
-  if (count < kFewest) add_sample(nullptr);
   for (Index c = 0; c < d; ++c) center[c] = with_few_digits(median_of_finite(samples + c * kSampled, count));
   return center;
 }

@@ -109,8 +109,8 @@ LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in
   return result;
 }
 
-/// The gradients of kappa(L, k) [v 1] for dsums (m, d_v + 1) by the landmarks (to.dq), k, v and the key bias: kernel, bias, sums and lse are
-/// as in kernel_matmul_backward.
+/// The gradients of kappa(L, k) [v 1] for dsums (m, d_v + 1) by the landmarks (to.dq), k, v and the key bias: kernel, bias, sums and lse
+/// are as in kernel_matmul_backward.
 template <class T>
 void sum_over_keys_backward(const GaussianKernel& kernel, const Inputs<T>& in, std::span<const T> bias, const ConstMatrixRef<T>& land,
                             const ConstMatrixRef<T>& sums, std::span<const T> lse, const ConstMatrixRef<T>& dsums,

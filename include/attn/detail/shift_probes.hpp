@@ -120,7 +120,8 @@ double set_row_sums(const ShiftedRows<T>& found, const ConstMatrixRef<T>& plain,
     double squared_error = 0;
     sums.along[at] = sums.size[at] = 0;
     for (Index c = 0; c < plain.cols(); ++c) {
-      const double y = unit * plain(j, c), error = unit * exact(j, c) - y, step = gain * y + added * (unit * v(j, c));
+      const double y = double{unit * plain(j, c)}, error = double{unit * exact(j, c)} - y,
+                   step = gain * y + added * double{unit * v(j, c)};
       sums.along[at] += step * error;
       sums.size[at] += step * step;
       squared_error += error * error;
@@ -134,8 +135,8 @@ double set_row_sums(const ShiftedRows<T>& found, const ConstMatrixRef<T>& plain,
 template <class T>
 void set_diagonal_sums(const ShiftProbes<T>& probes, const ShiftedRows<T>& found, const StepSums& sums) {
   for (std::size_t j = 0; j < sums.size.size(); ++j) {
-    const double g = found.diagonal[j], step = found.exact_diagonal[j] - g;
-    sums.along[j] = step * (probes.diagonal(found, j) - g);
+    const double g = found.diagonal[j], step = double{found.exact_diagonal[j]} - g;
+    sums.along[j] = step * (double{probes.diagonal(found, j)} - g);
     sums.size[j] = step * step;
   }
 }

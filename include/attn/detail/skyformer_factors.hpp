@@ -67,10 +67,11 @@ void backward_core(const GaussianKernel& kernel, const Inverse& inverse, const S
   const Index m = a.rows();
   const MatrixRef<T> identity = identity_matrix<T>(m, scratch), unused = scratch.matrix<T>(m, m);
   MatrixRef<T> again = scratch.matrix<T>(dland.rows(), dland.cols());
+  const GaussianKernel raw = with_rows(kernel, Rows::raw);
   sums = saved.sums;
-  kernel_matrix<GaussianKernel, T>(with_rows(kernel, Rows::raw), saved.land, saved.land, a, context);
+  kernel_matrix<GaussianKernel, T>(raw, saved.land, saved.land, a, context);
   inverse.backward(a, sums, dsums, da, context);
-  kernel_matmul_backward(with_rows(kernel, Rows::raw), Inputs<T>{saved.land, saved.land, identity}, a, {}, da, {dland, again, unused}, context);
+  kernel_matmul_backward(raw, Inputs<T>{saved.land, saved.land, identity}, a, {}, da, {dland, again, unused}, context);
   dland += again;
 }
 
