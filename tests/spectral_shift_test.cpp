@@ -176,11 +176,13 @@ class DenseShift {
     b_ = softmax_rows(reference::segment_means(q, num_landmarks), k);
     z_ = reference::iterated_inverse(a_, iterations);
     n_ = f_ * z_ * b_;
+    exact_ = s_ * v_;
+    nystrom_ = n_ * v_;
     estimate_diagonal(q, k, num_landmarks);
   }
 
-  Dense exact() const { return s_ * v_; }
-  Dense nystrom() const { return n_ * v_; }
+  const Dense& exact() const { return exact_; }
+  const Dense& nystrom() const { return nystrom_; }
 
   Dense paper(const ShiftRule& rule) const {
     const Dense residual = Dense::Identity(a_.rows(), a_.rows()) - z_ * a_;
@@ -251,7 +253,7 @@ class DenseShift {
   Eigen::RowVectorXd full_move(const ShiftRule& rule, Index i) const {
     const double g = n_(i, i), others = n_.row(i).sum() - g, s = own_[i];
     if (others <= 0) return Eigen::RowVectorXd::Zero(v_.cols());
-    const Eigen::RowVectorXd y = n_.row(i) * v_;
+    const Eigen::RowVectorXd y = nystrom_.row(i);
     const double alpha = (1 - s) / others;
     const double part = std::min(1.0, others / rule.least_others) *
                         (alpha > rule.most_stretch ? (rule.most_stretch - 1) / (alpha - 1) : 1.0);
@@ -278,7 +280,7 @@ class DenseShift {
     own_ = (1 + others.array()).inverse();
   }
 
-  Dense v_, a_, s_, f_, b_, z_, n_;
+  Dense v_, a_, s_, f_, b_, z_, n_, exact_, nystrom_;
   Eigen::VectorXd own_;  // the estimate of S's diagonal
 };
 
