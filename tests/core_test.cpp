@@ -162,7 +162,8 @@ TYPED_TEST(CoreOf, IterativePinvStaysFiniteForAnyNumberOfSteps) {
       const Matrix<T> z = apply<T>(IterativePinv{.iterations = iterations}, a, eye, context);
       EXPECT_LE(z.cwiseAbs().maxCoeff(), 8 * limit);
       EXPECT_GE(z.cwiseAbs().maxCoeff(), iterations == 1000 ? limit : 1);
-      EXPECT_TRUE(apply<T>(PreconditionedPinv{.gamma = 0, .iterations = iterations}, a * a.transpose(), eye, context).allFinite());
+      EXPECT_TRUE(apply<T>(PreconditionedPinv{.gamma = 0, .iterations = iterations}, a * a.transpose(), eye, context)
+                      .allFinite());
     }
   }
 }
@@ -173,7 +174,8 @@ TYPED_TEST(CoreOf, IterativePinvTakesTenSteps) {
   Context context;
   for (const Index m : {3, 16, 65}) {
     const reference::Matrix a = nearly_singular(m), x = test::Random(53).normal(m, 4);
-    const Matrix<T> nine = apply<T>(IterativePinv{.iterations = 9}, a, x, context), ten = apply<T>(IterativePinv{.iterations = 10}, a, x, context);
+    const Matrix<T> nine = apply<T>(IterativePinv{.iterations = 9}, a, x, context),
+                    ten = apply<T>(IterativePinv{.iterations = 10}, a, x, context);
     EXPECT_GT(test::relative_error(nine, ten.template cast<double>()), 0.5);
     EXPECT_LE(test::relative_error(ten, reference::iterated_inverse(a, 10) * x), sizeof(T) == 4 ? 2e-2 : 1e-9);
   }

@@ -222,8 +222,10 @@ TEST(SegmentMeansOf, LongSegmentsPassOverDroppedRows) {
   Context context;
   for (const Index m : {1, 2, 300}) {
     attn::Scratch scratch = context.scratch();
-    const Dense means = SegmentMeans{.num_landmarks = m}.select<double>(attn::detail::TokenRows<double>(x), keeps, scratch);
-    EXPECT_LE(test::relative_error(means, reference::segment_means(reference::kept_rows(x, keep), m)), 1e-12) << m << " landmarks";
+    const Dense means =
+        SegmentMeans{.num_landmarks = m}.select<double>(attn::detail::TokenRows<double>(x), keeps, scratch);
+    EXPECT_LE(test::relative_error(means, reference::segment_means(reference::kept_rows(x, keep), m)), 1e-12)
+        << m << " landmarks";
   }
 }
 
@@ -232,7 +234,8 @@ test::Tokens<float> pieces_of_tokens(Index n, Index pieces) {
   test::Tokens<float> x{Matrix<float>(n, 4), {}, Matrix<float>(n, 2)};
   test::Random random(251);
   for (Index i = 0; i < n; ++i) {
-    x.q.row(i) = i % (n / pieces) == 0 ? Matrix<float>((3 + random.normal(1, 4).array()).cast<float>()) : Matrix<float>(x.q.row(i - 1));
+    x.q.row(i) = i % (n / pieces) == 0 ? Matrix<float>((3 + random.normal(1, 4).array()).cast<float>())
+                                       : Matrix<float>(x.q.row(i - 1));
     x.v.row(i) << static_cast<float>(random.normal()), static_cast<float>(i < n / 3);
   }
   x.k = x.q;
@@ -247,10 +250,13 @@ TEST(SegmentMeansOf, AMillionTokensAreAsAccurateAsOfFew) {
     const Matrix<double> q = x.q.cast<double>(), v = x.v.cast<double>();
     const SegmentMeans landmarks{.num_landmarks = m};
     EXPECT_LE(test::relative_error(attn::attention(Nystrom<float>(landmarks), x.q, x.k, x.v),
-                                   attn::attention(Nystrom<double>(landmarks), q, q, v)), 1e-5) << m << " landmarks";
+                                   attn::attention(Nystrom<double>(landmarks), q, q, v)),
+              1e-5)
+        << m << " landmarks";
     Context context;
     attn::Scratch scratch = context.scratch();
-    const Matrix<float> means = landmarks.select<float>(attn::detail::TokenRows<float>(x.q), [](Index) { return true; }, scratch);
+    const Matrix<float> means = landmarks.select<float>(
+        attn::detail::TokenRows<float>(x.q), [](Index) { return true; }, scratch);
     EXPECT_LE(test::relative_error(means, reference::segment_means(q, m)), 3e-6) << m << " landmarks";
   }
 }

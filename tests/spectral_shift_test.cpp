@@ -160,9 +160,9 @@ Tokens<double> paired_clusters(const test::Shape& s, std::uint64_t seed) {
 /// The modes' rules with every constant that they hold, over whole matrices.
 struct ShiftRule {
   double least_others = 0.1, most_stretch = 2, errors = 1, alone = 2, diagonal = 1.5, reach = 2;  ///< of the row mode
-  double least_available = 0.05;                                                                  ///< of the scalar mode
-  double least_trace = 1e-6;                                                                      ///< of the paper mode
-  double least = 0, most = 1;                                                                     ///< of a step or a shift
+  double least_available = 0.05;  ///< of the scalar mode
+  double least_trace = 1e-6;      ///< of the paper mode
+  double least = 0, most = 1;     ///< of a step or a shift
   Index num_probes = 32;
 };
 
@@ -170,17 +170,20 @@ struct ShiftRule {
 class DenseShift {
  public:
   DenseShift(const Dense& q, const Dense& k, const Dense& v, Index num_landmarks, int iterations = 6)
-      : v_(v), a_(softmax_rows(reference::segment_means(q, num_landmarks), reference::segment_means(k, num_landmarks))) {
+      : v_(v),
+        a_(softmax_rows(reference::segment_means(q, num_landmarks), reference::segment_means(k, num_landmarks))) {
     s_ = softmax_rows(q, k);
     f_ = softmax_rows(q, reference::segment_means(k, num_landmarks));
     b_ = softmax_rows(reference::segment_means(q, num_landmarks), k);
     z_ = reference::iterated_inverse(a_, iterations);
     n_ = f_ * z_ * b_;
+    exact_ = s_ * v_;
+    nystrom_ = n_ * v_;
     estimate_diagonal(q, k, num_landmarks);
   }
 
-  Dense exact() const { return s_ * v_; }
-  Dense nystrom() const { return n_ * v_; }
+  const Dense& exact() const { return exact_; }
+  const Dense& nystrom() const { return nystrom_; }
 
   Dense paper(const ShiftRule& rule) const {
     const Dense residual = Dense::Identity(a_.rows(), a_.rows()) - z_ * a_;
@@ -245,13 +248,14 @@ class DenseShift {
     if (size == 0) return 0;
     for (const Term& x : terms) squares += std::pow(x.along - along / size * x.size, 2);
     const auto r = static_cast<double>(terms.size());
-    return std::clamp((along - rule.errors * std::sqrt(squares * r / std::max(r - 1, 1.0))) / size, rule.least, rule.most);
+    return std::clamp((along - rule.errors * std::sqrt(squares * r / std::max(r - 1, 1.0))) / size, rule.least,
+                      rule.most);
   }
 
   Eigen::RowVectorXd full_move(const ShiftRule& rule, Index i) const {
     const double g = n_(i, i), others = n_.row(i).sum() - g, s = own_[i];
     if (others <= 0) return Eigen::RowVectorXd::Zero(v_.cols());
-    const Eigen::RowVectorXd y = n_.row(i) * v_;
+    const Eigen::RowVectorXd y = nystrom_.row(i);
     const double alpha = (1 - s) / others;
     const double part = std::min(1.0, others / rule.least_others) *
                         (alpha > rule.most_stretch ? (rule.most_stretch - 1) / (alpha - 1) : 1.0);
@@ -278,7 +282,7 @@ class DenseShift {
     own_ = (1 + others.array()).inverse();
   }
 
-  Dense v_, a_, s_, f_, b_, z_, n_;
+  Dense v_, a_, s_, f_, b_, z_, n_, exact_, nystrom_;
   Eigen::VectorXd own_;  // the estimate of S's diagonal
 };
 
@@ -406,7 +410,7 @@ constexpr RuleCase kRuleCases[] = {
     {Family::clusters, 3, 122, 32, 16, 2, 6, 4}, {Family::clusters, 5, 114, 36, 8, 2, 6, 24},
     {Family::clusters, 5, 119, 32, 4, 2, 6, 64}, {Family::init, 5, 51, 36, 4, 2, 6, 15},
     {Family::self, 1, 52, 32, 8, 3, 6, 141},     {Family::self, 2, 45, 36, 16, 3, 6, 23},
-    {Family::self, 6, 60, 59, 16, 1, 6, 204},    {Family::self, 2, 66, 64, 16, 1, 1, 1093},  
+    {Family::self, 6, 60, 59, 16, 1, 6, 204},    {Family::self, 2, 66, 64, 16, 1, 1, 1093},
     {Family::self, 3, 56, 8, 4, 1, 9, 118},      {Family::clusters, 2, 31, 8, 8, 1, 9, 123},
 };
 
@@ -426,7 +430,8 @@ TEST(ShiftRules, AreTheLibrarys) {
     const DenseShift dense(x.q, x.k, x.v, c.m, c.iterations);
     for (const ShiftMode mode : {ShiftMode::paper, ShiftMode::scalar, ShiftMode::row}) {
       const SpectralShift shift{.mode = mode, .iterations = c.iterations};
-      const Dense out = attn::attention(ShiftedNystrom<double>(SegmentMeans{.num_landmarks = c.m}, shift), x.q, x.k, x.v);
+      const Dense out =
+          attn::attention(ShiftedNystrom<double>(SegmentMeans{.num_landmarks = c.m}, shift), x.q, x.k, x.v);
       EXPECT_LE(test::relative_error(out, by_rule(dense, mode, {})), 1e-8)
           << "seed " << c.seed << ", mode " << static_cast<int>(mode);
     }
@@ -466,7 +471,8 @@ TEST(ShiftRules, HaveNoConstantThatTheseCasesDoNotShow) {
       change.effect = std::max(change.effect, test::relative_error(by_rule(dense, change.mode, change.rule), expected));
     }
   }
-  for (const Change& change : changes) EXPECT_GT(change.effect, 1e-5) << change.what << " in mode " << static_cast<int>(change.mode);
+  for (const Change& change : changes)
+    EXPECT_GT(change.effect, 1e-5) << change.what << " in mode " << static_cast<int>(change.mode);
 }
 
 /// Values of which Nystrom gives each row its own sum, or of which probed rows see little: what N had is not lost.
@@ -481,7 +487,8 @@ TEST(ShiftedNystromErrors, StayNearNystromsOwnForHardValues) {
         const DenseShift dense(x.q, x.k, x.v, 16);
         const double nystrom = test::relative_error(dense.nystrom(), dense.exact());
         for (const ShiftMode mode : {ShiftMode::scalar, ShiftMode::row}) {
-          if (mode == ShiftMode::scalar && values > 2) continue;  // one shift for all rows is not for values in few of them
+          if (mode == ShiftMode::scalar && values > 2)
+            continue;  // one shift for all rows is not for values in few of them
           const Dense out = attn::attention(shifted<double>(16, mode), x.q, x.k, x.v);
           EXPECT_LE(test::relative_error(out, dense.exact()), 1.01 * nystrom + 1e-14)
               << "size " << size << ", d " << d << ", values " << values << ", mode " << static_cast<int>(mode);
@@ -504,7 +511,8 @@ TYPED_TEST(ShiftedNystromOf, LosesNothingOfConstantValues) {
         const Matrix<T> plain = attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = 16}), x.q, x.k, x.v);
         const Matrix<T> out = attn::attention(shifted<T>(16, ShiftMode::row), x.q, x.k, x.v);
         const auto missing = [](const Matrix<T>& y) { return (y.array() - T(1)).abs().eval(); };
-        EXPECT_LE((missing(out) - missing(plain)).maxCoeff(), sizeof(T) == 4 ? 1e-5 : 1e-13) << "seed " << seed << ", d " << d;
+        EXPECT_LE((missing(out) - missing(plain)).maxCoeff(), sizeof(T) == 4 ? 1e-5 : 1e-13)
+            << "seed " << seed << ", d " << d;
       }
     }
   }
@@ -516,10 +524,12 @@ TYPED_TEST(ShiftedNystromOf, IsTheSameForValuesOfAnySize) {
   const auto x = test::make_tokens<T>(Family::self, {150, 150, 16, 20}, 238);
   for (const ShiftMode mode : {ShiftMode::paper, ShiftMode::scalar, ShiftMode::row}) {
     const Matrix<T> expected = attn::attention(shifted<T>(16, mode), x.q, x.k, x.v);
-    for (const int exponent : sizeof(T) == 4 ? std::vector<int>{-120, -60, 34, 60, 100, 120} : std::vector<int>{-1000, -300, 300, 1000}) {
+    for (const int exponent :
+         sizeof(T) == 4 ? std::vector<int>{-120, -60, 34, 60, 100, 120} : std::vector<int>{-1000, -300, 300, 1000}) {
       const T size = std::ldexp(T(1), exponent);
       const Matrix<T> scaled = attn::attention(shifted<T>(16, mode), x.q, x.k, Matrix<T>(size * x.v));
-      EXPECT_LE(test::relative_error(Matrix<T>(scaled / size), expected.template cast<double>()), sizeof(T) == 4 ? 1e-6 : 1e-14)
+      EXPECT_LE(test::relative_error(Matrix<T>(scaled / size), expected.template cast<double>()),
+                sizeof(T) == 4 ? 1e-6 : 1e-14)
           << "2^" << exponent << ", mode " << static_cast<int>(mode);
     }
   }
@@ -546,7 +556,8 @@ TEST(PaperShift, InFloatIsAsInDouble) {
         x.k *= static_cast<float>(size);
         const SpectralShift shift{.mode = ShiftMode::paper, .iterations = iterations};
         const Dense q = x.q.cast<double>(), k = x.k.cast<double>(), v = x.v.cast<double>();
-        const Matrix<float> out = attn::attention(ShiftedNystrom<float>(SegmentMeans{.num_landmarks = 8}, shift), x.q, x.k, x.v);
+        const Matrix<float> out =
+            attn::attention(ShiftedNystrom<float>(SegmentMeans{.num_landmarks = 8}, shift), x.q, x.k, x.v);
         EXPECT_LE(test::relative_error(out, DenseShift(q, k, v, 8, iterations).paper({})), 1e-4)
             << "size " << size << ", " << iterations << " iterations";
       }

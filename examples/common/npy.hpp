@@ -31,7 +31,7 @@ template <class T>
 struct Array {
   std::vector<Index> shape;
   std::vector<T> values;
-  bool of_floats;  ///< whether the file's own elements are floating-point numbers, rather than integers, bytes or booleans
+  bool of_floats;  ///< whether the file's own elements are floating-point numbers, not integers, bytes or booleans
 };
 
 /// "(2, 3)", and "(4,)" for one dimension, as NumPy writes them.

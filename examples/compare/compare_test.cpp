@@ -143,16 +143,19 @@ TEST(Masks, OfFloatsAreUnderstoodByTheirValues) {
   EXPECT_EQ(ReadMask("<f4", bytes_of<float>({1, 1, 1})).keep, (std::vector<std::uint8_t>{1, 1, 1}));
   for (const double dropped : {-kInfinity, -1e4, -65504.0, -1e9, std::numeric_limits<double>::lowest()}) {
     EXPECT_EQ(ReadMask("<f8", bytes_of<double>({0, dropped, 0})).keep, kept) << dropped;
-    EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, static_cast<float>(std::max(dropped, -3.4e38)), -0.0F})).keep, kept) << dropped;
+    EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, static_cast<float>(std::max(dropped, -3.4e38)), -0.0F})).keep, kept)
+        << dropped;
   }
   EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, -std::numeric_limits<float>::infinity(), 0})).keep, kept);
   EXPECT_EQ(ReadMask("<f2", bytes_of<std::uint16_t>({0, 0xfc00, 0})).keep, kept);
-  EXPECT_EQ(ReadMask("<f8", bytes_of<double>({-kInfinity, -kInfinity, -kInfinity})).keep, (std::vector<std::uint8_t>{0, 0, 0}));
+  EXPECT_EQ(ReadMask("<f8", bytes_of<double>({-kInfinity, -kInfinity, -kInfinity})).keep,
+            (std::vector<std::uint8_t>{0, 0, 0}));
 }
 
 TEST(Masks, ThatCouldMeanEitherAreRefused) {
   const std::string expected =
-      ": expected a mask of 1 to keep and 0 to drop, or of floating-point 0 to keep and -infinity, or at most -10000, to drop, found ";
+      ": expected a mask of 1 to keep and 0 to drop, or of floating-point 0 to keep and -infinity, or at most -10000, "
+      "to drop, found ";
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, 0, 0})).error, expected + "zeros alone, which could be either");
   EXPECT_EQ(ReadMask("<f4", bytes_of<float>({0, 0.5F, 1})).error, expected + "0.5");

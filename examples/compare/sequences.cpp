@@ -81,12 +81,16 @@ MaskMeaning mask_meaning(const std::string& path, const npy::Array<double>& mask
   if (any([](double x) { return std::isnan(x); })) refuse(path, "numbers", "NaN");
   if (!mask.of_floats && (any(is_positive) || !any(is_negative))) return MaskMeaning::keeps;
   if (mask.of_floats && any(is_positive) && all([](double x) { return x == 0 || x == 1; })) return MaskMeaning::keeps;
-  if (mask.of_floats && any(is_negative) && all([](double x) { return x == 0 || x <= kAsGoodAsInfinity; })) return MaskMeaning::adds;
+  if (mask.of_floats && any(is_negative) && all([](double x) { return x == 0 || x <= kAsGoodAsInfinity; }))
+    return MaskMeaning::adds;
   const auto odd = std::find_if(mask.values.begin(), mask.values.end(), [](double x) { return x != 0 && x != 1; });
   std::ostringstream found;
-  if (odd == mask.values.end()) found << "zeros alone, which could be either";
-  else found << *odd;
-  refuse(path, "a mask of 1 to keep and 0 to drop, or of floating-point 0 to keep and -infinity, or at most -10000, to drop",
+  if (odd == mask.values.end())
+    found << "zeros alone, which could be either";
+  else
+    found << *odd;
+  refuse(path,
+         "a mask of 1 to keep and 0 to drop, or of floating-point 0 to keep and -infinity, or at most -10000, to drop",
          found.str());
 }
 

@@ -291,7 +291,8 @@ struct SegmentMeans {
 
   /// sum (d) <- sum + count kept rows of x, from the given one on. Returns the row after them.
   template <class T, class Keeps>
-  static Index add_kept_rows(const detail::TokenRows<T>& x, const Keeps& keeps, Index row, Index count, T* buffer, T* sum) {
+  static Index add_kept_rows(const detail::TokenRows<T>& x, const Keeps& keeps, Index row, Index count, T* buffer,
+                             T* sum) {
     while (count > 0) {
       const T* rows[kRowsAtOnce];
       Index found = 0;

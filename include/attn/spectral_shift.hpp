@@ -27,7 +27,7 @@ enum class ShiftMode { paper, scalar, row };
 struct SpectralShift {
   ShiftMode mode = ShiftMode::row;  ///< how the shift is chosen
   int iterations = 6;               ///< at least 1
-  int num_probes = 32;              ///< at least 1
+  int num_probes = 32;              ///< at least 1; from a single one the mode row learns nothing, and is Nystrom
 
   /// Whether the options are the same.
   friend bool operator==(const SpectralShift&, const SpectralShift&) = default;
@@ -42,9 +42,14 @@ struct SpectralShift {
 /// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
 ///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): a reconstruction, no bound holds for it
 ///   scalar   (1 - delta) N v + delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows with exact s
-///   row      (1 - t) N v + t R,  R_i = alpha_i ((N v)_i - g_i v_i) + s_i v_i,  alpha_i = (1 - s_i) / max(rho_i - g_i, .1) within [0, 2],
-///            s_i estimated in O(m d), t the step that fits the probed rows best, less one standard error, within [0, 1]
-/// In row mode t depends on v: the method is not linear in v. Where m reaches the number of kept tokens it is exact attention.
+///   row      N v + t_i a_i, a_i = w_i (alpha_i ((N v)_i - g_i v_i) + s_i v_i - (N v)_i),  alpha_i = (1 - s_i) / (rho_i - g_i), s_i estimated
+///            in O(m d): the part w_i of the way to a row of weight s_i on itself and of sum 1. w_i = min(1, (rho_i - g_i) / .1) times
+///            1 / (alpha_i - 1) where alpha_i is above 2, 0 where rho_i is at most g_i. With b = S v - N v on the probed rows, t is the step
+///            that fits them best, sum a.b / sum a.a, less one standard error, within [0, 1]; at most twice the same without any one of
+///            them, and at most 3/2 of the same for their diagonals, s_i - g_i and S_ii - g_i. t_i = min(t, 2 max |b| / |a_i|).
+/// In row mode t depends on v: the method is not linear in v. Each row's error is at most Nystrom's and twice the largest of Nystrom's
+/// on the probed rows; where all rows of v are the same it is at most Nystrom's. Where m reaches the number of kept tokens it is exact
+/// attention.
 /// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a time. Not causal, no
 /// key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when shapes disagree or are empty.
 /// Verma 2021 (paper mode, recalled from its abstract); the other modes are this library's own.

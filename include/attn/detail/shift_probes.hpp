@@ -75,7 +75,8 @@ T unit_of(T magnitude) {
   if (!(magnitude > 0) || magnitude > std::numeric_limits<T>::max()) return 1;
   int exponent = 0;
   std::frexp(magnitude, &exponent);
-  return std::ldexp(T(1), std::clamp(-exponent, std::numeric_limits<T>::min_exponent - 1, std::numeric_limits<T>::max_exponent - 1));
+  return std::ldexp(
+      T(1), std::clamp(-exponent, std::numeric_limits<T>::min_exponent - 1, std::numeric_limits<T>::max_exponent - 1));
 }
 
 /// Of steps a_i and what is wanted, b_i: a_i.b_i and a_i.a_i.
@@ -157,7 +158,8 @@ ShiftGate<T> fit_gate(const ShiftProbes<T>& probes, const Sources<T>& in, const 
   for (Index j = 0; j < r; ++j) {
     in.v.copy_row(factors.rows[static_cast<std::size_t>(probes.ranks[static_cast<std::size_t>(j)])], &v(j, 0));
   }
-  const T unit = unit_of(std::max({largest_magnitude<T>(plain), largest_magnitude<T>(probes.exact), largest_magnitude<T>(v)}));
+  const T unit =
+      unit_of(std::max({largest_magnitude<T>(plain), largest_magnitude<T>(probes.exact), largest_magnitude<T>(v)}));
   const StepSums rows(r, scratch), diagonal(r, scratch);
   const double largest = set_row_sums<T>(found, plain, probes.exact, v, unit, rows);
   set_diagonal_sums(probes, found, diagonal);

@@ -14,7 +14,8 @@ namespace attn::detail {
 template <class T>
 MatrixRef<double> in_double(const ConstMatrixRef<T>& m, Scratch& scratch) {
   const MatrixRef<double> copy = scratch.matrix<double>(m.rows(), m.cols());
-  for (Index i = 0; i < m.rows(); ++i) std::copy_n(m.data() + i * m.outerStride(), m.cols(), copy.data() + i * copy.outerStride());
+  for (Index i = 0; i < m.rows(); ++i)
+    std::copy_n(m.data() + i * m.outerStride(), m.cols(), copy.data() + i * copy.outerStride());
   return copy;
 }
 
@@ -33,7 +34,8 @@ struct ShiftedPinv {
   double delta;
 
   /// x <- (Z - delta Z Z) x with delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is at most 1e-6 m, within [0, 1].
-  static ShiftedPinv of_paper(const MatrixRef<double>& a, const MatrixRef<double>& x, int iterations, Context& context) {
+  static ShiftedPinv of_paper(const MatrixRef<double>& a, const MatrixRef<double>& x, int iterations,
+                              Context& context) {
     constexpr double kLeastTrace = 1e-6;
     const Index m = a.rows();
     Scratch scratch = context.scratch();
@@ -46,7 +48,8 @@ struct ShiftedPinv {
       trace += residual(i, i);
       for (Index j = 0; j < m; ++j) product += residual(i, j) * a(j, i);
     }
-    const ShiftedPinv core{iterations, trace > kLeastTrace * static_cast<double>(m) ? std::clamp(product / trace, 0.0, 1.0) : 0.0};
+    const ShiftedPinv core{iterations,
+                           trace > kLeastTrace * static_cast<double>(m) ? std::clamp(product / trace, 0.0, 1.0) : 0.0};
     core.multiply(z, x, context);
     return core;
   }
@@ -82,11 +85,12 @@ struct ShiftedPinv {
   }
 
   /// For y = t - delta z t, t = z x: dt = dx - delta z^T dx, dz = dt x^T - delta dx t^T, dx <- z^T dt.
-  void differentiate(const MatrixRef<double>& a, const MatrixRef<double>& x, const MatrixRef<double>& dx, const MatrixRef<double>& da,
-                     Context& context) const {
+  void differentiate(const MatrixRef<double>& a, const MatrixRef<double>& x, const MatrixRef<double>& dx,
+                     const MatrixRef<double>& da, Context& context) const {
     Scratch scratch = context.scratch();
     MatrixRef<double> z = scratch.matrix<double>(a.rows(), a.rows()), dz = scratch.matrix<double>(a.rows(), a.rows());
-    MatrixRef<double> once = scratch.matrix<double>(x.rows(), x.cols()), donce = scratch.matrix<double>(x.rows(), x.cols());
+    MatrixRef<double> once = scratch.matrix<double>(x.rows(), x.cols()),
+                      donce = scratch.matrix<double>(x.rows(), x.cols());
     const IterativePinv pinv{.iterations = iterations};
     pinv.invert<double>(a, z, context);
     gemm<double>(1, z, x, 0, once, context);

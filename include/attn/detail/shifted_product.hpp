@@ -60,8 +60,8 @@ double set_paper_values(const ShiftLandmarks<T>& factors, int iterations, Contex
 
 /// out <- F values + delta v, where values are scale times those of N. saved may be null.
 template <class T>
-void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftLandmarks<T>& factors, T scale, T delta,
-                   const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
+void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ShiftLandmarks<T>& factors, T scale,
+                   T delta, const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   T* buffer = scratch.elements<T>(in.v.cols());
@@ -100,8 +100,8 @@ template <class T>
 
 /// out <- N v + t_i (R - N v), t_i row i's part of the gate. saved may be null.
 template <class T>
-void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
-                   const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
+void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFactors<T>& factors,
+                   const ShiftPanels<T>& panels, const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
   constexpr Index kRows = 128;
   const auto n = static_cast<Index>(factors.rows.size());
   if (n < out.rows()) out.set_zero();

@@ -24,7 +24,8 @@ namespace attn::detail {
 /// The m-sized side of N but for its core, over the n kept rows (their row numbers in rows).
 template <class T>
 struct ShiftLandmarks {
-  ShiftLandmarks(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, Context& context, Scratch& scratch)
+  ShiftLandmarks(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, Context& context,
+                 Scratch& scratch)
       : rows(list_kept(in, scratch)),
         q_land(landmarks.select<T>(in.q, kept_queries(in), scratch, context)),
         k_land(landmarks.select<T>(in.k, kept_keys(in), scratch, context)),
@@ -57,8 +58,8 @@ struct ShiftLandmarks {
 /// The same with the core Z, values Z B v, and what rows of N and the exact diagonal's estimate need.
 template <class T>
 struct ShiftFactors : ShiftLandmarks<T> {
-  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations, Context& context,
-               Scratch& scratch)
+  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations,
+               Context& context, Scratch& scratch)
       : ShiftLandmarks<T>(in, landmarks, kernel, context, scratch),
         scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
         variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
