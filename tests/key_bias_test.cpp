@@ -272,7 +272,7 @@ Matrix<T> in_two_parts(const Kernel& kernel, const Inputs<T>& in, Index cut) {
 
 TYPED_TEST(KeyBias, CommonToAllKeysTakesNoDigitsOfStates) {
   using T = TypeParam;
-  for (const T size : {T(0), T(1e3), T(-1e5), T(1e7), T(1e30)}) {
+  for (const T size : {T(0), T(1e3), T(-1e5), T(1e7), T(1e30), std::numeric_limits<T>::lowest(), std::numeric_limits<T>::max()}) {
     for (const Index cut : {1, 100, 150}) {
       SCOPED_TRACE(std::to_string(size) + ", cut at " + std::to_string(cut));
       Biased<T> problem(60, 150, std::vector<T>(150, size), Causal::none);

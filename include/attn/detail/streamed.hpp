@@ -222,14 +222,16 @@ class BlockRunner {
     const double origin = std::numbers::log2e * bias, rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
     const double relative =
         product_.kernel_maximum(strip.total.maximum[i], strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0);
-    const auto rounded = static_cast<T>(origin);
+    constexpr auto kLargest = static_cast<double>(std::numeric_limits<T>::max());
+    const auto rounded = static_cast<T>(std::clamp(origin, -kLargest, kLargest));
     if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
       // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands for its origin.
       *scale = static_cast<T>(std::exp2(std::clamp(relative, -kMostStateScale, kMostStateScale)));
       return rounded;
     }
     const auto absolute = static_cast<T>(origin + relative);
-    *scale = static_cast<T>(std::exp2((origin - static_cast<double>(absolute)) + relative + rest));
+    const double lost = (origin - static_cast<double>(absolute)) + relative + rest;
+    if (std::abs(lost) < kMostStateScale) *scale = static_cast<T>(std::exp2(lost));  // else scores have no digits left
     return absolute;
   }
 
