@@ -47,23 +47,23 @@ T squared_distance(const T* a, const T* b, Index d) {
   return sum(total);
 }
 
-/// The queries of a strip along the lanes, some of them far: norm, their N; rows, the queries as they are, d rows of so many lanes.
+/// The queries of a strip along so many lanes, from row first on, some of them far: norm, their N.
 template <class T>
 struct FarQueries {
-  const T *norm, *rows;
-  Index lanes;
+  const T* norm;
+  Index first, lanes;
 };
 
 /// Mends panels of scores. One for each worker.
 template <class T>
 class FarPairs {
  public:
-  FarPairs(const TokenRows<T>& keys, T bias, Scratch& scratch)
-      : keys_(keys),
+  FarPairs(const Sources<T>& in, T bias, Scratch& scratch)
+      : in_(in),
         bias_(bias),
-        key_(scratch.elements<T>(keys.cols())),
-        needed_(scratch.elements<T>(kTileWidth<T>)),
-        distance_(scratch.elements<T>(kTileWidth<T>)) {}
+        query_(scratch.elements<T>(in.q.cols())),
+        key_(scratch.elements<T>(in.k.cols())),
+        needed_(scratch.elements<T>(kTileWidth<T>)) {}
 
   /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to no base, with
   /// what the tile says of key biases.
@@ -90,10 +90,9 @@ class FarPairs {
       for (Index p = 0; p < queries.lanes; p += kLanes<T>) store(panel + p, load(panel + p) - load(base + p));
       const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
       if (!may_be_near(n_k, key_part, panel, queries.lanes)) continue;
-      set_distances(queries, keys_.row(tile.row(j), key_));
       for (Index i = 0; i < queries.lanes; ++i) {
         if (base[i] == 0 || !is_near(panel[i] - key_part, queries.norm[i], n_k)) continue;
-        panel[i] = key_part - bias_ * distance_[i];
+        panel[i] = key_part - bias_ * distance(queries.first + i, tile.row(j));
       }
     }
   }
@@ -112,27 +111,14 @@ class FarPairs {
     return largest(most) - key_part > n_k / -kNearRatio<T>;
   }
 
-  /// distance_ <- |q - k|^2, in short chains of sums.
-  void set_distances(const FarQueries<T>& queries, const T* k) const {
-    constexpr Index kAtOnce = 16;
-    const Index d = keys_.cols();
-    for (Index p = 0; p < queries.lanes; p += kLanes<T>) {
-      auto total = broadcast(T(0));
-      for (Index first = 0; first < d; first += kAtOnce) {
-        auto squares = broadcast(T(0));
-        for (Index c = first; c < std::min(d, first + kAtOnce); ++c) {
-          const auto x = load(queries.rows + c * queries.lanes + p) - broadcast(k[c]);
-          squares = multiply_add(x, x, squares);
-        }
-        total = total + squares;
-      }
-      store(distance_ + p, total);
-    }
+  /// |q - k|^2 of rows as they are.
+  T distance(Index query, Index key) const {
+    return squared_distance(in_.q.row(query, query_), in_.k.row(key, key_), in_.q.cols());
   }
 
-  TokenRows<T> keys_;
+  const Sources<T>& in_;
   T bias_;
-  T *key_, *needed_, *distance_;
+  T *query_, *key_, *needed_;
 };
 
 }  // namespace attn::detail

@@ -36,7 +36,6 @@ class BlockRunner {
       strip.queries = scratch.elements<T>(kTileWidth<T> * d);
       strip.query_bias = scratch.elements<T>(2 * kTileWidth<T>);
       strip.norm = strip.query_bias + kTileWidth<T>;
-      strip.rows_panel = product.space.center == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T> * d);
       strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       strip.recent = LaneState<T>::make(d_v, scratch);
       strip.total = LaneState<T>::make(d_v, scratch);
@@ -103,7 +102,7 @@ class BlockRunner {
   /// A strip, the number-th of all, and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
   /// query_bias: -bias |q|^2, what log2 kappa has beyond the score, but for the base of a state. bias_origin and far_queries: as in Strip.
   struct Lanes {
-    T *queries, *query_bias, *bias_origin, *norm, *rows_panel;
+    T *queries, *query_bias, *bias_origin, *norm;
     FarQueries<T> far_queries;
     bool far;
     LaneState<T> recent, total;
@@ -162,25 +161,17 @@ class BlockRunner {
     pack_queries(strip);
   }
 
-  /// body(lane, rows) for each packet of a strip: its queries, null where there is none or it is dropped.
-  template <class Body>
-  void for_each_packet(const Lanes& strip, const Body& body) const {
+  void pack_queries(Lanes& strip) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       const T* rows[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
         const bool real = p + i < strip.count && keeps(strip, p + i);
         rows[i] = real ? product_.in.q.row(strip.first + p + i, rows_ + i * product_.in.q.cols()) : nullptr;
       }
-      body(p, rows);
-    }
-  }
-
-  void pack_queries(Lanes& strip) const {
-    for_each_packet(strip, [&](Index p, const T* const(&rows)[kLanes<T>]) {
       const auto squares =
           pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale, strip.queries + p, strip.lanes());
       store(strip.query_bias + p, broadcast(-product_.space.bias) * squares);
-    });
+    }
     find_far(strip);
   }
 
@@ -191,10 +182,7 @@ class BlockRunner {
     for (Index i = 0; i < strip.lanes(); ++i) strip.far = strip.far || is_far(strip, i);
     if (!strip.far) return;
     for (Index i = 0; i < strip.lanes(); ++i) strip.norm[i] = -strip.query_bias[i];
-    for_each_packet(strip, [&](Index p, const T* const(&rows)[kLanes<T>]) {
-      pack_rows<T>(rows, product_.in.q.cols(), nullptr, T(1), strip.rows_panel + p, strip.lanes());
-    });
-    strip.far_queries = {strip.norm, strip.rows_panel, strip.lanes()};
+    strip.far_queries = {strip.norm, strip.first, strip.lanes()};
   }
 
   static bool is_far(const Lanes& strip, Index i) { return -strip.query_bias[i] > kFarNorm<T>; }

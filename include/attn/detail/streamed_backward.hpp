@@ -130,7 +130,7 @@ class BackwardRunner {
       : product_(product),
         seeds_(seeds),
         reader_(product.in, product.space, scratch),
-        far_pairs_(product.in.k, product.space.bias, scratch),
+        far_pairs_(product.in, product.space.bias, scratch),
         scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         ones_(scratch.elements<T>(kTileWidth<T>)),
@@ -143,7 +143,6 @@ class BackwardRunner {
       for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kTileWidth<T>);
       strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       for (T** row : {&strip.norm, &strip.base}) *row = scratch.elements<T>(kTileWidth<T>);
-      strip.rows_panel = product.space.center == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T> * d);
       strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
       strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
       strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kTileWidth<T>));
@@ -172,7 +171,7 @@ class BackwardRunner {
   struct Lanes {
     T *queries, *douts, *query_rows, *dout_rows;
     T *log_divisor, *dot, *bias_origin;
-    T *norm, *base, *rows_panel;  ///< as in FarQueries and LaneState
+    T *norm, *base;  ///< as in FarQueries and LaneState
     T *dq, *slope_sum;
     int packets;
     Index first, count;
@@ -208,7 +207,6 @@ class BackwardRunner {
       const auto squares = pack_rows(q, d, product_.space.center, product_.space.scale, strip.queries + p, lanes);
       pack_rows<T>(dout, d_v, nullptr, T(1), strip.douts + p, lanes);
       store(strip.norm + p, broadcast(product_.space.bias) * squares);
-      if (strip.rows_panel != nullptr) pack_rows<T>(q, d, nullptr, T(1), strip.rows_panel + p, lanes);
     }
     strip.far = false;
     for (Index i = 0; i < lanes; ++i) set_statistics(strip, i);
@@ -258,7 +256,7 @@ class BackwardRunner {
       const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
       const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
       score_keys<packets>(scored, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
-      if (strip.far) far_pairs_.refine({strip.norm, strip.rows_panel, strip.lanes()}, scored, count, strip.base, scores_);
+      if (strip.far) far_pairs_.refine({strip.norm, strip.first, strip.lanes()}, scored, count, strip.base, scores_);
       if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), scores_);
       score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
       weigh_slopes<packets>(scores_, slopes_, count, partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile),

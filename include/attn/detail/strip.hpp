@@ -202,7 +202,7 @@ class StripKernel {
       : d_(in.q.cols()),
         d_v_(in.v.cols()),
         maximum_(maximum),
-        far_pairs_(in.k, bias, scratch),
+        far_pairs_(in, bias, scratch),
         panel_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
         correction_(scratch.elements<T>(kTileWidth<T>)),
