@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -57,7 +59,7 @@ void expect_matches(const Kernel& kernel, const Inputs<T>& in, Context& context,
   kernel_matmul(kernel, in, out.view(), std::span<T>(lse), context);
   test::expect_close(out.matrix(), expected, p, expected_kernel, tolerance);
   EXPECT_TRUE(out.padding_untouched());
-  const double digits = 100 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  const double digits = std::max(tolerance, 100 * static_cast<double>(std::numeric_limits<T>::epsilon()));
   for (Index i = 0; i < in.q.rows(); ++i) {
     const auto actual = static_cast<double>(lse[static_cast<std::size_t>(i)]);
     if (expected.lse[i] == -test::kInf<double>) {
@@ -189,6 +191,42 @@ TYPED_TEST(KernelMatmulOf, TakesAKernelOfOnesOwn) {
                    (rows == Rows::raw ? ", raw" : ", normalized"));
       expect_matches<T>(kernel, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context);
       expect_matches<T>(kernel, {.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::lower_right}}, context);
+    }
+  }
+}
+
+/// Three groups of tokens, apart in every feature, in numbers that T holds exactly: distances within a group have all their digits, though
+/// there is no origin that is near all.
+template <class T>
+Tokens<T> tokens_in_groups(const test::Shape& shape, T apart) {
+  Tokens<T> x = test::make_tokens<T>(Family::init, shape, 14);
+  for (Matrix<T>* tokens : {&x.q, &x.k}) {
+    for (Index i = 0; i < tokens->rows(); ++i) {
+      tokens->row(i) = ((tokens->row(i) * T(256)).array().round() / T(256) + apart * static_cast<T>(i % 3 - 1)).matrix();
+    }
+  }
+  return x;
+}
+
+/// In tiles, in parts that are split off and all keys at once, with sums of features that end amid a packet, under every mask.
+TYPED_TEST(KernelMatmulOf, GaussianKeepsItsDigitsWhereGroupsAreFarApart) {
+  using T = TypeParam;
+  for (const auto& [n_q, n_k, d] : {std::array<Index, 3>{70, 300, 16}, {130, 30, 16}, {90, 60, 37}, {400, 80, 3}}) {
+    const auto keep_key = test::random_keep(n_k, 0.7, 15), keep_query = test::random_keep(n_q, 0.8, 16);
+    const auto bias = test::random_key_bias<T>(n_k, 0.1, 17);
+    for (const T apart : {T(3), T(30), T(1000)}) {
+      const auto x = tokens_in_groups<T>({n_q, n_k, d, 5}, apart);
+      for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
+        for (const unsigned bits : {0U, 1U, 2U, 3U}) {
+          SCOPED_TRACE("n_q " + std::to_string(n_q) + ", n_k " + std::to_string(n_k) + ", " + std::to_string(apart) + " apart, causal " +
+                       std::to_string(static_cast<int>(causal)) + ", bits " + std::to_string(bits));
+          Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}};
+          if ((bits & 1U) != 0) in.mask = {.causal = causal, .keep_key = keep_key, .keep_query = keep_query};
+          if ((bits & 2U) != 0) in.key_bias = bias;
+          Context context;
+          for (const Rows rows : {Rows::raw, Rows::normalized}) expect_matches(GaussianKernel{.rows = rows}, in, context);
+        }
+      }
     }
   }
 }

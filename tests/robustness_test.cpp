@@ -275,6 +275,50 @@ TYPED_TEST(Robustness, TheBiasOfAFutureKeyHasNoInfluence) {
   }
 }
 
+/// Biases are counted from the largest of them; one that a mask drops is not among these.
+TYPED_TEST(Robustness, TheBiasOfADroppedKeyHasNoInfluence) {
+  using T = TypeParam;
+  for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
+    for (const auto& [n_q, n_k] : {std::pair<Index, Index>{40, 70}, {200, 30}}) {
+      const Scene<T> scene(n_q, n_k, causal, true);
+      auto bias = test::random_key_bias<T>(n_k, 0, 25);
+      Inputs<T> in = scene.inputs();
+      for (const Kind kind : {Kind::softmax, Kind::raw_gaussian, Kind::normalized_gaussian}) {
+        in.key_bias = bias;
+        const Matrix<T> clean = run(kind, in);
+        for (const T poison : {T(1e9), T(-1e9), test::kNaN<T>, test::kInf<T>}) {
+          auto poisoned = bias;
+          for (Index j = 0; j < n_k; ++j) {
+            if (!reference::kept(scene.keep_key, j)) poisoned[static_cast<std::size_t>(j)] = poison;
+          }
+          in.key_bias = poisoned;
+          EXPECT_TRUE(test::bitwise_equal(run(kind, in), clean)) << poison << ", kind " << static_cast<int>(kind);
+        }
+      }
+    }
+  }
+}
+
+/// In every bit, whatever the key holds: origins are chosen among keys that all queries see.
+TYPED_TEST(Robustness, AnyKeyStaysWithTheRowsThatSeeIt) {
+  using T = TypeParam;
+  for_each_small_scene<T>(3, [](const auto& scene, Kind kind) {
+    const Matrix<T> clean = run(kind, scene.inputs());
+    for (Index row = 0; row < scene.x.k.rows(); ++row) {
+      for (const T poison : {T(3), test::kNaN<T>}) {
+        Inputs<T> in = scene.inputs();
+        Matrix<T> k = in.k;
+        k.row(row).setConstant(poison);
+        const Matrix<T> out = run<T>(kind, {.q = in.q, .k = k, .v = in.v, .mask = in.mask});
+        for (Index i = 0; i < out.rows(); ++i) {
+          if (scene.sees(i, row)) continue;
+          ASSERT_TRUE(test::same_row(out, clean, i)) << "row " << i << ", key " << row << ", " << poison;
+        }
+      }
+    }
+  });
+}
+
 TYPED_TEST(Robustness, AKeyRemovedByItsBiasHasNoInfluence) {
   using T = TypeParam;
   for (const Kind kind : {Kind::softmax, Kind::raw_gaussian, Kind::normalized_gaussian}) {
