@@ -40,6 +40,7 @@ std::vector<Move> moves() {
       {"first four tokens", [](auto& q, auto& k) { q.topRows(4).array() += 50.0F, k.topRows(4).array() += 50.0F; }},
       {"two groups", [](auto& q, auto& k) { move_rows(q, 0, 2, 40), move_rows(k, 0, 2, 40); }},
       {"three groups", [](auto& q, auto& k) { move_rows(q, 0, 3, 40), move_rows(k, 0, 3, 40), move_rows(q, 1, 3, -25), move_rows(k, 1, 3, -25); }},
+      {"a late group", [](auto& q, auto& k) { q.bottomRows(q.rows() / 2).array() += 40.0F, k.bottomRows(k.rows() / 4).array() += 40.0F; }},
       {"all tokens", [](auto& q, auto& k) { q.array() += 64.0F, k.array() += 64.0F; }},
   };
 }
@@ -49,7 +50,8 @@ std::vector<Move> moves() {
 void expect_close_to_oracle(const Move& move, const GaussianKernel& kernel, Shape shape, Causal causal, bool biased) {
   Tokens<float> x = make_tokens<float>(Family::init, shape, 7);
   move.apply(x.q, x.k);
-  const std::vector<float> bias = biased ? random_key_bias<float>(shape.n_k, 0.1, 5) : std::vector<float>{};
+  std::vector<float> bias = biased ? random_key_bias<float>(shape.n_k, 0.1, 5) : std::vector<float>{};
+  for (std::size_t j = 0; j < bias.size(); ++j) bias[j] += j % 5 == 0 ? 1.0F : -100.0F;  // so much that near pairs are not told by scores
   const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}, .key_bias = bias};
   const auto p = to_reference(in);
   const auto oracle_kernel = reference::gaussian_kernel(x.q.cols(), kernel.bandwidth, kernel.rows == Rows::normalized);
@@ -66,15 +68,15 @@ void expect_close_to_oracle(const Move& move, const GaussianKernel& kernel, Shap
   method.backward(in, out, dout, saved, {dq, dk, dv}, context);
   const auto gradients = attend_backward(oracle_kernel, p, dout.cast<double>());
   EXPECT_LT(relative_error(dv, gradients.dv), 3e-6);
-  EXPECT_LT(relative_error(dq, gradients.dq), 3e-5);  // a sum of differences to keys, each as precise as its tokens' distance from the center
-  EXPECT_LT(relative_error(dk, gradients.dk), 3e-5);
+  EXPECT_LT(relative_error(dq, gradients.dq), 1e-4);  // a sum of differences to keys, each as precise as its tokens' distance from the center
+  EXPECT_LT(relative_error(dk, gradients.dk), 1e-4);
 }
 
 TEST(FarTokens, TakeNoDigitsFromOthers) {
   for (const Move& move : moves()) {
     for (const Rows rows : {Rows::raw, Rows::normalized}) {
       for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
-        for (const Shape shape : {Shape{300, 300, 16, 9}, Shape{40, 600, 16, 9}, Shape{400, 60, 16, 9}}) {
+        for (const Shape shape : {Shape{300, 300, 16, 9}, Shape{20, 2600, 16, 9}, Shape{400, 60, 16, 9}}) {
           for (const bool biased : {false, true}) {
             SCOPED_TRACE(move.name + ", rows " + std::to_string(static_cast<int>(rows)) + ", causal " +
                          std::to_string(static_cast<int>(causal)) + ", n_q " + std::to_string(shape.n_q) + (biased ? ", biased" : ""));
