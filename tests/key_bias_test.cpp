@@ -151,6 +151,22 @@ TYPED_TEST(KeyBias, ThatGrowsAlongTheSequence) {
   }
 }
 
+/// Keys that a bias hides come first, with scores so large that their weights overflow beside anything but their own.
+TYPED_TEST(KeyBias, HidesLargeScores) {
+  using T = TypeParam;
+  constexpr Index kHidden = 700, kKeys = 710;
+  const Matrix<T> q = Matrix<T>::Constant(3, 1, T(40));
+  Matrix<T> k = Matrix<T>::Zero(kKeys, 1), v = Matrix<T>::Ones(kKeys, 1);
+  k.topRows(kHidden).setConstant(T(40));
+  v.topRows(kHidden).setConstant(T(7));
+  std::vector<T> bias(kKeys, T(0));
+  std::fill_n(bias.begin(), kHidden, T(-1e30));
+  for (const Causal causal : {Causal::none, Causal::lower_right}) {
+    const Inputs<T> in{.q = q, .k = k, .v = v, .mask = {.causal = causal}, .key_bias = bias};
+    EXPECT_TRUE((forward(SoftmaxKernel{.scale = 1}, in).array() == T(1)).all());
+  }
+}
+
 TYPED_TEST(KeyBias, CommonToAllKeysChangesNothing) {
   using T = TypeParam;
   for (const Causal causal : {Causal::none, Causal::upper_left}) {
