@@ -80,7 +80,7 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
   detail::check_finish<T>("finish", states, out, lse);
   const Rows rows = score_parameters(kernel, d).rows;
   for (std::size_t i = 0; i < states.sum.size(); ++i) {
-    const detail::RowScale<T> scale = detail::row_scale(rows, states.maximum[i], states.sum[i]);
+    const detail::RowScale<T> scale = detail::row_scale(rows, static_cast<double>(states.maximum[i]), states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
     const Index row = static_cast<Index>(i);
     const T* weighted = states.weighted.data() + row * states.weighted.outerStride();

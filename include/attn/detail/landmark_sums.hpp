@@ -65,7 +65,7 @@ struct LandmarkSums {
 
 /// Exponents of 2 that numbers may have, so that products of two have one.
 template <class T>
-inline constexpr double kSafeExponent = Exp2<T>::kBias / 2;
+inline constexpr auto kSafeExponent = static_cast<double>(Exp2<T>::kBias) / 2;
 
 /// Whether sums with such exponents, infinite for landmarks that see no key, leave T's range: where rows are normalized, relative to one
 /// another. common: log2 of the keys' common weight, which raw rows have on both sides.

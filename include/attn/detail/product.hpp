@@ -66,7 +66,7 @@ struct Product {
     const T none = -std::numeric_limits<T>::infinity();
     if (to.relative != nullptr) to.relative[query] = {keeps ? row_log_sum(relative, sum) : none, base};
     if (to.absolute == nullptr) return;
-    const double log_sum = row_log_sum(kernel_maximum(relative, query_bias), static_cast<double>(sum));
+    const double log_sum = row_log_sum(kernel_maximum(relative, static_cast<double>(query_bias)), static_cast<double>(sum));
     to.absolute[query] = keeps ? static_cast<T>(log_sum + static_cast<double>(space.bias_origins.of(query))) : none;
   }
 
@@ -79,7 +79,7 @@ struct Product {
 
  private:
   double absolute_maximum(Index query, T relative, T query_bias) const {
-    return kernel_maximum(relative, query_bias) + std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
+    return kernel_maximum(relative, static_cast<double>(query_bias)) + std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
   }
 };
 

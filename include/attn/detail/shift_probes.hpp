@@ -117,12 +117,12 @@ double set_row_sums(const ShiftedRows<T>& found, const ConstMatrixRef<T>& plain,
   double largest = 0;
   for (Index j = 0; j < plain.rows(); ++j) {
     const auto at = static_cast<std::size_t>(j);
-    const double gain = found.stretch[at] - 1, added = found.added[at];
+    const auto gain = static_cast<double>(found.stretch[at] - 1), added = static_cast<double>(found.added[at]);
     double squared_error = 0;
     sums.along[at] = sums.size[at] = 0;
     for (Index c = 0; c < plain.cols(); ++c) {
-      const double y = double{unit * plain(j, c)}, error = double{unit * exact(j, c)} - y,
-                   step = gain * y + added * double{unit * v(j, c)};
+      const auto y = static_cast<double>(unit * plain(j, c)), error = static_cast<double>(unit * exact(j, c)) - y,
+                 step = gain * y + added * static_cast<double>(unit * v(j, c));
       sums.along[at] += step * error;
       sums.size[at] += step * step;
       squared_error += error * error;
@@ -136,8 +136,8 @@ double set_row_sums(const ShiftedRows<T>& found, const ConstMatrixRef<T>& plain,
 template <class T>
 void set_diagonal_sums(const ShiftProbes<T>& probes, const ShiftedRows<T>& found, const StepSums& sums) {
   for (std::size_t j = 0; j < sums.size.size(); ++j) {
-    const double g = found.diagonal[j], step = double{found.exact_diagonal[j]} - g;
-    sums.along[j] = step * (double{probes.diagonal(found, j)} - g);
+    const auto g = static_cast<double>(found.diagonal[j]), step = static_cast<double>(found.exact_diagonal[j]) - g;
+    sums.along[j] = step * (static_cast<double>(probes.diagonal(found, j)) - g);
     sums.size[j] = step * step;
   }
 }
