@@ -88,6 +88,24 @@ TEST(FarTokens, TakeNoDigitsFromOthers) {
   }
 }
 
+/// Lanes without a query, and dropped queries, are in no place, however far the keys are from zero: nothing is read of them.
+TEST(FarTokens, AreNotThoseThatAreMissing) {
+  Tokens<float> x = make_tokens<float>(Family::init, {13, 40, 16, 9}, 7);
+  x.q.array() += 64.0F;
+  x.k.array() += 64.0F;
+  x.k.topRows(3).array() -= 64.0F;
+  std::vector<std::uint8_t> keep(13, 1);
+  keep[5] = 0;
+  x.q.row(5).setConstant(kNaN<float>);
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_query = keep}};
+    Matrix<float> out(13, 9);
+    Context context;
+    attn::GaussianAttention<float>{GaussianKernel{.rows = rows}}.forward(in, out, context);
+    EXPECT_LT(relative_error(out, attend(reference::gaussian_kernel(16, {}, rows == Rows::normalized), to_reference(in)).out), 2e-6);
+  }
+}
+
 /// A row's bits must not depend on whether later queries, or keys, are far.
 TEST(FarTokens, ThatComeLaterChangeNoBit) {
   for (const Rows rows : {Rows::raw, Rows::normalized}) {

@@ -179,7 +179,10 @@ class BlockRunner {
   void find_far(Lanes& strip) const {
     strip.far = false;
     if (product_.space.center == nullptr) return;
-    for (Index i = 0; i < strip.lanes(); ++i) strip.far = strip.far || is_far(strip, i);
+    for (Index i = 0; i < strip.lanes(); ++i) {
+      if (i >= strip.count || !keeps(strip, i)) strip.query_bias[i] = 0;  // no query, which is nowhere
+      strip.far = strip.far || is_far(strip, i);
+    }
     if (!strip.far) return;
     for (Index i = 0; i < strip.lanes(); ++i) strip.norm[i] = -strip.query_bias[i];
     strip.far_queries = {strip.norm, strip.first, strip.lanes()};
