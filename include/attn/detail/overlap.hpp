@@ -93,7 +93,9 @@ class Memory {
     explicit Places(const Memory& memory) : run(memory.run_) {
       std::array<MemoryStep, 3> steps = memory.steps_;
       for (MemoryStep& step : steps) step.stride = step.count == 1 ? 0 : std::abs(step.stride);
-      std::sort(steps.begin(), steps.end(), [](const MemoryStep& a, const MemoryStep& b) { return a.stride < b.stride; });
+      for (const std::size_t i : {0U, 1U, 0U}) {  // in ascending order
+        if (steps[i].stride > steps[i + 1].stride) std::swap(steps[i], steps[i + 1]);
+      }
       for (const auto& [count, stride] : steps) append(count, stride);
       std::reverse(terms.begin(), terms.begin() + static_cast<std::ptrdiff_t>(used));
     }

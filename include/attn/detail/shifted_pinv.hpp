@@ -7,6 +7,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <concepts>
 
 namespace attn::detail {
 
@@ -29,19 +30,20 @@ void set_rounded(const MatrixRef<T>& to, const MatrixRef<double>& m) {
 
 /// Z - delta Z Z, Z that of IterativePinv: the core of the paper mode, and of the others where delta is 0. delta is a constant. In double
 /// but where delta is 0: Z Z takes the rounding of Z, and delta divides by tr(I - Z A), which may be as small as what float rounds away.
+/// Its members are templates of that one type, so that only programs that call them compile the kernels for it.
 struct ShiftedPinv {
   int iterations;
   double delta;
 
   /// x <- (Z - delta Z Z) x with delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is at most 1e-6 m, within [0, 1].
-  static ShiftedPinv of_paper(const MatrixRef<double>& a, const MatrixRef<double>& x, int iterations,
-                              Context& context) {
+  template <std::same_as<double> T>
+  static ShiftedPinv of_paper(const MatrixRef<T>& a, const MatrixRef<T>& x, int iterations, Context& context) {
     constexpr double kLeastTrace = 1e-6;
     const Index m = a.rows();
     Scratch scratch = context.scratch();
-    MatrixRef<double> z = scratch.matrix<double>(m, m), residual = scratch.matrix<double>(m, m);
-    IterativePinv{.iterations = iterations}.invert<double>(a, z, context);
-    gemm<double>(-1, z, a, 0, residual, context);
+    MatrixRef<T> z = scratch.matrix<T>(m, m), residual = scratch.matrix<T>(m, m);
+    IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
+    gemm<T>(-1, z, a, 0, residual, context);
     add_to_diagonal(residual, 1);
     double trace = 0, product = 0;
     for (Index i = 0; i < m; ++i) {
@@ -76,30 +78,32 @@ struct ShiftedPinv {
 
  private:
   /// x <- z x - delta z z x.
-  void multiply(const MatrixRef<double>& z, const MatrixRef<double>& x, Context& context) const {
+  template <std::same_as<double> T>
+  void multiply(const MatrixRef<T>& z, const MatrixRef<T>& x, Context& context) const {
     Scratch scratch = context.scratch();
-    MatrixRef<double> once = scratch.matrix<double>(x.rows(), x.cols());
-    gemm<double>(1, z, x, 0, once, context);
+    MatrixRef<T> once = scratch.matrix<T>(x.rows(), x.cols());
+    gemm<T>(1, z, x, 0, once, context);
     set_scaled(x, 1, once);
-    gemm<double>(-delta, z, once, 1, x, context);
+    gemm<T>(-delta, z, once, 1, x, context);
   }
 
   /// For y = t - delta z t, t = z x: dt = dx - delta z^T dx, dz = dt x^T - delta dx t^T, dx <- z^T dt.
-  void differentiate(const MatrixRef<double>& a, const MatrixRef<double>& x, const MatrixRef<double>& dx,
-                     const MatrixRef<double>& da, Context& context) const {
+  template <std::same_as<double> T>
+  void differentiate(const MatrixRef<T>& a, const MatrixRef<T>& x, const MatrixRef<T>& dx, const MatrixRef<T>& da,
+                     Context& context) const {
     Scratch scratch = context.scratch();
-    MatrixRef<double> z = scratch.matrix<double>(a.rows(), a.rows()), dz = scratch.matrix<double>(a.rows(), a.rows());
-    MatrixRef<double> once = scratch.matrix<double>(x.rows(), x.cols()),
-                      donce = scratch.matrix<double>(x.rows(), x.cols());
+    MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), dz = scratch.matrix<T>(a.rows(), a.rows());
+    MatrixRef<T> once = scratch.matrix<T>(x.rows(), x.cols()),
+                      donce = scratch.matrix<T>(x.rows(), x.cols());
     const IterativePinv pinv{.iterations = iterations};
-    pinv.invert<double>(a, z, context);
-    gemm<double>(1, z, x, 0, once, context);
+    pinv.invert<T>(a, z, context);
+    gemm<T>(1, z, x, 0, once, context);
     set_scaled(donce, 1, dx);
-    gemm<double>(-delta, transposed(z), dx, 1, donce, context);
-    gemm<double>(1, donce, transposed(x), 0, dz, context);
-    gemm<double>(-delta, dx, transposed(once), 1, dz, context);
-    gemm<double>(1, transposed(z), donce, 0, dx, context);
-    pinv.invert_backward<double>(a, dz, da, context);
+    gemm<T>(-delta, transposed(z), dx, 1, donce, context);
+    gemm<T>(1, donce, transposed(x), 0, dz, context);
+    gemm<T>(-delta, dx, transposed(once), 1, dz, context);
+    gemm<T>(1, transposed(z), donce, 0, dx, context);
+    pinv.invert_backward<T>(a, dz, da, context);
   }
 };
 
