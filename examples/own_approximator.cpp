@@ -25,16 +25,19 @@ int main() {
   const attn::SoftmaxAttention<float> softmax;
   const MeanPooling<float> pooling;
   const bool plain = attn::attention(pooling, q, alike, v).isApprox(attn::attention(softmax, q, alike, v), 1e-5f);
-  const bool masked = attn::attention(pooling, q, alike, v, mask).isApprox(attn::attention(softmax, q, alike, v, mask), 1e-5f);
+  const bool masked =
+      attn::attention(pooling, q, alike, v, mask).isApprox(attn::attention(softmax, q, alike, v, mask), 1e-5f);
 
   // As one of several methods of one type, chosen at run time
-  const std::vector<attn::AnyApproximator<float>> methods{attn::AnyApproximator<float>(softmax), attn::AnyApproximator<float>(pooling),
-                                                          attn::make_approximator<float>("skyformer", {.num_landmarks = 32})};
+  const std::vector<attn::AnyApproximator<float>> methods{
+      attn::AnyApproximator<float>(softmax), attn::AnyApproximator<float>(pooling),
+      attn::make_approximator<float>("skyformer", {.num_landmarks = 32})};
   for (const auto& method : methods) {
-    std::cout << method.name() << ": a mean magnitude of " << attn::attention(method, q, k, v).cwiseAbs().mean() << '\n';
+    std::cout << method.name() << ": a mean magnitude of " << attn::attention(method, q, k, v).cwiseAbs().mean()
+              << '\n';
   }
-  const bool same = attn::attention(methods[1], q, k, v) == attn::attention(pooling, q, k, v) &&
-                    methods[1].name() == "mean-pooling";
+  const bool same =
+      attn::attention(methods[1], q, k, v) == attn::attention(pooling, q, k, v) && methods[1].name() == "mean-pooling";
 
   // A training step: what the forward pass saves, and the gradients of a loss whose gradient by out is all ones
   attn::Context context;

@@ -14,7 +14,8 @@ int main() {
   attn::Matrix<float> serial(kTokens, kFeatures), parallel(kTokens, kFeatures);
 
   const ThreadExecutor threads(3);
-  attn::Context one, first{threads}, second{threads};  // a context serves one calling thread, its executor's threads serve all
+  attn::Context one, first{threads},
+      second{threads};  // a context serves one calling thread, its executor's threads serve all
   const attn::SoftmaxAttention<float> softmax;
   const attn::Skyformer<float> skyformer;
 
@@ -24,6 +25,7 @@ int main() {
   skyformer.forward({.q = q, .k = k, .v = v}, serial, one);
   skyformer.forward({.q = q, .k = k, .v = v}, parallel, second);
   const bool same = same_softmax && serial == parallel;
-  std::cout << first.workers() << " workers give " << (same ? "the same bits as one" : "other results than one") << '\n';
+  std::cout << first.workers() << " workers give " << (same ? "the same bits as one" : "other results than one")
+            << '\n';
   return same ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -8,8 +8,9 @@
 #include <iostream>
 #include <vector>
 
-/// Softmax in which long keys count less: exp((q.k - penalty |k|^2) / sqrt(d)), rows divided by their sum. A penalty of 0 is softmax,
-/// one of 1/2 the Gaussian kernel with normalized rows. The library applies bias(d) to |q|^2 as well, which the division cancels.
+/// Softmax in which long keys count less: exp((q.k - penalty |k|^2) / sqrt(d)), rows divided by their sum. A penalty of
+/// 0 is softmax, one of 1/2 the Gaussian kernel with normalized rows. The library applies bias(d) to |q|^2 as well,
+/// which the division cancels.
 struct PenalizedSoftmax {
   double penalty = 0.2;
 
@@ -35,7 +36,8 @@ double log_weight(const PenalizedSoftmax& kernel, const attn::Inputs<float>& in,
 }
 
 /// out and lse as kernel_matmul should give them, in double.
-void by_loop(const PenalizedSoftmax& kernel, const attn::Inputs<float>& in, attn::Matrix<double>& out, std::vector<double>& lse) {
+void by_loop(const PenalizedSoftmax& kernel, const attn::Inputs<float>& in, attn::Matrix<double>& out,
+             std::vector<double>& lse) {
   out.setZero();
   for (attn::Index i = 0; i < in.q.rows(); ++i) {
     double sum = 0;
@@ -52,7 +54,8 @@ void by_loop(const PenalizedSoftmax& kernel, const attn::Inputs<float>& in, attn
 /// The largest difference between n numbers.
 double difference(const float* actual, const double* expected, attn::Index n) {
   double largest = 0;
-  for (attn::Index i = 0; i < n; ++i) largest = std::max(largest, std::abs(static_cast<double>(actual[i]) - expected[i]));
+  for (attn::Index i = 0; i < n; ++i)
+    largest = std::max(largest, std::abs(static_cast<double>(actual[i]) - expected[i]));
   return largest;
 }
 
@@ -74,6 +77,7 @@ int main() {
   const double method = difference(by_method.data(), expected.data(), expected.size());
   const double primitive = difference(by_primitive.data(), expected.data(), expected.size());
   const double sums = difference(lse.data(), expected_lse.data(), 100);
-  std::cout << "largest difference: ExactAttention " << method << ", kernel_matmul " << primitive << ", its lse " << sums << '\n';
+  std::cout << "largest difference: ExactAttention " << method << ", kernel_matmul " << primitive << ", its lse "
+            << sums << '\n';
   return method < 1e-6 && primitive < 1e-6 && sums < 5e-6 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -9,8 +9,9 @@
 #include <span>
 #include <type_traits>
 
-/// The centres of clusters of the kept rows of q and k: rows drawn uniformly, then moved by steps of Lloyd's algorithm. Costs
-/// O(steps (n_q + n_k) m d). Landmarks need not be rows of q and k: every set of points gives an approximation from below.
+/// The centres of clusters of the kept rows of q and k: rows drawn uniformly, then moved by steps of Lloyd's algorithm.
+/// Costs O(steps (n_q + n_k) m d). Landmarks need not be rows of q and k: every set of points gives an approximation
+/// from below.
 struct ClusterCentres {
   attn::Index num_landmarks = 128;
   int steps = 3;
@@ -20,7 +21,7 @@ struct ClusterCentres {
   attn::MatrixRef<T> select(const attn::Inputs<T>& in, attn::Scratch& scratch) const {
     const attn::UniformSample start{.num_landmarks = num_landmarks, .seed = seed};
     attn::MatrixRef<T> centres = start.select(in, scratch);
-    if (centres.rows() == 0) return centres;  // no row is kept
+    if (centres.rows() == 0) return centres;     // no row is kept
     attn::Scratch temporary = scratch.nested();  // given back at the end, unlike centres
     attn::MatrixRef<T> sums = temporary.matrix<T>(centres.rows(), centres.cols());
     const std::span<attn::Index> counts = temporary.array<attn::Index>(centres.rows());
@@ -40,8 +41,8 @@ struct ClusterCentres {
  private:
   /// Adds each kept row to the sum of the centre that is nearest to it.
   template <class T>
-  static void assign(const attn::ConstMatrixRef<T>& rows, std::span<const std::uint8_t> keep, const attn::MatrixRef<T>& centres,
-                     attn::MatrixRef<T> sums, std::span<attn::Index> counts) {
+  static void assign(const attn::ConstMatrixRef<T>& rows, std::span<const std::uint8_t> keep,
+                     const attn::MatrixRef<T>& centres, attn::MatrixRef<T> sums, std::span<attn::Index> counts) {
     for (attn::Index i = 0; i < rows.rows(); ++i) {
       if (!keep.empty() && keep[static_cast<std::size_t>(i)] == 0) continue;
       attn::Index nearest = 0;
@@ -83,6 +84,7 @@ int main() {
   };
   const float uniform = error_with(attn::UniformSample{.num_landmarks = kLandmarks});
   const float centres = error_with(ClusterCentres{.num_landmarks = kLandmarks});
-  std::cout << "relative error with " << kLandmarks << " landmarks: drawn uniformly " << uniform << ", cluster centres " << centres << '\n';
+  std::cout << "relative error with " << kLandmarks << " landmarks: drawn uniformly " << uniform << ", cluster centres "
+            << centres << '\n';
   return centres < uniform ? EXIT_SUCCESS : EXIT_FAILURE;
 }

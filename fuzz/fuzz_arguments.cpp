@@ -100,7 +100,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   fuzz::Source source(data, size);
   const auto methods = attn::methods<float>();
   const auto method = methods[static_cast<std::size_t>(source.below(methods.size()))].make(draw_options(source));
-  const Index n_q = 1 + source.below(70), n_k = source.below(2) == 0 ? n_q : 1 + source.below(70), d = 1 + source.below(20);
+  const Index n_q = 1 + source.below(70), n_k = source.below(2) == 0 ? n_q : 1 + source.below(70),
+              d = 1 + source.below(20);
   const Index d_v = 1 + source.below(20);
   const auto draw = [&](Index rows, Index cols) { return View{source, nearly(source, rows), nearly(source, cols)}; };
   View q = draw(n_q, d), k = draw(n_k, d), v = draw(n_k, d_v), out = draw(n_q, d_v);

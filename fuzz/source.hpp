@@ -16,7 +16,9 @@ class Source {
   Source(const std::uint8_t* data, std::size_t size) : provider_(data, size) {}
 
   /// In [0, n); 0 once the bytes are used up.
-  attn::Index below(std::size_t n) { return static_cast<attn::Index>(provider_.ConsumeIntegralInRange<std::size_t>(0, n - 1)); }
+  attn::Index below(std::size_t n) {
+    return static_cast<attn::Index>(provider_.ConsumeIntegralInRange<std::size_t>(0, n - 1));
+  }
   attn::Index below(attn::Index n) { return below(static_cast<std::size_t>(n)); }
   attn::Index below(int n) { return below(static_cast<std::size_t>(n)); }
 

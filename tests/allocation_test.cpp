@@ -41,7 +41,8 @@ void count() noexcept {
 
 /// Whether this allocation, by any thread, is the one to fail.
 bool fails() noexcept {
-  return until_failure.load(std::memory_order_relaxed) >= 0 && until_failure.fetch_sub(1, std::memory_order_relaxed) == 0;
+  return until_failure.load(std::memory_order_relaxed) >= 0 &&
+         until_failure.fetch_sub(1, std::memory_order_relaxed) == 0;
 }
 
 /// Allocations, by any thread, while body runs.
@@ -230,13 +231,16 @@ class Calls {
   void run(Context& context) {
     for (const auto& [n_q, n_k] : {std::pair<Index, Index>{1, 1}, {3, kLongest}, {700, 900}, {900, 64}, {800, 800}}) {
       for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
-        run_exact({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, causal), bias(n_k)},
+        run_exact({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, causal),
+                   bias(n_k)},
                   context);
       }
-      run_skyformer(
-          {tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none), bias(n_k)},
+      run_skyformer({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k),
+                     masks(n_q, n_k, Causal::none), bias(n_k)},
+                    context);
+      run_methods(
+          {tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none)},
           context);
-      run_methods({tokens_.q.topRows(n_q), tokens_.k.topRows(n_k), tokens_.v.topRows(n_k), masks(n_q, n_k, Causal::none)}, context);
     }
     run_multi_head(2, 3, 4, context);
     run_multi_head(2, 3, 90, context);
@@ -291,7 +295,8 @@ class Calls {
     attn::SoftmaxAttention<T>{}.forward(in, out, context);
     attn::GaussianAttention<T>{}.forward(in, out, context);
     attn::GaussianAttention<T>(GaussianKernel{.rows = Rows::normalized}).forward(in, out, context);
-    attn::kernel_matmul(SoftmaxKernel{}, in, out, std::span<T>(lse_).first(static_cast<std::size_t>(in.q.rows())), context);
+    attn::kernel_matmul(SoftmaxKernel{}, in, out, std::span<T>(lse_).first(static_cast<std::size_t>(in.q.rows())),
+                        context);
     const auto n = static_cast<std::size_t>(in.q.rows());
     const attn::RowStates<T> states{std::span<T>(maximum_).first(n), std::span<T>(sum_).first(n), out};
     attn::kernel_matmul_partial(SoftmaxKernel{}, in, states, context);
@@ -434,7 +439,8 @@ class OutOfMemory : public test::MethodTest {
     method_.forward(in, out_, context, saved);
     method_.backward(in, out_, dout_, saved, {dq_, dk_, dv_}, context);
     const auto heads = [](auto* data) { return attn::token_major(data, 4, kLength / 4, 2, kWidth / 2); };
-    attn::multi_head(method_, heads(x_.q.data()), heads(x_.k.data()), heads(x_.v.data()), heads(heads_out_.data()), {}, context);
+    attn::multi_head(method_, heads(x_.q.data()), heads(x_.k.data()), heads(x_.v.data()), heads(heads_out_.data()), {},
+                     context);
   }
 
   void expect_usable_after_failures(const auto& executor) {
@@ -447,7 +453,8 @@ class OutOfMemory : public test::MethodTest {
       train(context, of_training);
       const bool same = out == out_ && dq == dq_ && dk == dk_ && dv == dv_ && heads_out == heads_out_;
       if (!same) throw std::runtime_error("other results than before");
-      if (context.workers() == 1 && context.scratch_bytes() != scratch_bytes) throw std::runtime_error("other scratch memory");
+      if (context.workers() == 1 && context.scratch_bytes() != scratch_bytes)
+        throw std::runtime_error("other scratch memory");
     });
   }
 

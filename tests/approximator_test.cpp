@@ -18,20 +18,21 @@ using test::Index;
 using test::Inputs;
 using test::Matrix;
 
-// Here rather than beside each method, where every program would compile them: a twentieth of what Eigen's header takes.
+// Here rather than beside each method, where every program would compile them: a twentieth of what Eigen's header
+// takes.
 template <class T>
-constexpr bool kEveryMethodIsOne = Approximator<attn::SoftmaxAttention<T>> && Approximator<attn::GaussianAttention<T>> &&
-                                   Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> &&
-                                   Approximator<attn::Skyformer<T>> && Approximator<attn::LiftedSoftmax<T>> &&
-                                   Approximator<attn::AnyApproximator<T>>;
+constexpr bool kEveryMethodIsOne =
+    Approximator<attn::SoftmaxAttention<T>> && Approximator<attn::GaussianAttention<T>> &&
+    Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> && Approximator<attn::Skyformer<T>> &&
+    Approximator<attn::LiftedSoftmax<T>> && Approximator<attn::AnyApproximator<T>>;
 static_assert(kEveryMethodIsOne<float> && kEveryMethodIsOne<double>);
 static_assert(kEveryMethodIsOne<Eigen::half> && kEveryMethodIsOne<Eigen::bfloat16>);
 static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>>);
 template <class T>
 constexpr bool kEveryPartIsOne =
-    attn::Core<attn::RidgeInverse, T> && attn::Core<attn::IterativePinv, T> && attn::Core<attn::PreconditionedPinv, T> &&
-    attn::JointLandmarks<attn::UniformSample, T> && attn::JointLandmarks<attn::StridedSample, T> &&
-    attn::SplitLandmarks<attn::SegmentMeans, T>;
+    attn::Core<attn::RidgeInverse, T> && attn::Core<attn::IterativePinv, T> &&
+    attn::Core<attn::PreconditionedPinv, T> && attn::JointLandmarks<attn::UniformSample, T> &&
+    attn::JointLandmarks<attn::StridedSample, T> && attn::SplitLandmarks<attn::SegmentMeans, T>;
 static_assert(kEveryPartIsOne<float> && kEveryPartIsOne<double>);
 static_assert(!Approximator<int> && !Approximator<attn::SoftmaxKernel>);
 static_assert(std::is_trivially_copyable_v<attn::SoftmaxAttention<float>>);

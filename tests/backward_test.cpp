@@ -197,7 +197,8 @@ TYPED_TEST(Backward, WithoutTheBiasesGradientTheOthersAreTheSame) {
         std::vector<T> lse(static_cast<std::size_t>(shape.n_q));
         attn::kernel_matmul(kernel, in, out, std::span<T>(lse), context);
         for (Matrix<T>* m : {&found.dq, &found.dk, &found.dv}) m->setConstant(test::kNaN<T>);
-        attn::kernel_matmul_backward(kernel, in, out, std::span<const T>(lse), dout, {found.dq, found.dk, found.dv}, context);
+        attn::kernel_matmul_backward(kernel, in, out, std::span<const T>(lse), dout, {found.dq, found.dk, found.dv},
+                                     context);
         EXPECT_TRUE(bitwise_equal(found, expected));
       }
     }
@@ -300,7 +301,8 @@ TEST(Gradients, OfEveryMethodAreItsDerivatives) {
   }
 }
 
-/// Many more landmarks than their kernel matrix has directions: since the method is exact, its gradients are those of exact attention.
+/// Many more landmarks than their kernel matrix has directions: since the method is exact, its gradients are those of
+/// exact attention.
 TYPED_TEST(Backward, OfSkyformerLeavesOutDirectionsThatAreZeroButForRounding) {
   using T = TypeParam;
   Context context;
@@ -308,8 +310,8 @@ TYPED_TEST(Backward, OfSkyformerLeavesOutDirectionsThatAreZeroButForRounding) {
   const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
   const Matrix<T> dout = random_dout(in, 229);
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
-    const auto expected = reference::attend_backward(reference::gaussian_kernel(8, {}, rows == Rows::normalized), test::to_reference(in),
-                                                     dout.template cast<double>());
+    const auto expected = reference::attend_backward(reference::gaussian_kernel(8, {}, rows == Rows::normalized),
+                                                     test::to_reference(in), dout.template cast<double>());
     for (const double gamma : {0.0, 1e-6}) {
       const attn::Skyformer<T> method({.num_landmarks = 400}, {.gamma = gamma}, {.rows = rows});
       typename attn::Skyformer<T>::Saved saved;
@@ -333,7 +335,8 @@ Written<T> train_with_bias(const Method& method, const Inputs<T>& in, const Matr
   method.forward(in, out, context, saved);
   const attn::Gradients<T> gradients{to.dq, to.dk, to.dv};
   if constexpr (requires { method.backward(in, out, dout, saved, gradients, std::span<T>{}, context); }) {
-    method.backward(in, out, dout, saved, gradients, std::span<T>(to.dbias.data(), static_cast<std::size_t>(in.k.rows())), context);
+    method.backward(in, out, dout, saved, gradients,
+                    std::span<T>(to.dbias.data(), static_cast<std::size_t>(in.k.rows())), context);
   } else {
     method.backward(in, out, dout, saved, gradients, context);
   }
@@ -343,7 +346,9 @@ Written<T> train_with_bias(const Method& method, const Inputs<T>& in, const Matr
 template <class T, class U>
 void expect_near(const Written<T>& found, const Written<U>& expected, double tolerance) {
   const auto expect = [&](const Matrix<T>& a, const Matrix<U>& b, const char* name) {
-    EXPECT_LE((a.template cast<double>() - b.template cast<double>()).norm(), tolerance * b.template cast<double>().norm()) << name;
+    EXPECT_LE((a.template cast<double>() - b.template cast<double>()).norm(),
+              tolerance * b.template cast<double>().norm())
+        << name;
   };
   expect(found.dq, expected.dq, "dq");
   expect(found.dk, expected.dk, "dk");
@@ -365,7 +370,8 @@ TYPED_TEST(Backward, OfSkyformerKnowsACommonBias) {
     return train_with_bias(method, in, dout, context);
   };
   const double tolerance = sizeof(T) == 4 ? 2e-5 : 1e-11, large = sizeof(T) == 4 ? 80 : 600;
-  const attn::Skyformer<T> normalized({.num_landmarks = 24}, {}, {.rows = Rows::normalized}), raw({.num_landmarks = 24});
+  const attn::Skyformer<T> normalized({.num_landmarks = 24}, {}, {.rows = Rows::normalized}),
+      raw({.num_landmarks = 24});
   const attn::LiftedSoftmax<T> lifted({.num_landmarks = 24});
   for (const double common : {40.0, 89.0, 1e4, -1e4, 1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
     expect_near(with_bias(normalized, common), with_bias(normalized, 0), tolerance);
@@ -401,8 +407,10 @@ TEST(Gradients, OfSkyformerInFloatAreThoseInDoubleWhereTokensAreFarFromOneAnothe
       const Matrix<double> wide_dout = dout.cast<double>();
       const auto compare = [&]<class Inverse>(const Inverse& inverse) {
         const StridedSample landmarks{.num_landmarks = 24};
-        expect_near(train_with_bias(attn::Skyformer<float, StridedSample, Inverse>(landmarks, inverse, kernel), in, dout, context),
-                    train_with_bias(attn::Skyformer<double, StridedSample, Inverse>(landmarks, inverse, kernel), wide, wide_dout, context),
+        expect_near(train_with_bias(attn::Skyformer<float, StridedSample, Inverse>(landmarks, inverse, kernel), in,
+                                    dout, context),
+                    train_with_bias(attn::Skyformer<double, StridedSample, Inverse>(landmarks, inverse, kernel), wide,
+                                    wide_dout, context),
                     2e-4);
       };
       SCOPED_TRACE(std::to_string(deviation) + ", " + describe(in));
@@ -449,7 +457,8 @@ TEST(Gradients, OfGuardedDivisorsAreTheirDerivatives) {
   const auto divide = [&](const Tokens<double>& y) {
     Matrix<double> values(5, 4);
     values << y.v, y.v.col(2).cwiseAbs();
-    attn::detail::divide_rows<double>(kernel, attn::detail::sources(queries(y)), y.k, values, attn::MatrixRef<double>(out), context);
+    attn::detail::divide_rows<double>(kernel, attn::detail::sources(queries(y)), y.k, values,
+                                      attn::MatrixRef<double>(out), context);
   };
   divide(x);
   EXPECT_GT(out.cwiseAbs().maxCoeff(), 1e4) << "no divisor is guarded";
@@ -538,11 +547,13 @@ TYPED_TEST(BackwardOf, RawWeightsMayBeAsLargeAsNumbersAre) {
   using T = TypeParam;
   constexpr int kEnd = std::numeric_limits<T>::max_exponent;
   const Matrix<T> one = Matrix<T>::Ones(1, 1), zero = Matrix<T>::Zero(1, 1);
-  for (const double exponent : {0.5, 100.0, kEnd - 1.0, kEnd - 0.6, kEnd - 0.4, kEnd - 0.1, kEnd + 0.1, kEnd + 1.5, 2.0 * kEnd, 1e6}) {
+  for (const double exponent :
+       {0.5, 100.0, kEnd - 1.0, kEnd - 0.6, kEnd - 0.4, kEnd - 0.1, kEnd + 0.1, kEnd + 1.5, 2.0 * kEnd, 1e6}) {
     const Matrix<T> k = Matrix<T>::Constant(1, 1, static_cast<T>(exponent));
     Matrix<T> dq(1, 1), dk(1, 1), dv(1, 1);
     Context context;
-    attn::kernel_matmul_backward(RawKernel{}, Inputs<T>{.q = one, .k = k, .v = zero}, zero, {}, one, {dq, dk, dv}, context);
+    attn::kernel_matmul_backward(RawKernel{}, Inputs<T>{.q = one, .k = k, .v = zero}, zero, {}, one, {dq, dk, dv},
+                                 context);
     if (exponent > kEnd) {
       EXPECT_EQ(dv(0, 0), test::kInf<T>) << exponent;
     } else {

@@ -73,8 +73,8 @@ struct Results {
   Matrix<float> out, dq, dk, dv;
 
   bool operator==(const Results& other) const {
-    return test::bitwise_equal(out, other.out) && test::bitwise_equal(dq, other.dq) && test::bitwise_equal(dk, other.dk) &&
-           test::bitwise_equal(dv, other.dv);
+    return test::bitwise_equal(out, other.out) && test::bitwise_equal(dq, other.dq) &&
+           test::bitwise_equal(dk, other.dk) && test::bitwise_equal(dv, other.dv);
   }
 };
 
@@ -140,7 +140,8 @@ TEST(ConcurrencyOfHeads, SharesHeadsOverThreads) {
   const auto method = attn::make_approximator<float>("nystrom", {.num_landmarks = 12});
   const auto run = [&](Context& context) {
     Matrix<float> out(kTokens, kHeads * kWidth);
-    attn::multi_head(method, part(0), part(1), part(2), attn::token_major(out.data(), 1, kTokens, kHeads, kWidth), {}, context);
+    attn::multi_head(method, part(0), part(1), part(2), attn::token_major(out.data(), 1, kTokens, kHeads, kWidth), {},
+                     context);
     return out;
   };
   Context serial, context{ThreadExecutor(3)};

@@ -217,7 +217,8 @@ TEST(Scratch, IsAlignedAndDisjoint) {
     std::fill(arrays[i].begin(), arrays[i].end(), static_cast<double>(i));
   }
   for (std::size_t i = 0; i < arrays.size(); ++i) {
-    EXPECT_TRUE(std::all_of(arrays[i].begin(), arrays[i].end(), [&](double x) { return x == static_cast<double>(i); })) << i;
+    EXPECT_TRUE(std::all_of(arrays[i].begin(), arrays[i].end(), [&](double x) { return x == static_cast<double>(i); }))
+        << i;
   }
 }
 

@@ -24,7 +24,9 @@ template <class T>
 struct Halved {
   void check(std::string_view) const {}
   void apply(test::MatrixRef<T>, test::MatrixRef<T> x, Context&) const { x /= 2; }
-  void backward(test::MatrixRef<T>, test::MatrixRef<T>, test::MatrixRef<T> dx, test::MatrixRef<T>, Context&) const { dx /= 2; }
+  void backward(test::MatrixRef<T>, test::MatrixRef<T>, test::MatrixRef<T> dx, test::MatrixRef<T>, Context&) const {
+    dx /= 2;
+  }
 };
 template <class T>
 struct HalvedSymmetric : Halved<T> {
@@ -79,7 +81,8 @@ TYPED_TEST(CoreOf, PreconditionedPinvFollowsItsIteration) {
       SCOPED_TRACE(std::to_string(m) + ", " + std::to_string(iterations) + " iterations");
       const reference::Matrix a = landmark_kernel(m, 43), x = test::Random(44).normal(m, 20);
       const Matrix<T> y = apply<T>(PreconditionedPinv{.gamma = 0.1, .iterations = iterations}, a, x, context);
-      EXPECT_LE(test::relative_error(y, reference::preconditioned_pinv(a, 0.1, iterations) * x), sizeof(T) == 4 ? 1e-4 : 1e-12);
+      EXPECT_LE(test::relative_error(y, reference::preconditioned_pinv(a, 0.1, iterations) * x),
+                sizeof(T) == 4 ? 1e-4 : 1e-12);
     }
   }
 }
@@ -111,9 +114,11 @@ TYPED_TEST(CoreOf, IterativePinvFollowsItsIteration) {
 
 /// What a core's backward pass makes of a, x and dx, in matrices with so many columns of padding.
 template <class T, class Core>
-std::pair<Matrix<T>, Matrix<T>> backward(const Core& core, const reference::Matrix& a, const reference::Matrix& x, Index padding,
-                                         Context& context) {
-  const auto padded = [&](const reference::Matrix& m) { return test::Padded<T>(Matrix<T>(m.cast<T>()), padding, T(-7)); };
+std::pair<Matrix<T>, Matrix<T>> backward(const Core& core, const reference::Matrix& a, const reference::Matrix& x,
+                                         Index padding, Context& context) {
+  const auto padded = [&](const reference::Matrix& m) {
+    return test::Padded<T>(Matrix<T>(m.cast<T>()), padding, T(-7));
+  };
   test::Padded<T> of_a = padded(a), of_x = padded(x), dx = padded(x.array().sin()), da = padded(a);
   core.backward(of_a.view(), of_x.view(), dx.view(), da.view(), context);
   EXPECT_TRUE(of_a.padding_untouched() && of_x.padding_untouched() && dx.padding_untouched() && da.padding_untouched());
@@ -139,7 +144,9 @@ TEST(Core, PreconditionedPinvApproachesTheInverse) {
   Context context;
   const reference::Matrix a = landmark_kernel(40, 45), x = test::Random(46).normal(40, 8);
   const Matrix<double> exact = apply<double>(RidgeInverse{.gamma = 0.1}, a, x, context);
-  EXPECT_LE(test::relative_error(apply<double>(PreconditionedPinv{.gamma = 0.1, .iterations = 20}, a, x, context), exact), 1e-10);
+  EXPECT_LE(
+      test::relative_error(apply<double>(PreconditionedPinv{.gamma = 0.1, .iterations = 20}, a, x, context), exact),
+      1e-10);
 }
 
 /// exp(x_i y_j / 3) of numbers x, y, rows divided by their sums: positive, and singular but for a few directions.
@@ -149,8 +156,8 @@ reference::Matrix nearly_singular(Index m) {
   return a.array().colwise() / a.rowwise().sum().array();
 }
 
-/// What the iteration makes of I is Z itself. It stops once an element of Z is above 1 / (64 epsilon |A|_inf), far from the overflow that
-/// as many steps would end in.
+/// What the iteration makes of I is Z itself. It stops once an element of Z is above 1 / (64 epsilon |A|_inf), far from
+/// the overflow that as many steps would end in.
 TYPED_TEST(CoreOf, IterativePinvStaysFiniteForAnyNumberOfSteps) {
   using T = TypeParam;
   Context context;
@@ -222,7 +229,8 @@ TYPED_TEST(CoreOf, RidgeInverseLeavesOutSingularDirections) {
   }
 }
 
-/// Pivots of at most the size of the matrix times epsilon are 0 but for rounding, whatever the scale of the matrix; larger ones are not.
+/// Pivots of at most the size of the matrix times epsilon are 0 but for rounding, whatever the scale of the matrix;
+/// larger ones are not.
 TYPED_TEST(CoreOf, RidgeInverseTellsSmallPivotsFromRounding) {
   using T = TypeParam;
   constexpr double kEpsilon = std::numeric_limits<T>::epsilon();
@@ -236,7 +244,8 @@ TYPED_TEST(CoreOf, RidgeInverseTellsSmallPivotsFromRounding) {
       const Matrix<T> y = apply<T>(RidgeInverse{.gamma = 0}, a, reference::Matrix::Ones(m, 3), context);
       for (Index i = 0; i < m; ++i) {
         const double expected = a(i, i) > tolerance ? 1 / a(i, i) : 0;
-        for (Index c = 0; c < 3; ++c) EXPECT_NEAR(static_cast<double>(y(i, c)), expected, 1e-5 * expected) << i << " of " << m;
+        for (Index c = 0; c < 3; ++c)
+          EXPECT_NEAR(static_cast<double>(y(i, c)), expected, 1e-5 * expected) << i << " of " << m;
       }
     }
   }
@@ -283,7 +292,8 @@ TYPED_TEST(CoreOf, RidgeInverseOfNothingIsNothing) {
   using T = TypeParam;
   Context context;
   const reference::Matrix zero = reference::Matrix::Zero(70, 70);
-  EXPECT_TRUE((apply<T>(RidgeInverse{.gamma = 0}, zero, reference::Matrix::Ones(70, 2), context).array() == T(0)).all());
+  EXPECT_TRUE(
+      (apply<T>(RidgeInverse{.gamma = 0}, zero, reference::Matrix::Ones(70, 2), context).array() == T(0)).all());
 }
 
 /// What depends on a NaN is NaN, whether or not pivots are chosen.
@@ -309,8 +319,8 @@ TYPED_TEST(CoreOf, RidgeInverseHasTheGradientsOfWhatItKeeps) {
   a(50, 3) = a(3, 50) = 1;  // a duplicate
   const Matrix<T> ones = Matrix<T>::Ones(m, 2);
   Matrix<T> matrix = a.cast<T>(), x = ones, dx = T(2) * ones, da(m, m);
-  RidgeInverse{.gamma = 0}.backward(attn::MatrixRef<T>(matrix), attn::MatrixRef<T>(x), attn::MatrixRef<T>(dx), attn::MatrixRef<T>(da),
-                                    context);
+  RidgeInverse{.gamma = 0}.backward(attn::MatrixRef<T>(matrix), attn::MatrixRef<T>(x), attn::MatrixRef<T>(dx),
+                                    attn::MatrixRef<T>(da), context);
   reference::Matrix kept = reference::Matrix::Ones(m, 1);
   kept(50, 0) = 0;
   EXPECT_LE(test::relative_error(dx, 2 * kept.replicate(1, 2)), 1e-6);

@@ -41,7 +41,8 @@ struct Problem {
     for (Index i = 0; i < v.rows(); ++i) {
       for (Index t = 0; t < taps; ++t) {
         const Index j = i + t - (taps - 1) / 2;
-        if (j < 0 || j >= v.rows() || !reference::kept(mask.keep_key, j) || !reference::kept(mask.keep_query, i)) continue;
+        if (j < 0 || j >= v.rows() || !reference::kept(mask.keep_key, j) || !reference::kept(mask.keep_query, i))
+          continue;
         out.row(i) += static_cast<double>(filter[static_cast<std::size_t>(t)]) * v.row(j).template cast<double>();
       }
     }
@@ -64,7 +65,8 @@ TYPED_TEST(DepthwiseConvOf, AddsItsDefinition) {
   for (const Index n : {1, 2, 33, 255, 256, 257, 700}) {
     for (const Index taps : {1, 3, 33, 35}) {
       const Problem<TypeParam> p(n, 5, taps);
-      EXPECT_LE(test::relative_error(p.convolved(context), p.defined()), kTolerance<TypeParam>) << n << " rows, " << taps << " taps";
+      EXPECT_LE(test::relative_error(p.convolved(context), p.defined()), kTolerance<TypeParam>)
+          << n << " rows, " << taps << " taps";
     }
   }
 }
@@ -93,7 +95,8 @@ TYPED_TEST(DepthwiseConvOf, BitwiseEqualWhateverTheWorkersAndStrides) {
   const Problem<T> p(1000, 12, 35);
   Context serial;
   const Matrix<T> expected = p.convolved(serial);
-  for (auto& [name, context] : test::contexts()) EXPECT_TRUE(test::bitwise_equal(p.convolved(context), expected)) << name;
+  for (auto& [name, context] : test::contexts())
+    EXPECT_TRUE(test::bitwise_equal(p.convolved(context), expected)) << name;
   Padded<T> v(p.v, 3, test::kNaN<T>), out(p.before, 5, T(-7));
   attn::depthwise_conv(v.view(), p.filter, out.view(), serial);
   EXPECT_TRUE(test::bitwise_equal(out.matrix(), expected));
@@ -110,14 +113,19 @@ TYPED_TEST(NarrowDepthwiseConv, RoundsItsSumsOnce) {
   const auto keep_key = test::random_keep(700, 0.6, 404), keep_query = test::random_keep(700, 0.7, 405);
   Context context;
   for (const Index n : {1, 33, 257, 700}) {
-    const auto first = [&](const std::vector<std::uint8_t>& all) { return std::span(all).first(static_cast<std::size_t>(n)); };
+    const auto first = [&](const std::vector<std::uint8_t>& all) {
+      return std::span(all).first(static_cast<std::size_t>(n));
+    };
     for (const Mask& mask : {Mask{}, Mask{.keep_key = first(keep_key), .keep_query = first(keep_query)}}) {
       const Problem<T> p(n, 21, 33);
-      EXPECT_LE(test::share_beyond_one_rounding<T>(p.convolved(context, mask), p.defined(mask)), test::kShareOfHardCases) << n;
+      EXPECT_LE(test::share_beyond_one_rounding<T>(p.convolved(context, mask), p.defined(mask)),
+                test::kShareOfHardCases)
+          << n;
     }
   }
   const Problem<T> p(700, 21, 33);
-  for (auto& [name, other] : test::contexts()) EXPECT_TRUE(test::bitwise_equal(p.convolved(other), p.convolved(context))) << name;
+  for (auto& [name, other] : test::contexts())
+    EXPECT_TRUE(test::bitwise_equal(p.convolved(other), p.convolved(context))) << name;
 }
 
 /// dv_j = before_j + sum_i filter_(j - i + 16) dout_i is the convolution with the filter turned round, and dfilter_t is
@@ -165,7 +173,8 @@ TYPED_TEST(NarrowDepthwiseConv, TakesViews) {
 }
 
 TEST(DepthwiseConv, RefusesWhatDoesNotFit) {
-  const auto error = [](Index rows, Index out_rows, Index out_cols, std::size_t taps, const Mask& mask = {}) -> std::string {
+  const auto error = [](Index rows, Index out_rows, Index out_cols, std::size_t taps,
+                        const Mask& mask = {}) -> std::string {
     const Matrix<float> v = Matrix<float>::Zero(rows, 4);
     Matrix<float> out = Matrix<float>::Zero(out_rows, out_cols);
     Context context;
@@ -187,13 +196,15 @@ TEST(DepthwiseConv, RefusesWhatDoesNotFit) {
   EXPECT_EQ(error(6, 6, 4, 3, {.keep_query = five}), "depthwise_conv: keep_query has 5 entries, v has 6 rows");
 }
 
-/// The convolution is linear in v and in the filter, so its gradients are its adjoints: dv.x = dout.(filter * x) for every x, and
-/// dfilter_t = dout.(e_t * v).
+/// The convolution is linear in v and in the filter, so its gradients are its adjoints: dv.x = dout.(filter * x) for
+/// every x, and dfilter_t = dout.(e_t * v).
 TYPED_TEST(DepthwiseConvOf, GradientsAreItsAdjoints) {
   using T = TypeParam;
   const auto keep = test::random_keep(300, 0.8, 404), keep_query = test::random_keep(300, 0.7, 405);
   for (const Index n : {1, 5, 300}) {
-    const auto first = [&](const std::vector<std::uint8_t>& all) { return std::span(all).first(static_cast<std::size_t>(n)); };
+    const auto first = [&](const std::vector<std::uint8_t>& all) {
+      return std::span(all).first(static_cast<std::size_t>(n));
+    };
     for (const Mask& mask : {Mask{}, Mask{.keep_key = first(keep), .keep_query = first(keep_query)}}) {
       const Problem<T> p(n, 7, 9), other(n, 7, 9);
       const Matrix<T> dout = test::Random(406).normal(n, 7).template cast<T>();
@@ -205,13 +216,16 @@ TYPED_TEST(DepthwiseConvOf, GradientsAreItsAdjoints) {
         Problem<T> probe(n, 7, 9);
         probe.before.setZero();
         probe.v = test::Random(407).normal(n, 7).template cast<T>();
-        const double added = ((dv - other.before).template cast<double>().array() * probe.v.template cast<double>().array()).sum();
-        EXPECT_NEAR(added, (probe.defined(mask).array() * dout.template cast<double>().array()).sum(), 100 * kTolerance<T> * dout.norm());
+        const double added =
+            ((dv - other.before).template cast<double>().array() * probe.v.template cast<double>().array()).sum();
+        EXPECT_NEAR(added, (probe.defined(mask).array() * dout.template cast<double>().array()).sum(),
+                    100 * kTolerance<T> * dout.norm());
         probe.v = p.v;
         for (std::size_t t = 0; t < 9; ++t) {
           probe.filter.assign(9, T(0));
           probe.filter[t] = 1;
-          EXPECT_NEAR(static_cast<double>(dfilter[t]), (probe.defined(mask).array() * dout.template cast<double>().array()).sum(),
+          EXPECT_NEAR(static_cast<double>(dfilter[t]),
+                      (probe.defined(mask).array() * dout.template cast<double>().array()).sum(),
                       100 * kTolerance<T> * dout.norm())
               << t;
         }

@@ -42,7 +42,8 @@ std::string error_of(const Method& method, const Call& call) {
   const Matrix<float> q = zeros(call.q), k = zeros(call.k), v = zeros(call.v);
   Matrix<float> out = zeros(call.out);
   Context context;
-  return error_of([&] { method.forward({.q = q, .k = k, .v = v, .mask = call.mask, .key_bias = call.key_bias}, out, context); });
+  return error_of(
+      [&] { method.forward({.q = q, .k = k, .v = v, .mask = call.mask, .key_bias = call.key_bias}, out, context); });
 }
 
 /// kernel_matmul with the interface of a method.
@@ -60,8 +61,8 @@ class ErrorsOf : public ::testing::Test {
     EXPECT_EQ(error_of(Method{}, call), std::string(Method::kName) + ": " + text);
   }
 };
-using Methods =
-    ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>, attn::Skyformer<float>, KernelMatmul>;
+using Methods = ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>, attn::Skyformer<float>,
+                                 KernelMatmul>;
 TYPED_TEST_SUITE(ErrorsOf, Methods);
 
 TYPED_TEST(ErrorsOf, ShapesThatDisagree) {
@@ -80,7 +81,9 @@ TYPED_TEST(ErrorsOf, EmptyMatrices) {
 }
 
 /// A view of a wrong size, as a Map of one is without Eigen's assertions.
-attn::ConstMatrixRef<float> sized(Index rows, Index cols) { return {nullptr, rows, cols, cols}; }
+attn::ConstMatrixRef<float> sized(Index rows, Index cols) {
+  return {nullptr, rows, cols, cols};
+}
 
 TYPED_TEST(ErrorsOf, NegativeSizes) {
   const Matrix<float> q = Matrix<float>::Zero(5, 4), k = Matrix<float>::Zero(6, 4), v = Matrix<float>::Zero(6, 3);
@@ -102,25 +105,38 @@ TEST(Errors, NegativeSizesElsewhere) {
   Matrix<float> to = x;
   std::vector<float> taps(3), few{};
   Context context;
-  EXPECT_EQ(error_of([&] { static_cast<void>(attn::attention(attn::make_approximator<float>("softmax"), sized(-3, 4), x, x)); }),
+  EXPECT_EQ(error_of([&] {
+              static_cast<void>(attn::attention(attn::make_approximator<float>("softmax"), sized(-3, 4), x, x));
+            }),
             "softmax: q is -3 x 4, should be at least 1 x 1");
   EXPECT_EQ(error_of([&] { static_cast<void>(attn::attention(attn::Nystrom<float>{}, x, x, sized(6, -4))); }),
             "nystrom: v is 6 x -4, should be at least 1 x 1");
-  EXPECT_EQ(error_of([&] { attn::depthwise_conv<float>(sized(-3, 4), taps, {nullptr, -3, 4, 4}, context); }),
+  EXPECT_EQ(error_of([&] {
+              attn::depthwise_conv<float>(sized(-3, 4), taps, {nullptr, -3, 4, 4}, context);
+            }),
             "depthwise_conv: v is -3 x 4, should be at least 1 x 1");
   const attn::RowStates<float> negative{few, few, {nullptr, 6, -4, 4}};
   EXPECT_EQ(error_of([&] { attn::merge(negative, negative); }), "merge: weighted is 6 x -4, should be at least 1 x 1");
-  EXPECT_EQ(error_of([&] { attn::finish(SoftmaxKernel{}, negative, 4, {nullptr, 6, -4, 4}); }),
+  EXPECT_EQ(error_of([&] {
+              attn::finish(SoftmaxKernel{}, negative, 4, {nullptr, 6, -4, 4});
+            }),
             "finish: out is 6 x -4, should be at least 1 x 1");
   const attn::ApproximatorOperator<attn::Nystrom<float>> op(attn::Nystrom<float>{}, x, x);
   EXPECT_EQ(error_of([&] { op.apply(sized(-3, 4), to, context); }), "nystrom: v is -3 x 4, should be at least 1 x 1");
-  EXPECT_EQ(error_of([&] { op.apply_transpose(sized(-3, 4), to, context); }), "approximator operator: x is -3 x 4, should be 6 x 4");
-  EXPECT_EQ(error_of([&] { op.apply_transpose(x, {nullptr, 6, -4, 4}, context); }),
+  EXPECT_EQ(error_of([&] { op.apply_transpose(sized(-3, 4), to, context); }),
+            "approximator operator: x is -3 x 4, should be 6 x 4");
+  EXPECT_EQ(error_of([&] {
+              op.apply_transpose(x, {nullptr, 6, -4, 4}, context);
+            }),
             "approximator operator: v is 6 x -4, should be at least 1 x 1");
-  EXPECT_EQ(error_of([&] { attn::Difference(op, op).apply(x, {nullptr, -3, 4, 4}, context); }), "nystrom: out is -3 x 4, should be 6 x 4");
+  EXPECT_EQ(error_of([&] {
+              attn::Difference(op, op).apply(x, {nullptr, -3, 4, 4}, context);
+            }),
+            "nystrom: out is -3 x 4, should be 6 x 4");
 }
 
-/// A landmark policy of a user's that gives matrices of zeros of these shapes: for 6 queries, for 5 keys, and for both together.
+/// A landmark policy of a user's that gives matrices of zeros of these shapes: for 6 queries, for 5 keys, and for both
+/// together.
 struct AnyLandmarks {
   std::pair<Index, Index> of_queries{2, 4}, of_keys{2, 4}, of_both{2, 4};
   Index num_landmarks = 2;
@@ -157,15 +173,20 @@ TEST(Errors, LandmarksOfAUsersPolicy) {
   EXPECT_EQ(landmark_errors<float>({.of_queries = {3, 4}}).first, counts);
   EXPECT_EQ(landmark_errors<double>({.of_queries = {3, 4}}).first, counts);
   EXPECT_EQ(landmark_errors<Eigen::half>({.of_queries = {3, 4}}).first, counts);
-  EXPECT_EQ(landmark_errors<float>({.of_keys = {2, 3}}).first, "nystrom: landmarks of k are 2 x 3, should be at least 1 x 4");
-  EXPECT_EQ(landmark_errors<float>({.of_queries = {2, 5}}).first, "nystrom: landmarks of q are 2 x 5, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_keys = {2, 3}}).first,
+            "nystrom: landmarks of k are 2 x 3, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_queries = {2, 5}}).first,
+            "nystrom: landmarks of q are 2 x 5, should be at least 1 x 4");
   EXPECT_EQ(landmark_errors<float>({.of_queries = {0, 4}, .of_keys = {0, 4}}).first,
             "nystrom: landmarks of q are 0 x 4, should be at least 1 x 4");
-  EXPECT_EQ(landmark_errors<float>({.of_both = {2, 3}}).second, "skyformer: landmarks of q and k are 2 x 3, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_both = {2, 3}}).second,
+            "skyformer: landmarks of q and k are 2 x 3, should be at least 1 x 4");
   EXPECT_EQ(landmark_errors<Eigen::bfloat16>({.of_both = {9, 5}}).second,
             "skyformer: landmarks of q and k are 9 x 5, should be at least 1 x 4");
-  EXPECT_EQ(landmark_errors<double>({.of_both = {0, 4}}).second, "skyformer: landmarks of q and k are 0 x 4, should be at least 1 x 4");
-  EXPECT_EQ(landmark_errors<float>({.of_both = {-2, 4}}).second, "skyformer: landmarks of q and k are -2 x 4, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<double>({.of_both = {0, 4}}).second,
+            "skyformer: landmarks of q and k are 0 x 4, should be at least 1 x 4");
+  EXPECT_EQ(landmark_errors<float>({.of_both = {-2, 4}}).second,
+            "skyformer: landmarks of q and k are -2 x 4, should be at least 1 x 4");
   const std::vector<std::uint8_t> none(5, 0);
   EXPECT_EQ(landmark_errors<float>({.of_both = {0, 4}}, {.keep_key = none}).second, "no error");
   EXPECT_EQ(landmark_errors<float>({.of_both = {-2, 4}}, {.keep_key = none}).second,
@@ -262,14 +283,15 @@ TYPED_TEST(BackwardErrorsOf, WhatOtherInputsSaved) {
 
 static_assert(!std::is_same_v<attn::Skyformer<float>::Saved, attn::LiftedSoftmax<float>::Saved>);
 static_assert(!std::is_convertible_v<attn::LiftedSoftmax<float>::Saved, attn::Skyformer<float>::Saved>);
-static_assert(!std::is_convertible_v<attn::Nystrom<float, attn::SegmentMeans, attn::IterativePinv, GaussianKernel>::Saved,
-                                     attn::Nystrom<float>::Saved>);
+static_assert(
+    !std::is_convertible_v<attn::Nystrom<float, attn::SegmentMeans, attn::IterativePinv, GaussianKernel>::Saved,
+                           attn::Nystrom<float>::Saved>);
 static_assert(!std::is_convertible_v<attn::ShiftedNystrom<float>::Saved, attn::Nystrom<float>::Saved>);
 
 /// The error of a backward pass of one method after the forward pass of another, both erased, with inputs of their own.
 template <class T>
-std::string error_after(const attn::AnyApproximator<T>& forward, const attn::AnyApproximator<T>& backward, const Inputs<T>& then,
-                        const Inputs<T>& now) {
+std::string error_after(const attn::AnyApproximator<T>& forward, const attn::AnyApproximator<T>& backward,
+                        const Inputs<T>& then, const Inputs<T>& now) {
   typename attn::AnyApproximator<T>::Saved saved;
   Matrix<T> out(12, 3), dq(12, 4), dk(12, 4), dv(12, 3);
   const Matrix<T> dout = Matrix<T>::Ones(12, 3);
@@ -291,10 +313,12 @@ TEST(Errors, SavedWithOtherOptions) {
            ": it is not of a forward pass of these inputs";
   };
   for (const std::string name : {"nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
-    for (const auto& [then, now] : {std::pair<Index, Index>{4, 8}, {8, 4}, {4, 40}, {40, 4}}) {  // at 40 two of them are exact
+    for (const auto& [then, now] :
+         {std::pair<Index, Index>{4, 8}, {8, 4}, {4, 40}, {40, 4}}) {  // at 40 two of them are exact
       EXPECT_EQ(error_after<float>(name, {.num_landmarks = then}, {.num_landmarks = now}), landmarks(name, then, now));
       EXPECT_EQ(error_after<double>(name, {.num_landmarks = then}, {.num_landmarks = now}), landmarks(name, then, now));
-      EXPECT_EQ(error_after<Eigen::half>(name, {.num_landmarks = then}, {.num_landmarks = now}), landmarks(name, then, now));
+      EXPECT_EQ(error_after<Eigen::half>(name, {.num_landmarks = then}, {.num_landmarks = now}),
+                landmarks(name, then, now));
     }
     EXPECT_EQ(error_after<float>(name, {.num_landmarks = 4}, {.num_landmarks = 4}), "no error");
   }
@@ -313,11 +337,13 @@ TEST(Errors, SavedWithOtherOptions) {
     EXPECT_EQ(error(name, [](auto& o) { o.gamma = 0.5; }), options(name));
   }
   EXPECT_EQ(error("skyformer", [](auto& o) { o.rows = Rows::normalized; }),
-            "skyformer: saved is of a forward pass with scale 0.5, bias 0.25 and normalized rows, should be of 0.5, 0.25 and raw");
+            "skyformer: saved is of a forward pass with scale 0.5, bias 0.25 and normalized rows, should be of 0.5, "
+            "0.25 and raw");
   EXPECT_EQ(error("skyformer", [](auto& o) { o.bandwidth = 0.5; }),
             "skyformer: saved is of a forward pass with scale 4, bias 2 and raw rows, should be of 0.5, 0.25 and raw");
   for (const std::string name : {"softmax", "nystrom", "shifted-nystrom", "lifted-softmax"}) {
-    EXPECT_NE(error(name, [](auto& o) { o.scale = 2.0; }).find("saved is of a forward pass with scale 2, bias 0"), std::string::npos);
+    EXPECT_NE(error(name, [](auto& o) { o.scale = 2.0; }).find("saved is of a forward pass with scale 2, bias 0"),
+              std::string::npos);
     EXPECT_EQ(error(name, [](auto& o) { o.scale = 0.5; }), "no error");  // which is the default's value
   }
   EXPECT_EQ(error("gaussian", [](auto& o) { o.rows = Rows::normalized; }),
@@ -340,12 +366,14 @@ TEST(Errors, SavedWithOtherMasksAndBiases) {
   };
   for (const std::string name : {"softmax", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
     const std::string refused = name + ": saved is of a forward pass with another mask";
-    EXPECT_EQ(error(name, with({.keep_key = keep, .keep_query = keep}), with({.keep_key = other, .keep_query = other})), refused);
+    EXPECT_EQ(error(name, with({.keep_key = keep, .keep_query = keep}), with({.keep_key = other, .keep_query = other})),
+              refused);
     EXPECT_EQ(error(name, with({}), with({.keep_key = other, .keep_query = other})), refused);
     EXPECT_EQ(error(name, with({.keep_key = keep, .keep_query = keep}), with({})), refused);
     EXPECT_EQ(error(name, with({.keep_key = all}), with({})), "no error");
   }
-  EXPECT_EQ(error("softmax", with({.causal = Causal::upper_left}), with({})), "softmax: saved is of a forward pass with another mask");
+  EXPECT_EQ(error("softmax", with({.causal = Causal::upper_left}), with({})),
+            "softmax: saved is of a forward pass with another mask");
   for (const std::string name : {"softmax", "skyformer", "lifted-softmax"}) {
     EXPECT_EQ(error(name, with({}, bias), with({})), name + ": saved is of a forward pass with key biases");
     EXPECT_EQ(error(name, with({}), with({}, bias)), name + ": saved is of a forward pass with no key biases");
@@ -386,11 +414,12 @@ TEST(Errors, SavedOfHeadsWithOtherLandmarks) {
   attn::multi_head(then, view(x), view(x), view(x), view(out), {}, context, saved);
   const auto backward = [&](const auto& method) {
     return error_of([&] {
-      attn::multi_head_backward(method, view(x), view(x), view(x), view(out), view(out), {}, saved, {view(dq), view(dk), view(dv)},
-                                context);
+      attn::multi_head_backward(method, view(x), view(x), view(x), view(out), view(out), {}, saved,
+                                {view(dq), view(dk), view(dv)}, context);
     });
   };
-  EXPECT_EQ(backward(now), "nystrom: saved holds 8 landmarks, should hold 4: it is not of a forward pass of these inputs");
+  EXPECT_EQ(backward(now),
+            "nystrom: saved holds 8 landmarks, should hold 4: it is not of a forward pass of these inputs");
   EXPECT_EQ(backward(then), "no error");
 }
 
@@ -401,7 +430,8 @@ TEST(Errors, WhatAnotherMethodSaved) {
   saved = saved_of(nystrom, {6, 6, 4, 3});
   EXPECT_EQ(backward_error_of(softmax, {}, saved), "softmax: saved is not of a forward pass of this method");
   EXPECT_EQ(backward_error_of(nystrom, {}, saved), "no error");
-  const auto skyformer = attn::make_approximator<float>("skyformer"), lifted = attn::make_approximator<float>("lifted-softmax");
+  const auto skyformer = attn::make_approximator<float>("skyformer"),
+             lifted = attn::make_approximator<float>("lifted-softmax");
   saved = saved_of(lifted, {6, 6, 4, 3});
   EXPECT_EQ(backward_error_of(skyformer, {}, saved), "skyformer: saved is not of a forward pass of this method");
   saved = saved_of(skyformer, {6, 6, 4, 3});
@@ -427,7 +457,9 @@ TEST(Errors, OfTheStreamedGradients) {
 
 TEST(Errors, KernelParameters) {
   const double nan = test::kNaN<double>, inf = test::kInf<double>;
-  const auto softmax = [](double scale) { return error_of(attn::SoftmaxAttention<float>(SoftmaxKernel{.scale = scale}), Call{}); };
+  const auto softmax = [](double scale) {
+    return error_of(attn::SoftmaxAttention<float>(SoftmaxKernel{.scale = scale}), Call{});
+  };
   EXPECT_EQ(softmax(nan), "softmax: scale is nan, should be finite");
   EXPECT_EQ(softmax(inf), "softmax: scale is inf, should be finite");
   EXPECT_EQ(softmax(0), "no error");
@@ -458,7 +490,9 @@ std::vector<std::string> kernel_errors_of(const Kernel& kernel) {
   using Landmarks = attn::Nystrom<T, attn::SegmentMeans, attn::IterativePinv, Kernel>;
   std::vector<std::string> errors{error_of([&] { attn::kernel_matmul(kernel, in, out, context); }),
                                   error_of([&] { attn::ExactAttention<T, Kernel>{kernel}.forward(in, out, context); }),
-                                  error_of([&] { Landmarks{{2}, {}, kernel}.forward(in, out, context); })};
+                                  error_of([&] {
+                                    Landmarks{{2}, {}, kernel}.forward(in, out, context);
+                                  })};
   if constexpr (std::is_same_v<Kernel, SoftmaxKernel>) {
     errors.push_back(error_of([&] { attn::ShiftedNystrom<T>{{2}, {}, kernel}.forward(in, out, context); }));
     errors.push_back(error_of([&] { attn::LiftedSoftmax<T>{{2}, {.gamma = 1e-3}, kernel}.forward(in, out, context); }));
@@ -498,14 +532,18 @@ TEST(Errors, KernelParametersThatTheComputingTypeDoesNotHold) {
   expect_all<double>(GaussianKernel{.bandwidth = 1e-20}, "no error");
   expect_all<double>(SoftmaxKernel{.scale = 1e150}, "no error");
   expect_all<double>(AnyKernel{1e39, 1e39}, "no error");
-  expect_all<Eigen::half>(AnyKernel{1, 1e6}, "no error");  // more than half holds, but not more than its arithmetic does
-  expect_all<double>(GaussianKernel{.bandwidth = 1e-160}, "bandwidth is 1e-160, should be at least 8.95838e-155 for arithmetic in double");
-  expect_all<double>(AnyKernel{1.5e308, 0}, "scale is 1.5e+308, should be at most 1.24607e+308 in magnitude for arithmetic in double");
+  expect_all<Eigen::half>(AnyKernel{1, 1e6},
+                          "no error");  // more than half holds, but not more than its arithmetic does
+  expect_all<double>(GaussianKernel{.bandwidth = 1e-160},
+                     "bandwidth is 1e-160, should be at least 8.95838e-155 for arithmetic in double");
+  expect_all<double>(AnyKernel{1.5e308, 0},
+                     "scale is 1.5e+308, should be at most 1.24607e+308 in magnitude for arithmetic in double");
 }
 
 TEST(Errors, TheSquareOfAScaleInSpectralShifting) {
   const auto error = [](attn::ShiftMode mode) {
-    return error_of(attn::ShiftedNystrom<float>({.num_landmarks = 2}, {.mode = mode}, {.scale = 1e20}), {.q = {6, 4}, .out = {6, 3}});
+    return error_of(attn::ShiftedNystrom<float>({.num_landmarks = 2}, {.mode = mode}, {.scale = 1e20}),
+                    {.q = {6, 4}, .out = {6, 3}});
   };
   EXPECT_EQ(error(attn::ShiftMode::row),
             "shifted-nystrom: scale is 1e+20, should be at most 2.17194e+19 in magnitude for arithmetic in float");
@@ -523,9 +561,12 @@ TEST(Errors, GammaThatTheComputingTypeDoesNotHold) {
     const Matrix<T> x = Matrix<T>::Ones(6, 4);
     Matrix<T> out(6, 4);
     Context context;
-    return error_of([&] { Skyformer<T, UniformSample, std::decay_t<decltype(core)>>{{2}, core}.forward({x, x, x}, out, context); });
+    return error_of([&] {
+      Skyformer<T, UniformSample, std::decay_t<decltype(core)>>{{2}, core}.forward({x, x, x}, out, context);
+    });
   };
-  const std::string text = "skyformer: gamma is 1e+39, should be at most 1.01412e+31 in magnitude for arithmetic in float";
+  const std::string text =
+      "skyformer: gamma is 1e+39, should be at most 1.01412e+31 in magnitude for arithmetic in float";
   EXPECT_EQ(error(float{}, PreconditionedPinv{.gamma = 1e39}), text);
   EXPECT_EQ(error(float{}, RidgeInverse{.gamma = 1e39}), text);
   EXPECT_EQ(error(Eigen::bfloat16{}, RidgeInverse{.gamma = 1e39}), text);
@@ -535,7 +576,8 @@ TEST(Errors, GammaThatTheComputingTypeDoesNotHold) {
   EXPECT_EQ(error(float{}, RidgeInverse{.gamma = test::kInf<double>}), "skyformer: gamma is inf, should be finite");
   EXPECT_EQ(error(float{}, OwnCore{}), "no error");
   EXPECT_EQ(error(float{}, OwnCore{{.iterations = 0}}), "skyformer: iterations is 0, should be at least 1");
-  EXPECT_EQ(error_of(attn::LiftedSoftmax<float>({}, RidgeInverse{.gamma = 1e39}), Call{}), "lifted-softmax" + text.substr(9));
+  EXPECT_EQ(error_of(attn::LiftedSoftmax<float>({}, RidgeInverse{.gamma = 1e39}), Call{}),
+            "lifted-softmax" + text.substr(9));
 }
 
 TEST(Errors, LengthOfLse) {
@@ -544,7 +586,8 @@ TEST(Errors, LengthOfLse) {
   std::vector<float> lse(5);
   Context context;
   EXPECT_EQ(error_of([&] {
-              attn::kernel_matmul(SoftmaxKernel{}, Inputs<float>{.q = q, .k = q, .v = v}, out, std::span<float>(lse), context);
+              attn::kernel_matmul(SoftmaxKernel{}, Inputs<float>{.q = q, .k = q, .v = v}, out, std::span<float>(lse),
+                                  context);
             }),
             "kernel_matmul: lse has 5 entries, q has 6 rows");
 }
@@ -555,7 +598,8 @@ TEST(Errors, RowStates) {
   std::vector<float> maximum(6), sum(6), few(5);
   Context context;
   const auto partial = [&](const attn::RowStates<float>& states) {
-    return error_of([&] { attn::kernel_matmul_partial(SoftmaxKernel{}, Inputs<float>{.q = q, .k = q, .v = v}, states, context); });
+    return error_of(
+        [&] { attn::kernel_matmul_partial(SoftmaxKernel{}, Inputs<float>{.q = q, .k = q, .v = v}, states, context); });
   };
   EXPECT_EQ(partial({maximum, sum, weighted}), "no error");
   EXPECT_EQ(partial({maximum, sum, narrow}), "kernel_matmul: weighted is 6 x 2, should be 6 x 3");
@@ -570,8 +614,10 @@ TEST(Errors, SkyformerParameters) {
             "skyformer: num_landmarks is 0, should be at least 1");
   EXPECT_EQ(error_of(Skyformer<float>(UniformSample{.num_landmarks = -3}), Call{}),
             "skyformer: num_landmarks is -3, should be at least 1");
-  EXPECT_EQ(error_of(Skyformer<float>({}, RidgeInverse{.gamma = -1}), Call{}), "skyformer: gamma is -1, should be at least 0");
-  EXPECT_EQ(error_of(Skyformer<float>({}, RidgeInverse{.gamma = nan}), Call{}), "skyformer: gamma is nan, should be at least 0");
+  EXPECT_EQ(error_of(Skyformer<float>({}, RidgeInverse{.gamma = -1}), Call{}),
+            "skyformer: gamma is -1, should be at least 0");
+  EXPECT_EQ(error_of(Skyformer<float>({}, RidgeInverse{.gamma = nan}), Call{}),
+            "skyformer: gamma is nan, should be at least 0");
   EXPECT_EQ(error_of(Skyformer<float>({}, {}, GaussianKernel{.bandwidth = 0.0}), Call{}),
             "skyformer: bandwidth is 0, should be positive and finite");
 }
@@ -592,7 +638,8 @@ TEST(Errors, ParametersOfThePreconditionedCore) {
 TEST(Errors, SkyformerIsNotCausal) {
   const Matrix<float> q = Matrix<float>::Zero(6, 4);
   for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {
-    EXPECT_EQ(error_of(attn::Skyformer<float>{}, {.mask = {.causal = causal}}), "skyformer: causal masks are not supported");
+    EXPECT_EQ(error_of(attn::Skyformer<float>{}, {.mask = {.causal = causal}}),
+              "skyformer: causal masks are not supported");
     EXPECT_FALSE(attn::Skyformer<float>{}.supports({.q = q, .k = q, .v = q, .mask = {.causal = causal}}));
   }
   EXPECT_TRUE(attn::Skyformer<float>{}.supports({.q = q, .k = q, .v = q}));

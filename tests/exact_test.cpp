@@ -31,10 +31,12 @@ using test::Tokens;
 static_assert(attn::Approximator<SoftmaxAttention<float>> && attn::Approximator<GaussianAttention<double>>);
 static_assert(SoftmaxAttention<float>::kName == "softmax" && GaussianAttention<float>::kName == "gaussian");
 
-/// forward on views that are wider than their rows, NaN in the inputs' padding; checks that out's padding stays as it was.
+/// forward on views that are wider than their rows, NaN in the inputs' padding; checks that out's padding stays as it
+/// was.
 template <class Method, class T = typename Method::Scalar>
 Matrix<T> forward_on_strided_views(const Method& method, const Tokens<T>& x, const attn::Mask& mask, Context& context) {
-  Padded<T> q(x.q, 3, test::kNaN<T>), k(x.k, 1, test::kNaN<T>), v(x.v, 5, test::kNaN<T>), out(x.q.rows(), x.v.cols(), 2, T(-7));
+  Padded<T> q(x.q, 3, test::kNaN<T>), k(x.k, 1, test::kNaN<T>), v(x.v, 5, test::kNaN<T>),
+      out(x.q.rows(), x.v.cols(), 2, T(-7));
   method.forward({.q = q.view(), .k = k.view(), .v = v.view(), .mask = mask}, out.view(), context);
   EXPECT_TRUE(out.padding_untouched());
   return out.matrix();
@@ -42,14 +44,16 @@ Matrix<T> forward_on_strided_views(const Method& method, const Tokens<T>& x, con
 
 template <class T>
 void expect_both_kernels_close(Family family, const Shape& shape) {
-  SCOPED_TRACE("n_q " + std::to_string(shape.n_q) + ", n_k " + std::to_string(shape.n_k) + ", d " + std::to_string(shape.d) +
-               ", d_v " + std::to_string(shape.d_v) + (sizeof(T) == 4 ? ", float" : ", double"));
+  SCOPED_TRACE("n_q " + std::to_string(shape.n_q) + ", n_k " + std::to_string(shape.n_k) + ", d " +
+               std::to_string(shape.d) + ", d_v " + std::to_string(shape.d_v) +
+               (sizeof(T) == 4 ? ", float" : ", double"));
   const Tokens<T> x = test::make_tokens<T>(family, shape, static_cast<std::uint64_t>(shape.d * 1000 + shape.d_v));
   const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
   Context context;
   const auto softmax = reference::softmax_kernel(shape.d), gaussian = reference::gaussian_kernel(shape.d);
   test::expect_close(forward_on_strided_views(SoftmaxAttention<T>{}, x, {}, context), attend(softmax, p), p, softmax);
-  test::expect_close(forward_on_strided_views(GaussianAttention<T>{}, x, {}, context), attend(gaussian, p), p, gaussian);
+  test::expect_close(forward_on_strided_views(GaussianAttention<T>{}, x, {}, context), attend(gaussian, p), p,
+                     gaussian);
 }
 
 /// Rows [first, first + count) of n are kept.
@@ -81,12 +85,15 @@ void expect_filled_rows(const Matrix<T>& m, const reference::Matrix& expected, c
   for (Index i = 0; i < m.rows(); ++i) EXPECT_TRUE(filled.holds(i) || (m.row(i).array() == T(0)).all()) << i;
 }
 
-/// Results and gradients under lower_right are those of the oracle for the filled rows alone, of which no mask drops any.
+/// Results and gradients under lower_right are those of the oracle for the filled rows alone, of which no mask drops
+/// any.
 template <class T, class Kernel>
 void expect_as_trimmed(const Kernel& kernel, const reference::Kernel& oracle, const Filled& queries, const Filled& keys,
                        double tolerance) {
   const auto x = test::make_tokens<double>(Family::init, {queries.n, keys.n, 9, 6}, 91);
-  const auto in_memory = [](const reference::Matrix& m, const Filled& filled) { return only_filled<T>(m.template cast<T>(), filled); };
+  const auto in_memory = [](const reference::Matrix& m, const Filled& filled) {
+    return only_filled<T>(m.template cast<T>(), filled);
+  };
   const Matrix<T> q = in_memory(x.q, queries), k = in_memory(x.k, keys), v = in_memory(x.v, keys);
   const Matrix<T> dout = in_memory(test::Random(92).normal(queries.n, 6), queries);
   const auto keep_key = keys.keep(), keep_query = queries.keep();
@@ -121,17 +128,17 @@ TYPED_TEST(LowerRight, CountsToTheLastKeptRows) {
   struct Case {
     Filled queries, keys;
   };
-  for (const auto& [queries, keys] : {Case{{4, 0, 4}, {10, 0, 7}},  // a cache that is not full
-                                      Case{{7, 0, 5}, {7, 0, 5}},   // one mask for both
-                                      Case{{6, 1, 3}, {10, 2, 5}},  // padding on both sides
-                                      Case{{40, 0, 40}, {30, 0, 20}},
-                                      Case{{300, 20, 250}, {700, 30, 500}},
-                                      Case{{1, 0, 1}, {3000, 0, 2100}}}) {
+  for (const auto& [queries, keys] :
+       {Case{{4, 0, 4}, {10, 0, 7}},  // a cache that is not full
+        Case{{7, 0, 5}, {7, 0, 5}},   // one mask for both
+        Case{{6, 1, 3}, {10, 2, 5}},  // padding on both sides
+        Case{{40, 0, 40}, {30, 0, 20}}, Case{{300, 20, 250}, {700, 30, 500}}, Case{{1, 0, 1}, {3000, 0, 2100}}}) {
     SCOPED_TRACE(std::to_string(keys.n) + " keys");
     expect_as_trimmed<TypeParam>(SoftmaxKernel{}, reference::softmax_kernel(9), queries, keys, kTolerance);
     for (const Rows rows : {Rows::raw, Rows::normalized}) {
-      expect_as_trimmed<TypeParam>(GaussianKernel{.rows = rows}, reference::gaussian_kernel(9, {}, rows == Rows::normalized), queries,
-                                   keys, kTolerance);
+      expect_as_trimmed<TypeParam>(GaussianKernel{.rows = rows},
+                                   reference::gaussian_kernel(9, {}, rows == Rows::normalized), queries, keys,
+                                   kTolerance);
     }
   }
 }
@@ -146,7 +153,8 @@ TEST(Scales, ThatVanishInTheTypeWeighAllKeysAlike) {
   for (const double bandwidth : {1e22, 1e200}) {
     GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth}}.forward(in, out, context);
     EXPECT_LE(test::relative_error(out, sums), 2e-6) << bandwidth;
-    GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth, .rows = Rows::normalized}}.forward(in, out, context);
+    GaussianAttention<float>{GaussianKernel{.bandwidth = bandwidth, .rows = Rows::normalized}}.forward(in, out,
+                                                                                                       context);
     EXPECT_LE(test::relative_error(out, means), 2e-6) << bandwidth;
   }
   SoftmaxAttention<float>{SoftmaxKernel{.scale = 1e-50}}.forward(in, out, context);
@@ -212,15 +220,17 @@ TEST(Exact, TakesItsKernelsParameters) {
   const auto x = test::make_tokens<double>(Family::unit, {40, 60, 16, 8});
   const reference::Problem p = test::to_reference<double>({.q = x.q, .k = x.k, .v = x.v});
   const SoftmaxAttention<double> softmax(SoftmaxKernel{.scale = 0.4});
-  EXPECT_LE(test::relative_error(attn::attention(softmax, x.q, x.k, x.v), attend(reference::softmax_kernel(16, 0.4), p).out),
-            1e-13);
+  EXPECT_LE(
+      test::relative_error(attn::attention(softmax, x.q, x.k, x.v), attend(reference::softmax_kernel(16, 0.4), p).out),
+      1e-13);
   const SoftmaxAttention<double> negative(SoftmaxKernel{.scale = -0.4});
-  EXPECT_LE(test::relative_error(attn::attention(negative, x.q, x.k, x.v), attend(reference::softmax_kernel(16, -0.4), p).out),
+  EXPECT_LE(test::relative_error(attn::attention(negative, x.q, x.k, x.v),
+                                 attend(reference::softmax_kernel(16, -0.4), p).out),
             1e-13);
   const GaussianAttention<double> gaussian(GaussianKernel{.bandwidth = 3.0, .rows = Rows::normalized});
-  EXPECT_LE(
-      test::relative_error(attn::attention(gaussian, x.q, x.k, x.v), attend(reference::gaussian_kernel(16, 3.0, true), p).out),
-      1e-13);
+  EXPECT_LE(test::relative_error(attn::attention(gaussian, x.q, x.k, x.v),
+                                 attend(reference::gaussian_kernel(16, 3.0, true), p).out),
+            1e-13);
 }
 
 template <class T>
@@ -251,10 +261,12 @@ TYPED_TEST(ExactOf, ACommonShiftLeavesGaussianAlone) {
   const Eigen::RowVectorX<T> shift = Eigen::RowVectorX<T>::LinSpaced(16, -1, 1);
   const Matrix<T> q = x.q.rowwise() + shift, k = x.k.rowwise() + shift;
   const Matrix<double> expected = attn::attention(GaussianAttention<T>{}, x.q, x.k, x.v).template cast<double>();
-  EXPECT_LE(test::relative_error(attn::attention(GaussianAttention<T>{}, q, k, x.v), expected), 10 * test::kExactTolerance<T>);
+  EXPECT_LE(test::relative_error(attn::attention(GaussianAttention<T>{}, q, k, x.v), expected),
+            10 * test::kExactTolerance<T>);
 }
 
-/// Far from the origin |q|^2 and |k|^2 are 10^4 times as large as |q - k|^2; the result is that of the inputs as they are stored.
+/// Far from the origin |q|^2 and |k|^2 are 10^4 times as large as |q - k|^2; the result is that of the inputs as they
+/// are stored.
 TYPED_TEST(ExactOf, GaussianKeepsItsDigitsFarFromTheOrigin) {
   using T = TypeParam;
   for (const Causal causal : {Causal::none, Causal::upper_left}) {
@@ -283,7 +295,8 @@ TEST(Exact, GaussianKeepsItsDigitsWhateverKeysAreKept) {
       const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_key = keep}};
       const auto kernel = reference::gaussian_kernel(16);
       const reference::Problem p = test::to_reference(in);
-      test::expect_close(attn::attention(GaussianAttention<float>{}, x.q, x.k, x.v, in.mask), attend(kernel, p), p, kernel);
+      test::expect_close(attn::attention(GaussianAttention<float>{}, x.q, x.k, x.v, in.mask), attend(kernel, p), p,
+                         kernel);
     }
   }
 }
@@ -310,7 +323,8 @@ TYPED_TEST(ExactOf, PaddedIsTrimmed) {
   const auto expect_padded_is_trimmed = [&](const auto& method) {
     const Matrix<T> padded = attn::attention(method, x.q, x.k, x.v, {.keep_key = keep, .keep_query = keep});
     const Matrix<T> trimmed = attn::attention(method, x.q.topRows(kKept), x.k.topRows(kKept), x.v.topRows(kKept));
-    EXPECT_LE(test::relative_error(Matrix<T>(padded.topRows(kKept)), trimmed.template cast<double>()), test::kExactTolerance<T>);
+    EXPECT_LE(test::relative_error(Matrix<T>(padded.topRows(kKept)), trimmed.template cast<double>()),
+              test::kExactTolerance<T>);
     EXPECT_TRUE((padded.bottomRows(kLength - kKept).array() == 0).all());
   };
   expect_padded_is_trimmed(SoftmaxAttention<T>{});
@@ -322,7 +336,8 @@ TYPED_TEST(ExactOf, EqualKeysGiveTheMeanOfTheValues) {
   const auto x = test::make_tokens<T>(Family::unit, {30, 700, 16, 12});
   const Matrix<T> k = x.k.row(0).replicate(700, 1);
   const Matrix<double> expected = x.v.template cast<double>().colwise().mean().replicate(30, 1);
-  EXPECT_LE(test::relative_error(attn::attention(SoftmaxAttention<T>{}, x.q, k, x.v), expected), 10 * test::kExactTolerance<T>);
+  EXPECT_LE(test::relative_error(attn::attention(SoftmaxAttention<T>{}, x.q, k, x.v), expected),
+            10 * test::kExactTolerance<T>);
 }
 
 TYPED_TEST(ExactOf, OneTokenIsItsOwnValue) {
@@ -344,7 +359,8 @@ TYPED_TEST(ExactOf, IsAccurateWhereScoresGrowAlongTheKeys) {
     x.k.col(0) = Eigen::VectorX<T>::LinSpaced(n_k, static_cast<T>(-top), static_cast<T>(top));
     const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
     const auto kernel = reference::softmax_kernel(1);
-    const double tolerance = test::kExactTolerance<T> + 4 * top * static_cast<double>(std::numeric_limits<T>::epsilon());
+    const double tolerance =
+        test::kExactTolerance<T> + 4 * top * static_cast<double>(std::numeric_limits<T>::epsilon());
     test::expect_close(attn::attention(SoftmaxAttention<T>{}, x.q, x.k, x.v), attend(kernel, p), p, kernel, tolerance);
   }
 }
@@ -392,7 +408,8 @@ TYPED_TEST(ExactOf, NormalizedGaussianIsRightFarFromTheKeys) {
   const GaussianAttention<T> method(GaussianKernel{.rows = Rows::normalized});
   const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
   const auto kernel = reference::gaussian_kernel(16, {}, true);
-  test::expect_close(attn::attention(method, x.q, x.k, x.v), attend(kernel, p), p, kernel, 200 * test::kExactTolerance<T>);
+  test::expect_close(attn::attention(method, x.q, x.k, x.v), attend(kernel, p), p, kernel,
+                     200 * test::kExactTolerance<T>);
 
   const Matrix<T> raw = attn::attention(GaussianAttention<T>{}, x.q, x.k, x.v);
   EXPECT_TRUE((raw.array() == T(0)).all()) << "exp(-3200) is 0";

@@ -30,7 +30,8 @@ TEST(Exp2, FloatIsAccurateOverItsWholeRange) {
   constexpr std::uint32_t kStride = 397;  // prime: meets every exponent and all kinds of mantissas
   double worst = 0;
   for (const float limit : {std::nextafter(128.0F, 0.0F), -126.0F}) {
-    const std::uint32_t sign = std::bit_cast<std::uint32_t>(limit) & 0x80000000U, end = std::bit_cast<std::uint32_t>(limit);
+    const std::uint32_t sign = std::bit_cast<std::uint32_t>(limit) & 0x80000000U,
+                        end = std::bit_cast<std::uint32_t>(limit);
     for (std::uint32_t bits = sign; bits <= end; bits += kStride) {
       worst = std::max(worst, ulp_error<double>(std::bit_cast<float>(bits)));
     }
@@ -90,8 +91,8 @@ TYPED_TEST(Exp2Of, IsExactlyZeroBelowItsRange) {
     const TypeParam y = exp2_scalar(x);
     EXPECT_TRUE(y == 0 || (y <= Limits::min() && x >= lowest_exponent - TypeParam(0.5))) << x << " gives " << y;
   }
-  for (const TypeParam x : {lowest_exponent - Limits::digits, 2 * lowest_exponent, TypeParam(-1e6), TypeParam(-1e30), Limits::lowest(),
-                            -Limits::infinity()}) {
+  for (const TypeParam x : {lowest_exponent - Limits::digits, 2 * lowest_exponent, TypeParam(-1e6), TypeParam(-1e30),
+                            Limits::lowest(), -Limits::infinity()}) {
     EXPECT_EQ(exp2_scalar(x), TypeParam(0)) << x;
   }
 }
@@ -105,7 +106,8 @@ TYPED_TEST(Exp2Of, IsInfiniteFromItsEndOnAndNoSooner) {
     EXPECT_GT(exp2_scalar(x), Limits::max() / 2) << x;
   }
   for (TypeParam x = kEnd; x < 5 * kEnd; x += TypeParam(0.25)) ASSERT_EQ(exp2_scalar(x), Limits::infinity()) << x;
-  for (const TypeParam x : {std::nextafter(kEnd, 2 * kEnd), TypeParam(1e6), TypeParam(1e20), Limits::max(), Limits::infinity()}) {
+  for (const TypeParam x :
+       {std::nextafter(kEnd, 2 * kEnd), TypeParam(1e6), TypeParam(1e20), Limits::max(), Limits::infinity()}) {
     EXPECT_EQ(exp2_scalar(x), Limits::infinity()) << x;
   }
 }
@@ -124,8 +126,8 @@ TYPED_TEST(Exp2Of, NaNStaysNaNWhateverItsPayload) {
   for (const Bits sign : {Bits(0), Bits(1) << (8 * sizeof(Bits) - 1)}) {
     for (Bits payload = 0; payload < 2048; ++payload) {
       EXPECT_TRUE(std::isnan(exp2_scalar(std::bit_cast<TypeParam>(quiet | sign | payload)))) << payload;
-      EXPECT_TRUE(std::isnan(
-          exp2_scalar(std::bit_cast<TypeParam>(quiet | sign | (payload << (std::numeric_limits<TypeParam>::digits - 14))))));
+      EXPECT_TRUE(std::isnan(exp2_scalar(
+          std::bit_cast<TypeParam>(quiet | sign | (payload << (std::numeric_limits<TypeParam>::digits - 14))))));
     }
   }
   EXPECT_TRUE(std::isnan(exp2_scalar(static_cast<TypeParam>(std::nan("123")))));

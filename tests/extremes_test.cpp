@@ -71,7 +71,8 @@ double distance_to_mean(const Matrix<T>& out, const Tokens<T>& x) {
 TEST_P(Extremes, TokensNearNothingAverageTheValues) {
   in_both_precisions([&]<class T>(T) {
     for (const T size : {T(0), std::numeric_limits<T>::denorm_min(), std::numeric_limits<T>::min(), T(1e-20)}) {
-      EXPECT_LE(distance_to_mean(forward(tokens_of_size(size)), tokens_of_size(size)), sizeof(T) == 4 ? 1e-4 : 1e-8) << size;
+      EXPECT_LE(distance_to_mean(forward(tokens_of_size(size)), tokens_of_size(size)), sizeof(T) == 4 ? 1e-4 : 1e-8)
+          << size;
     }
   });
 }
@@ -105,7 +106,8 @@ TEST_P(Extremes, LargeScoresGiveNothingLarge) {
       for (const Family family : {Family::unit, Family::self}) {
         const Tokens<T> x = tokens_of_size(size, family);
         for (const attn::Rows rows : {attn::Rows::raw, attn::Rows::normalized}) {
-          SCOPED_TRACE(std::to_string(static_cast<double>(size)) + (rows == attn::Rows::raw ? ", raw" : ", normalized"));
+          SCOPED_TRACE(std::to_string(static_cast<double>(size)) +
+                       (rows == attn::Rows::raw ? ", raw" : ", normalized"));
           const T largest = forward(x, {.rows = rows}).cwiseAbs().maxCoeff();
           EXPECT_LE(largest, static_cast<T>(kLength) * x.v.cwiseAbs().maxCoeff());  // false for NaN too
           if (size > T(1e2) && lifted) continue;
@@ -161,7 +163,8 @@ TEST(ExactExtremes, GaussianWeightsStayBelowOne) {
     EXPECT_LE(out.maxCoeff(), 1.0F) << n_k;
     EXPECT_GE(out.minCoeff(), 0.0F) << n_k;
     std::vector<float> lse(static_cast<std::size_t>(kLength));  // for which maxima are kept
-    attn::kernel_matmul(attn::GaussianKernel{}, test::Inputs<float>{.q = x.q, .k = k, .v = v}, out, std::span<float>(lse), context);
+    attn::kernel_matmul(attn::GaussianKernel{}, test::Inputs<float>{.q = x.q, .k = k, .v = v}, out,
+                        std::span<float>(lse), context);
     EXPECT_LE(out.maxCoeff(), 1.0F + 1e-5F) << n_k;
   }
 }
@@ -219,7 +222,8 @@ TEST(Million, TokensOfTwoKinds) {
   means.row(1) = v.bottomRows(kHalf).cast<double>().colwise().mean();
   for (const std::string name : {"nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
     const bool gaussian = name == "skyformer";
-    const auto kernel = gaussian ? reference::gaussian_kernel(kFeatures, {}, true) : reference::softmax_kernel(kFeatures);
+    const auto kernel =
+        gaussian ? reference::gaussian_kernel(kFeatures, {}, true) : reference::softmax_kernel(kFeatures);
     const reference::Matrix expected = attend(kernel, {kinds, kinds, means}).out;
     Context context;
     attn::make_approximator<float>(name, {.num_landmarks = 8, .gamma = 1e-5, .rows = attn::Rows::normalized})

@@ -1,4 +1,5 @@
-/// Tokens far from the others, or in groups that are: what Gaussian weights of pairs near each other lose by where they are measured from.
+/// Tokens far from the others, or in groups that are: what Gaussian weights of pairs near each other lose by where they
+/// are measured from.
 #include <attn/exact.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/skyformer.hpp>
@@ -31,27 +32,35 @@ void move_rows(Matrix<float>& x, Index first, Index step, float by) {
   for (Index i = first; i < x.rows(); i += step) x.row(i).array() += by;
 }
 
-/// The first key, or one whose share of the mean is as large; several first tokens; two groups; all tokens; far queries among far keys.
+/// The first key, or one whose share of the mean is as large; several first tokens; two groups; all tokens; far queries
+/// among far keys.
 std::vector<Move> moves() {
   return {
       {"first key", [](auto&, auto& k) { k.row(0).array() += 30.0F; }},
-      {"one key, very far", [](auto&, auto& k) { k.row(k.rows() / 2).array() += 30.0F * static_cast<float>(k.rows()); }},
+      {"one key, very far",
+       [](auto&, auto& k) { k.row(k.rows() / 2).array() += 30.0F * static_cast<float>(k.rows()); }},
       {"first token", [](auto& q, auto& k) { q.row(0).array() += 30.0F, k.row(0).array() += 30.0F; }},
       {"first four tokens", [](auto& q, auto& k) { q.topRows(4).array() += 50.0F, k.topRows(4).array() += 50.0F; }},
       {"two groups", [](auto& q, auto& k) { move_rows(q, 0, 2, 40), move_rows(k, 0, 2, 40); }},
-      {"three groups", [](auto& q, auto& k) { move_rows(q, 0, 3, 40), move_rows(k, 0, 3, 40), move_rows(q, 1, 3, -25), move_rows(k, 1, 3, -25); }},
-      {"a late group", [](auto& q, auto& k) { q.bottomRows(q.rows() / 2).array() += 40.0F, k.bottomRows(k.rows() / 4).array() += 40.0F; }},
+      {"three groups",
+       [](auto& q, auto& k) {
+         move_rows(q, 0, 3, 40), move_rows(k, 0, 3, 40), move_rows(q, 1, 3, -25), move_rows(k, 1, 3, -25);
+       }},
+      {"a late group",
+       [](auto& q, auto& k) {
+         q.bottomRows(q.rows() / 2).array() += 40.0F, k.bottomRows(k.rows() / 4).array() += 40.0F;
+       }},
       {"all tokens", [](auto& q, auto& k) { q.array() += 64.0F, k.array() += 64.0F; }},
   };
 }
-
 
 /// float, in every form of the product: many queries, few queries with split keys, few keys; with masks and biases.
 void expect_close_to_oracle(const Move& move, const GaussianKernel& kernel, Shape shape, Causal causal, bool biased) {
   Tokens<float> x = make_tokens<float>(Family::init, shape, 7);
   move.apply(x.q, x.k);
   std::vector<float> bias = biased ? random_key_bias<float>(shape.n_k, 0.1, 5) : std::vector<float>{};
-  for (std::size_t j = 0; j < bias.size(); ++j) bias[j] += j % 5 == 0 ? 1.0F : -100.0F;  // so much that near pairs are not told by scores
+  for (std::size_t j = 0; j < bias.size(); ++j)
+    bias[j] += j % 5 == 0 ? 1.0F : -100.0F;  // so much that near pairs are not told by scores
   const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}, .key_bias = bias};
   const auto p = to_reference(in);
   const auto oracle_kernel = reference::gaussian_kernel(x.q.cols(), kernel.bandwidth, kernel.rows == Rows::normalized);
@@ -68,7 +77,8 @@ void expect_close_to_oracle(const Move& move, const GaussianKernel& kernel, Shap
   method.backward(in, out, dout, saved, {dq, dk, dv}, context);
   const auto gradients = attend_backward(oracle_kernel, p, dout.cast<double>());
   EXPECT_LT(relative_error(dv, gradients.dv), 3e-6);
-  EXPECT_LT(relative_error(dq, gradients.dq), 1e-4);  // a sum of differences to keys, each as precise as its tokens' distance from the center
+  EXPECT_LT(relative_error(dq, gradients.dq),
+            1e-4);  // a sum of differences to keys, each as precise as its tokens' distance from the center
   EXPECT_LT(relative_error(dk, gradients.dk), 1e-4);
 }
 
@@ -79,7 +89,8 @@ TEST(FarTokens, TakeNoDigitsFromOthers) {
         for (const Shape shape : {Shape{300, 300, 16, 9}, Shape{20, 2600, 16, 9}, Shape{400, 60, 16, 9}}) {
           for (const bool biased : {false, true}) {
             SCOPED_TRACE(move.name + ", rows " + std::to_string(static_cast<int>(rows)) + ", causal " +
-                         std::to_string(static_cast<int>(causal)) + ", n_q " + std::to_string(shape.n_q) + (biased ? ", biased" : ""));
+                         std::to_string(static_cast<int>(causal)) + ", n_q " + std::to_string(shape.n_q) +
+                         (biased ? ", biased" : ""));
             expect_close_to_oracle(move, {.rows = rows}, shape, causal, biased);
           }
         }
@@ -88,7 +99,8 @@ TEST(FarTokens, TakeNoDigitsFromOthers) {
   }
 }
 
-/// Lanes without a query, and dropped queries, are in no place, however far the keys are from zero: nothing is read of them.
+/// Lanes without a query, and dropped queries, are in no place, however far the keys are from zero: nothing is read of
+/// them.
 TEST(FarTokens, AreNotThoseThatAreMissing) {
   Tokens<float> x = make_tokens<float>(Family::init, {13, 40, 16, 9}, 7);
   x.q.array() += 64.0F;
@@ -102,7 +114,9 @@ TEST(FarTokens, AreNotThoseThatAreMissing) {
     Matrix<float> out(13, 9);
     Context context;
     attn::GaussianAttention<float>{GaussianKernel{.rows = rows}}.forward(in, out, context);
-    EXPECT_LT(relative_error(out, attend(reference::gaussian_kernel(16, {}, rows == Rows::normalized), to_reference(in)).out), 2e-6);
+    EXPECT_LT(
+        relative_error(out, attend(reference::gaussian_kernel(16, {}, rows == Rows::normalized), to_reference(in)).out),
+        2e-6);
   }
 }
 
@@ -118,8 +132,10 @@ TEST(FarTokens, ThatComeLaterChangeNoBit) {
       Matrix<float> a(200, 9), b(200, 9);
       Context context;
       const attn::GaussianAttention<float> method{GaussianKernel{.rows = rows}};
-      method.forward({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::upper_left}, .key_bias = bias}, a, context);
-      method.forward({.q = y.q, .k = y.k, .v = y.v, .mask = {.causal = Causal::upper_left}, .key_bias = bias}, b, context);
+      method.forward({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::upper_left}, .key_bias = bias}, a,
+                     context);
+      method.forward({.q = y.q, .k = y.k, .v = y.v, .mask = {.causal = Causal::upper_left}, .key_bias = bias}, b,
+                     context);
       for (Index i = 0; i < 83; ++i) EXPECT_TRUE(same_row(a, b, i)) << "row " << i;
     }
   }
@@ -134,7 +150,8 @@ TEST(FarTokens, AmongLandmarksTakeNoDigits) {
       const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
       Matrix<float> out(128, 9);
       Context context;
-      attn::Skyformer<float, attn::StridedSample>{attn::StridedSample{.num_landmarks = 40}, {}, {.rows = rows}}.forward(in, out, context);
+      attn::Skyformer<float, attn::StridedSample>{attn::StridedSample{.num_landmarks = 40}, {}, {.rows = rows}}.forward(
+          in, out, context);
       const auto p = to_reference(in);
       const auto kernel = reference::gaussian_kernel(16, {}, rows == Rows::normalized);
       const auto inverse = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.1); };
@@ -156,7 +173,8 @@ TEST(FarTokens, QueriesFarFromEveryKey) {
     Matrix<float> out(200, 9);
     Context context;
     attn::GaussianAttention<float>{GaussianKernel{.rows = Rows::normalized}}.forward(in, out, context);
-    EXPECT_LT(relative_error(out, expected.out), 2e-6 + 1e-8 * std::abs(expected.lse.minCoeff())) << "exponents near " << expected.lse.mean();
+    EXPECT_LT(relative_error(out, expected.out), 2e-6 + 1e-8 * std::abs(expected.lse.minCoeff()))
+        << "exponents near " << expected.lse.mean();
   }
 }
 
@@ -171,7 +189,8 @@ TEST(LargeExponents, KeepTheirBound) {
       Context context;
       Matrix<float> out(150, 9);
       const auto expected = attend(reference::gaussian_kernel(d, h, true), p);
-      attn::GaussianAttention<float>{GaussianKernel{.bandwidth = h, .rows = Rows::normalized}}.forward(in, out, context);
+      attn::GaussianAttention<float>{GaussianKernel{.bandwidth = h, .rows = Rows::normalized}}.forward(in, out,
+                                                                                                       context);
       EXPECT_LT(relative_error(out, expected.out), 2e-6 + 1e-8 * std::abs(expected.lse.minCoeff()));
       const auto raw = attend(reference::gaussian_kernel(d, h), p);
       if (raw.lse.maxCoeff() < -60) continue;  // below what float holds

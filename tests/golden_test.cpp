@@ -1,4 +1,5 @@
-/// Outputs of an independent implementation in NumPy, in double. tests/data/goldens/cases.json lists them with their parameters.
+/// Outputs of an independent implementation in NumPy, in double. tests/data/goldens/cases.json lists them with their
+/// parameters.
 #include <attn/attn.hpp>
 
 #include "common/npy.hpp"
@@ -54,12 +55,15 @@ struct Arrays {
         k(npy::read_matrix<T>(golden.file("k"))),
         v(npy::read_matrix<T>(golden.file("v"))) {
     const std::string causal = golden.parameters.value("causal", "none");
-    mask.causal = causal == "upper_left" ? Causal::upper_left : causal == "lower_right" ? Causal::lower_right : Causal::none;
+    mask.causal = causal == "upper_left"    ? Causal::upper_left
+                  : causal == "lower_right" ? Causal::lower_right
+                                            : Causal::none;
     mask.keep_key = read_keep(golden, "keep_key", keep_key);
     mask.keep_query = read_keep(golden, "keep_query", keep_query);
   }
 
-  static std::span<const std::uint8_t> read_keep(const Golden& golden, const char* name, Matrix<std::uint8_t>& storage) {
+  static std::span<const std::uint8_t> read_keep(const Golden& golden, const char* name,
+                                                 Matrix<std::uint8_t>& storage) {
     const auto& inputs = golden.parameters.at("inputs");
     if (std::find(inputs.begin(), inputs.end(), name) == inputs.end()) return {};
     storage = npy::read_matrix<std::uint8_t>(golden.file(name));
@@ -76,7 +80,8 @@ std::optional<double> optional_number(const json& parameters, const char* name) 
 }
 
 GaussianKernel gaussian_kernel(const json& p) {
-  return {.bandwidth = optional_number(p, "bandwidth"), .rows = p.value("normalized", false) ? Rows::normalized : Rows::raw};
+  return {.bandwidth = optional_number(p, "bandwidth"),
+          .rows = p.value("normalized", false) ? Rows::normalized : Rows::raw};
 }
 
 template <class T>
@@ -84,11 +89,13 @@ Matrix<T> skyformer(const json& p, const Arrays<T>& in) {
   const attn::StridedSample landmarks{.num_landmarks = p.at("num_landmarks")};
   const double gamma = p.at("gamma");
   if (p.at("inverse") == "ridge") {
-    const attn::Skyformer<T, attn::StridedSample> method(landmarks, attn::RidgeInverse{.gamma = gamma}, gaussian_kernel(p));
+    const attn::Skyformer<T, attn::StridedSample> method(landmarks, attn::RidgeInverse{.gamma = gamma},
+                                                         gaussian_kernel(p));
     return attn::attention(method, in.q, in.k, in.v, in.mask);
   }
   const attn::PreconditionedPinv inverse{.gamma = gamma, .iterations = p.at("iterations")};
-  const attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv> method(landmarks, inverse, gaussian_kernel(p));
+  const attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv> method(landmarks, inverse,
+                                                                                 gaussian_kernel(p));
   return attn::attention(method, in.q, in.k, in.v, in.mask);
 }
 
@@ -104,7 +111,9 @@ Matrix<T> spectral_shift(const json& p, const Arrays<T>& in) {
   using attn::ShiftMode;
   const std::string mode = p.at("mode");
   const attn::SegmentMeans landmarks{.num_landmarks = p.at("num_landmarks")};
-  const attn::SpectralShift shift{.mode = mode == "paper" ? ShiftMode::paper : mode == "scalar" ? ShiftMode::scalar : ShiftMode::row,
+  const attn::SpectralShift shift{.mode = mode == "paper"    ? ShiftMode::paper
+                                          : mode == "scalar" ? ShiftMode::scalar
+                                                             : ShiftMode::row,
                                   .iterations = p.at("iterations"),
                                   .num_probes = p.at("num_probes")};
   return attn::attention(attn::ShiftedNystrom<T>(landmarks, shift), in.q, in.k, in.v, in.mask);
@@ -161,7 +170,8 @@ TEST_P(Goldens, InFloat) {
   EXPECT_LE(test::relative_error(run<float>(GetParam()), expected_), tolerance_in_float(GetParam()));
 }
 
-const std::vector<std::string> kMethods{"softmax", "gaussian", "nystrom", "spectral_shift", "skyformer", "lifted_softmax"};
+const std::vector<std::string> kMethods{"softmax",        "gaussian",  "nystrom",
+                                        "spectral_shift", "skyformer", "lifted_softmax"};
 
 INSTANTIATE_TEST_SUITE_P(NumPy, Goldens, ::testing::ValuesIn(goldens_of(kMethods)),
                          [](const auto& golden) { return golden.param.name(); });

@@ -25,7 +25,8 @@ using families::Tokens;
 inline std::vector<std::uint8_t> random_keep(Index n, double probability, std::uint64_t seed) {
   Random random(seed);
   std::vector<std::uint8_t> keep(static_cast<std::size_t>(n));
-  for (auto& x : keep) x = random.uniform() < probability ? static_cast<std::uint8_t>(1 + random.below(255)) : std::uint8_t{0};
+  for (auto& x : keep)
+    x = random.uniform() < probability ? static_cast<std::uint8_t>(1 + random.below(255)) : std::uint8_t{0};
   return keep;
 }
 
@@ -34,11 +35,13 @@ template <class T>
 std::vector<T> random_key_bias(Index n, double removed, std::uint64_t seed) {
   Random random(seed);
   std::vector<T> bias(static_cast<std::size_t>(n));
-  for (auto& x : bias) x = random.uniform() < removed ? -std::numeric_limits<T>::infinity() : static_cast<T>(random.normal());
+  for (auto& x : bias)
+    x = random.uniform() < removed ? -std::numeric_limits<T>::infinity() : static_cast<T>(random.normal());
   return bias;
 }
 
-/// Tokens along smooth curves: a kernel of theirs is of far lower rank, but for rounding, than they are many. v i.i.d. N(0, 1).
+/// Tokens along smooth curves: a kernel of theirs is of far lower rank, but for rounding, than they are many. v i.i.d.
+/// N(0, 1).
 template <class T>
 Tokens<T> curve_tokens(const Shape& s, std::uint64_t seed) {
   const Matrix<double> v = Random(seed).normal(s.n_k, s.d_v);

@@ -49,7 +49,8 @@ reference::Kernel to_reference(const OwnKernel& kernel, Index d) {
 }
 
 template <class T, class Kernel>
-void expect_matches(const Kernel& kernel, const Inputs<T>& in, Context& context, double tolerance = test::kExactTolerance<T>) {
+void expect_matches(const Kernel& kernel, const Inputs<T>& in, Context& context,
+                    double tolerance = test::kExactTolerance<T>) {
   const reference::Kernel expected_kernel = to_reference(kernel, in.q.cols());
   const reference::Problem p = test::to_reference(in);
   const reference::Result expected = attend(expected_kernel, p);
@@ -87,7 +88,8 @@ void expect_all_kernels_match(const Inputs<T>& in, Context& context) {
   }
 }
 
-using MaskCase = std::tuple<Causal, double, double, double>;  // causal, kept keys, kept queries, biases: removed share or none
+using MaskCase =
+    std::tuple<Causal, double, double, double>;  // causal, kept keys, kept queries, biases: removed share or none
 
 class Masks : public ::testing::TestWithParam<MaskCase> {
  protected:
@@ -96,7 +98,8 @@ class Masks : public ::testing::TestWithParam<MaskCase> {
     const auto [causal, kept_keys, kept_queries, removed] = GetParam();
     SCOPED_TRACE("n_q " + std::to_string(shape.n_q) + ", n_k " + std::to_string(shape.n_k));
     const auto x = test::make_tokens<T>(Family::unit, shape, 3);
-    const auto keep_key = test::random_keep(shape.n_k, kept_keys, 4), keep_query = test::random_keep(shape.n_q, kept_queries, 5);
+    const auto keep_key = test::random_keep(shape.n_k, kept_keys, 4),
+               keep_query = test::random_keep(shape.n_q, kept_queries, 5);
     const auto bias = test::random_key_bias<T>(shape.n_k, removed, 6);
     Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}};
     if (kept_keys < 1) in.mask.keep_key = keep_key;
@@ -108,7 +111,8 @@ class Masks : public ::testing::TestWithParam<MaskCase> {
 };
 
 TEST_P(Masks, OnEveryShape) {
-  for (const auto& [n_q, n_k] : {std::pair<Index, Index>{37, 150}, {150, 37}, {600, 100}, {301, 301}, {600, 1111}, {5, 3000}, {1, 1}}) {
+  for (const auto& [n_q, n_k] :
+       {std::pair<Index, Index>{37, 150}, {150, 37}, {600, 100}, {301, 301}, {600, 1111}, {5, 3000}, {1, 1}}) {
     check<float>({n_q, n_k, 16, 9});
     check<double>({n_q, n_k, 16, 9});
   }
@@ -125,7 +129,8 @@ TEST(KernelMatmul, SparseKeys) {
   for (const double kept : {0.01, 0.0}) {
     const auto keep = test::random_keep(2000, kept, 7);
     for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
-      expect_all_kernels_match<float>({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal, .keep_key = keep}}, context);
+      expect_all_kernels_match<float>({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal, .keep_key = keep}},
+                                      context);
     }
   }
 }
@@ -164,7 +169,8 @@ TEST(KernelMatmul, ALargeBiasMeetsALargeDistance) {
   bias[17] = 200;
   Context context;
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
-    expect_matches<float>(GaussianKernel{.rows = rows}, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context, 1e-4);
+    expect_matches<float>(GaussianKernel{.rows = rows}, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context,
+                          1e-4);
   }
 }
 
@@ -195,20 +201,22 @@ TYPED_TEST(KernelMatmulOf, TakesAKernelOfOnesOwn) {
   }
 }
 
-/// Three groups of tokens, apart in every feature, in numbers that T holds exactly: distances within a group have all their digits, though
-/// there is no origin that is near all.
+/// Three groups of tokens, apart in every feature, in numbers that T holds exactly: distances within a group have all
+/// their digits, though there is no origin that is near all.
 template <class T>
 Tokens<T> tokens_in_groups(const test::Shape& shape, T apart) {
   Tokens<T> x = test::make_tokens<T>(Family::init, shape, 14);
   for (Matrix<T>* tokens : {&x.q, &x.k}) {
     for (Index i = 0; i < tokens->rows(); ++i) {
-      tokens->row(i) = ((tokens->row(i) * T(256)).array().round() / T(256) + apart * static_cast<T>(i % 3 - 1)).matrix();
+      tokens->row(i) =
+          ((tokens->row(i) * T(256)).array().round() / T(256) + apart * static_cast<T>(i % 3 - 1)).matrix();
     }
   }
   return x;
 }
 
-/// In tiles, in parts that are split off and all keys at once, with sums of features that end amid a packet, under every mask.
+/// In tiles, in parts that are split off and all keys at once, with sums of features that end amid a packet, under
+/// every mask.
 TYPED_TEST(KernelMatmulOf, GaussianKeepsItsDigitsWhereGroupsAreFarApart) {
   using T = TypeParam;
   for (const auto& [n_q, n_k, d] : {std::array<Index, 3>{70, 300, 16}, {130, 30, 16}, {90, 60, 37}, {400, 80, 3}}) {
@@ -218,13 +226,14 @@ TYPED_TEST(KernelMatmulOf, GaussianKeepsItsDigitsWhereGroupsAreFarApart) {
       const auto x = tokens_in_groups<T>({n_q, n_k, d, 5}, apart);
       for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
         for (const unsigned bits : {0U, 1U, 2U, 3U}) {
-          SCOPED_TRACE("n_q " + std::to_string(n_q) + ", n_k " + std::to_string(n_k) + ", " + std::to_string(apart) + " apart, causal " +
-                       std::to_string(static_cast<int>(causal)) + ", bits " + std::to_string(bits));
+          SCOPED_TRACE("n_q " + std::to_string(n_q) + ", n_k " + std::to_string(n_k) + ", " + std::to_string(apart) +
+                       " apart, causal " + std::to_string(static_cast<int>(causal)) + ", bits " + std::to_string(bits));
           Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}};
           if ((bits & 1U) != 0) in.mask = {.causal = causal, .keep_key = keep_key, .keep_query = keep_query};
           if ((bits & 2U) != 0) in.key_bias = bias;
           Context context;
-          for (const Rows rows : {Rows::raw, Rows::normalized}) expect_matches(GaussianKernel{.rows = rows}, in, context);
+          for (const Rows rows : {Rows::raw, Rows::normalized})
+            expect_matches(GaussianKernel{.rows = rows}, in, context);
         }
       }
     }
@@ -307,7 +316,8 @@ void expect_states_merge(const Kernel& kernel) {
   std::fill_n(keep_key.begin() + 700, 300, std::uint8_t{0});  // the middle part below sees no key
   const auto keep_query = test::random_keep(n_q, 0.8, 12);
   const auto bias = test::random_key_bias<T>(n_k, 0.1, 13);
-  const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_key = keep_key, .keep_query = keep_query}, .key_bias = bias};
+  const Inputs<T> in{
+      .q = x.q, .k = x.k, .v = x.v, .mask = {.keep_key = keep_key, .keep_query = keep_query}, .key_bias = bias};
   Context context;
   auto a = partial(kernel, in, 0, 700, context), b = partial(kernel, in, 700, 1000, context),
        c = partial(kernel, in, 1000, n_k, context);
@@ -329,7 +339,8 @@ void expect_states_merge(const Kernel& kernel) {
       if (expected.lse[i] == -test::kInf<double>) {
         EXPECT_EQ(lse[static_cast<std::size_t>(i)], -test::kInf<T>);
       } else {
-        EXPECT_NEAR(static_cast<double>(lse[static_cast<std::size_t>(i)]), expected.lse[i], sizeof(T) == 4 ? 1e-4 : 1e-13);
+        EXPECT_NEAR(static_cast<double>(lse[static_cast<std::size_t>(i)]), expected.lse[i],
+                    sizeof(T) == 4 ? 1e-4 : 1e-13);
       }
     }
   }
@@ -355,11 +366,12 @@ TYPED_TEST(KernelMatmulOf, StatesOfNothingMergeToNothing) {
   EXPECT_TRUE((out.array() == T(0)).all());
 }
 
-/// Scores 0 of one key and -100, in units of log2, of another, whose value is 2^100 times as large: each adds 1 to every row. The
-/// others weigh nothing.
+/// Scores 0 of one key and -100, in units of log2, of another, whose value is 2^100 times as large: each adds 1 to
+/// every row. The others weigh nothing.
 template <class T>
 struct TwoKeys {
-  TwoKeys(Index n_q, Index n_k) : q(Matrix<T>::Ones(n_q, 1)), k(n_k, 1), v(n_k, 1), keep(static_cast<std::size_t>(n_k)) {}
+  TwoKeys(Index n_q, Index n_k)
+      : q(Matrix<T>::Ones(n_q, 1)), k(n_k, 1), v(n_k, 1), keep(static_cast<std::size_t>(n_k)) {}
 
   void place(Index first, Index second) {
     k.setConstant(T(-4000));
@@ -381,17 +393,21 @@ TYPED_TEST(KernelMatmulOf, AKeyFarBelowTheMaximumCountsByItsValueWhereverItLies)
   using T = TypeParam;
   constexpr Index kKeys = 17'000, kPlaces[] = {0, 100, 700, 5000, 8192, 16'000};
   const SoftmaxKernel softmax{.scale = std::log(2.0)};
-  const GaussianKernel gaussian{.bandwidth = std::sqrt(50 / std::log(2.0)), .rows = Rows::normalized};  // kappa(1, 101) = 2^-100
+  const GaussianKernel gaussian{.bandwidth = std::sqrt(50 / std::log(2.0)),
+                                .rows = Rows::normalized};  // kappa(1, 101) = 2^-100
   for (const Index n_q : {1, 60, 420}) {
     TwoKeys<T> x(n_q, kKeys);
     for (const Index first : kPlaces) {
       for (const Index second : kPlaces) {
         if (first == second) continue;
-        SCOPED_TRACE(std::to_string(n_q) + " queries, keys " + std::to_string(first) + " and " + std::to_string(second));
+        SCOPED_TRACE(std::to_string(n_q) + " queries, keys " + std::to_string(first) + " and " +
+                     std::to_string(second));
         x.place(first, second);
         Matrix<T> out(n_q, 1);
         Context context;
-        const auto expect_two = [&] { EXPECT_LE((out.array() - T(2)).abs().maxCoeff(), sizeof(T) == 4 ? T(1e-4) : T(1e-12)); };
+        const auto expect_two = [&] {
+          EXPECT_LE((out.array() - T(2)).abs().maxCoeff(), sizeof(T) == 4 ? T(1e-4) : T(1e-12));
+        };
         for (const Causal causal : {Causal::none, Causal::lower_right}) {
           kernel_matmul(softmax, Inputs<T>{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}}, out, context);
           expect_two();
@@ -441,7 +457,8 @@ TYPED_TEST(KernelMatmulOf, MergedStatesFarApartCountByTheirSums) {
   }
 }
 
-/// Rows whose sums are no numbers but 0: their logarithms are still known, from all keys at once and from parts of them.
+/// Rows whose sums are no numbers but 0: their logarithms are still known, from all keys at once and from parts of
+/// them.
 TYPED_TEST(KernelMatmulOf, LogSumsOfRawRowsDoNotUnderflow) {
   using T = TypeParam;
   auto x = test::make_tokens<T>(Family::init, {30, 200, 16, 3});
@@ -468,7 +485,8 @@ TYPED_TEST(KernelMatmulOf, StatesOfACausalPartMerge) {
   using T = TypeParam;
   const Index n_q = 70, n_k = 300, before = n_k - n_q;
   const auto x = test::make_tokens<T>(Family::unit, {n_q, n_k, 16, 5});
-  const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::lower_right}});
+  const reference::Problem p =
+      test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::lower_right}});
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
     const GaussianKernel kernel{.rows = rows};
     Context context;
@@ -483,7 +501,8 @@ TYPED_TEST(KernelMatmulOf, StatesOfACausalPartMerge) {
     const reference::Result expected = attend(expected_kernel, p);
     test::expect_close(states.weighted, expected, p, expected_kernel);
     for (Index i = 0; i < n_q; ++i)
-      EXPECT_NEAR(static_cast<double>(lse[static_cast<std::size_t>(i)]), expected.lse[i], sizeof(T) == 4 ? 1e-4 : 1e-12);
+      EXPECT_NEAR(static_cast<double>(lse[static_cast<std::size_t>(i)]), expected.lse[i],
+                  sizeof(T) == 4 ? 1e-4 : 1e-12);
   }
 }
 

@@ -18,7 +18,8 @@ struct NoRows {
   double bias(Eigen::Index) const { return 0; }
 };
 
-static_assert(attn::ScoreKernel<attn::SoftmaxKernel> && attn::ScoreKernel<attn::GaussianKernel> && attn::ScoreKernel<OwnKernel>);
+static_assert(attn::ScoreKernel<attn::SoftmaxKernel> && attn::ScoreKernel<attn::GaussianKernel> &&
+              attn::ScoreKernel<OwnKernel>);
 static_assert(!attn::ScoreKernel<NoRows> && !attn::ScoreKernel<double>);
 
 TEST(Kernel, SoftmaxScalesByTheRootOfTheWidth) {

@@ -1,4 +1,5 @@
-/// Key biases of any size: what a constant one cancels, what large differences hide, and which of them a query may depend on.
+/// Key biases of any size: what a constant one cancels, what large differences hide, and which of them a query may
+/// depend on.
 #include <attn/exact.hpp>
 #include <attn/kernel_matmul.hpp>
 
@@ -58,8 +59,8 @@ Matrix<T> some_gradient(const Inputs<T>& in) {
 /// By kernel_matmul_backward, or with saved ones by the method.
 template <class T, class Kernel>
 AllGradients<T> backward(const Kernel& kernel, const Inputs<T>& in, const Matrix<T>& dout, bool by_method) {
-  AllGradients<T> g{Matrix<T>(in.q.rows(), in.q.cols()), Matrix<T>(in.k.rows(), in.k.cols()), Matrix<T>(in.v.rows(), in.v.cols()),
-                    std::vector<T>(static_cast<std::size_t>(in.k.rows()))};
+  AllGradients<T> g{Matrix<T>(in.q.rows(), in.q.cols()), Matrix<T>(in.k.rows(), in.k.cols()),
+                    Matrix<T>(in.v.rows(), in.v.cols()), std::vector<T>(static_cast<std::size_t>(in.k.rows()))};
   Context context;
   Matrix<T> out(in.q.rows(), in.v.cols());
   if (by_method) {
@@ -76,7 +77,8 @@ AllGradients<T> backward(const Kernel& kernel, const Inputs<T>& in, const Matrix
 }
 
 template <class T, class Kernel>
-void expect_gradients(const Kernel& kernel, const reference::Kernel& expected_kernel, const Inputs<T>& in, double tolerance) {
+void expect_gradients(const Kernel& kernel, const reference::Kernel& expected_kernel, const Inputs<T>& in,
+                      double tolerance) {
   const Matrix<T> dout = some_gradient(in);
   const auto expected = attend_backward(expected_kernel, to_reference(in), dout.template cast<double>());
   for (const bool by_method : {false, true}) {
@@ -97,7 +99,8 @@ void expect_all_kernels(const Biased<T>& problem) {
   const double tolerance = sizeof(T) == 4 ? 3e-6 : 1e-12;
   {
     SCOPED_TRACE("softmax");
-    expect_close(forward(SoftmaxKernel{}, in), attend(reference::softmax_kernel(d), p), p, reference::softmax_kernel(d), tolerance);
+    expect_close(forward(SoftmaxKernel{}, in), attend(reference::softmax_kernel(d), p), p, reference::softmax_kernel(d),
+                 tolerance);
     expect_gradients(SoftmaxKernel{}, reference::softmax_kernel(d), in, tolerance);
   }
   SCOPED_TRACE("normalized Gaussian");
@@ -213,7 +216,8 @@ TEST(KeyBiasInBackward, OfTwoEqualKeys) {
 }
 
 TEST(KeyBiasInBackward, OfAQueryFarFromItsKey) {
-  const Matrix<float> q = Matrix<float>::Constant(1, 1, 1000.12F), k = Matrix<float>::Zero(1, 1), v = Matrix<float>::Ones(1, 1);
+  const Matrix<float> q = Matrix<float>::Constant(1, 1, 1000.12F), k = Matrix<float>::Zero(1, 1),
+                      v = Matrix<float>::Ones(1, 1);
   const Matrix<float> dout = v;
   const Inputs<float> in{.q = q, .k = k, .v = v};
   for (const bool by_method : {false, true}) {
@@ -258,8 +262,10 @@ TEST(MergedStates, WithoutKeysChangeNothing) {
 
 TEST(MergedStates, OfRawRowsStayInRange) {
   Matrix<float> out(1, 1);
-  for (const auto& [state, expected] : {std::pair{OneState{150, 1, 0x1p-100F}, 0x1p50F}, {OneState{-200, 1, 0x1p100F}, 0x1p-100F},
-                                        {OneState{1000, 0, 0}, 0.0F}, {OneState{300, 1, 1}, kInf<float>}}) {
+  for (const auto& [state, expected] : {std::pair{OneState{150, 1, 0x1p-100F}, 0x1p50F},
+                                        {OneState{-200, 1, 0x1p100F}, 0x1p-100F},
+                                        {OneState{1000, 0, 0}, 0.0F},
+                                        {OneState{300, 1, 1}, kInf<float>}}) {
     OneState copy = state;
     finish(GaussianKernel{}, copy.view(), 1, out);
     EXPECT_EQ(out(0, 0), expected);
@@ -288,14 +294,16 @@ Matrix<T> in_two_parts(const Kernel& kernel, const Inputs<T>& in, Index cut) {
 
 TYPED_TEST(KeyBias, CommonToAllKeysTakesNoDigitsOfStates) {
   using T = TypeParam;
-  for (const T size : {T(0), T(1e3), T(-1e5), T(1e7), T(1e30), std::numeric_limits<T>::lowest(), std::numeric_limits<T>::max()}) {
+  for (const T size :
+       {T(0), T(1e3), T(-1e5), T(1e7), T(1e30), std::numeric_limits<T>::lowest(), std::numeric_limits<T>::max()}) {
     for (const Index cut : {1, 100, 150}) {
       SCOPED_TRACE(std::to_string(size) + ", cut at " + std::to_string(cut));
       Biased<T> problem(60, 150, std::vector<T>(150, size), Causal::none);
       const auto p = to_reference(problem.inputs());
       const auto softmax = reference::softmax_kernel(8), gaussian = reference::gaussian_kernel(8, {}, true);
       expect_close(in_two_parts(SoftmaxKernel{}, problem.inputs(), cut), attend(softmax, p), p, softmax);
-      expect_close(in_two_parts(GaussianKernel{.rows = Rows::normalized}, problem.inputs(), cut), attend(gaussian, p), p, gaussian);
+      expect_close(in_two_parts(GaussianKernel{.rows = Rows::normalized}, problem.inputs(), cut), attend(gaussian, p),
+                   p, gaussian);
     }
   }
 }
@@ -304,7 +312,8 @@ TYPED_TEST(KeyBias, ThatDiffersBetweenStates) {
   using T = TypeParam;
   for (const T size : {T(3e7), T(1e5), T(10), T(-1e9)}) {
     Biased<T> problem(60, 150, std::vector<T>(150, size), Causal::none);
-    for (std::size_t j = 80; j < 150; ++j) problem.bias[j] = std::nextafter(size, T(0));  // below 1e5 nearly equal, beyond it far less
+    for (std::size_t j = 80; j < 150; ++j)
+      problem.bias[j] = std::nextafter(size, T(0));  // below 1e5 nearly equal, beyond it far less
     const auto p = to_reference(problem.inputs());
     const auto softmax = reference::softmax_kernel(8);
     expect_close(in_two_parts(SoftmaxKernel{}, problem.inputs(), 80), attend(softmax, p), p, softmax);
@@ -319,7 +328,8 @@ TEST(StatesOfParts, ComparedWithQueriesFarFromTheirKeys) {
   const Inputs<float> biased{.q = x.q, .k = x.k, .v = x.v, .key_bias = none};
   const auto p = to_reference(in);
   const auto kernel = reference::gaussian_kernel(8, {}, true);
-  EXPECT_LT(relative_error(in_two_parts(GaussianKernel{.rows = Rows::normalized}, biased, 25), attend(kernel, p).out), 1e-4);
+  EXPECT_LT(relative_error(in_two_parts(GaussianKernel{.rows = Rows::normalized}, biased, 25), attend(kernel, p).out),
+            1e-4);
 }
 
 }  // namespace

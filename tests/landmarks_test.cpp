@@ -142,7 +142,8 @@ TYPED_TEST(Samples, PaddedIsTrimmed) {
   std::vector<std::uint8_t> keep(90, 0);
   std::fill_n(keep.begin(), 71, std::uint8_t{1});
   const TypeParam landmarks{.num_landmarks = 16};
-  EXPECT_EQ(select(landmarks, padded.inputs({.keep_key = keep, .keep_query = keep})), select(landmarks, trimmed.inputs()));
+  EXPECT_EQ(select(landmarks, padded.inputs({.keep_key = keep, .keep_query = keep})),
+            select(landmarks, trimmed.inputs()));
 }
 
 TEST(StridedSample, FollowsItsFormula) {
@@ -158,8 +159,11 @@ TEST(StridedSample, FollowsItsFormula) {
 TEST(StridedSample, CountsKeptRows) {
   const Numbered x(61, 90);
   const auto keep_query = test::random_keep(61, 0.7, 33), keep_key = test::random_keep(90, 0.4, 34);
-  const auto count = [](const auto& keep) { return static_cast<Index>(keep.size()) - std::count(keep.begin(), keep.end(), 0); };
-  const Rows rows = select(StridedSample{.num_landmarks = 15}, x.inputs({.keep_key = keep_key, .keep_query = keep_query}));
+  const auto count = [](const auto& keep) {
+    return static_cast<Index>(keep.size()) - std::count(keep.begin(), keep.end(), 0);
+  };
+  const Rows rows =
+      select(StridedSample{.num_landmarks = 15}, x.inputs({.keep_key = keep_key, .keep_query = keep_query}));
   EXPECT_EQ(rows.q, kept_at(reference::strided_rows(count(keep_query), 7), keep_query));
   EXPECT_EQ(rows.k, kept_at(reference::strided_rows(count(keep_key), 8), keep_key));
 }
@@ -222,7 +226,8 @@ TEST(SplitMix64, ThrowsAwayNumbersThatWouldFavourSmallOnes) {
   EXPECT_GT(rejected, 10);
 }
 
-/// The rows of one seed, written down: the generator is part of the interface, the same on every platform and in every version.
+/// The rows of one seed, written down: the generator is part of the interface, the same on every platform and in every
+/// version.
 TEST(UniformSample, IsTheSameOnEveryPlatform) {
   const Numbered x(1000, 1000);
   const Rows rows = select(UniformSample{.num_landmarks = 8, .seed = 42}, x.inputs());

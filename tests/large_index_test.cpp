@@ -78,8 +78,8 @@ TEST(LargeIndexOfHeads, HeadsFarApart) {
     return attn::HeadsView<float>{memory.data() + i * kRows * kWidth, 1, 2, kRows, kWidth, 0, kTooLargeForInt, kWidth};
   };
   for (const Index h : {0, 1}) {
-    const auto x =
-        test::make_tokens<float>(test::Family::init, {kRows, kRows, kWidth, kWidth}, 813 + static_cast<std::uint64_t>(h));
+    const auto x = test::make_tokens<float>(test::Family::init, {kRows, kRows, kWidth, kWidth},
+                                            813 + static_cast<std::uint64_t>(h));
     heads(0)(0, h) = x.q;
     heads(1)(0, h) = x.k;
     heads(2)(0, h) = x.v;
@@ -98,7 +98,8 @@ TEST(LargeIndexOfHeads, HeadsFarApart) {
 TEST(LargeIndexOfKeys, MoreThanAnIntCounts) {
   const Matrix<float> q = Matrix<float>::Constant(3, 1, 0.5F), k = Matrix<float>::Ones(1, 1),
                       v = Matrix<float>::Constant(1, 1, 7.0F);
-  const attn::ConstMatrixRef<float> keys(k.data(), kTooLargeForInt + 7, 1, 0), values(v.data(), kTooLargeForInt + 7, 1, 0);
+  const attn::ConstMatrixRef<float> keys(k.data(), kTooLargeForInt + 7, 1, 0),
+      values(v.data(), kTooLargeForInt + 7, 1, 0);
   const Inputs<float> in{.q = q, .k = keys, .v = values, .mask = {.causal = attn::Causal::upper_left}};
   Matrix<float> out(3, 1);
   Context context;

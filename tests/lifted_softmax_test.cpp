@@ -55,7 +55,8 @@ TYPED_TEST(LiftedSoftmaxOf, IsItsDefinition) {
     for (const std::span<const T> key_bias : {std::span<const T>{}, std::span<const T>(bias)}) {
       const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = key_bias};
       for (const double scale : {0.25, 0.1}) {
-        const Strided<T> method(StridedSample{.num_landmarks = 24}, RidgeInverse{.gamma = 1e-2}, SoftmaxKernel{.scale = scale});
+        const Strided<T> method(StridedSample{.num_landmarks = 24}, RidgeInverse{.gamma = 1e-2},
+                                SoftmaxKernel{.scale = scale});
         EXPECT_LE(test::relative_error(forward(method, in), defined(test::to_reference(in), 24, 1e-2, scale)),
                   sizeof(T) == 4 ? 1e-4 : 1e-10);
       }
@@ -120,7 +121,8 @@ TYPED_TEST(LiftedSoftmaxOf, LargeKeysDoNotOverflow) {
     x.q *= static_cast<T>(size);
     x.k *= static_cast<T>(size);
     for (const Index m : {2, 20, 180}) {
-      EXPECT_TRUE(forward<T>(Strided<T>(StridedSample{.num_landmarks = m}), {.q = x.q, .k = x.k, .v = x.v}).allFinite()) << size;
+      EXPECT_TRUE(forward<T>(Strided<T>(StridedSample{.num_landmarks = m}), {.q = x.q, .k = x.k, .v = x.v}).allFinite())
+          << size;
     }
   }
 }
@@ -135,8 +137,9 @@ TYPED_TEST(LiftedSoftmaxOf, IsItsDefinitionWithLargeKeys) {
     const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
     for (const Index m : {20, 60}) {
       const Strided<T> method(StridedSample{.num_landmarks = m});
-      EXPECT_LE(test::relative_error(forward(method, in), defined(test::to_reference(in), m, 1e-3, 1 / std::sqrt(32.0))),
-                sizeof(T) == 4 ? 1e-3 : 1e-9)
+      EXPECT_LE(
+          test::relative_error(forward(method, in), defined(test::to_reference(in), m, 1e-3, 1 / std::sqrt(32.0))),
+          sizeof(T) == 4 ? 1e-3 : 1e-9)
           << size << ", " << m << " landmarks";
     }
   }

@@ -1,5 +1,5 @@
-/// Every method that has a name, and a user's own: one added to the list is tested by this file as soon as it has a line in
-/// kExpectations.
+/// Every method that has a name, and a user's own: one added to the list is tested by this file as soon as it has a
+/// line in kExpectations.
 #include <attn/attn.hpp>
 
 #include "methods.hpp"
@@ -36,9 +36,9 @@ struct Expectation {
   double error;
 };
 
-constexpr Expectation kExpectations[] = {{"softmax", "softmax", 0},         {"gaussian", "gaussian", 0},
-                                         {"nystrom", "softmax", 0.2},       {"shifted-nystrom", "softmax", 0.2},
-                                         {"skyformer", "gaussian", 0.2},    {"lifted-softmax", "softmax", 0.3}};
+constexpr Expectation kExpectations[] = {{"softmax", "softmax", 0},      {"gaussian", "gaussian", 0},
+                                         {"nystrom", "softmax", 0.2},    {"shifted-nystrom", "softmax", 0.2},
+                                         {"skyformer", "gaussian", 0.2}, {"lifted-softmax", "softmax", 0.3}};
 
 template <class T>
 Matrix<T> forward(const AnyApproximator<T>& method, const Inputs<T>& in, Context& context) {
@@ -56,7 +56,8 @@ Matrix<T> forward(const AnyApproximator<T>& method, const Inputs<T>& in) {
 class Methods : public test::MethodTest {
  protected:
   static const Expectation* expectation(std::string_view name) {
-    const auto* found = std::find_if(std::begin(kExpectations), std::end(kExpectations), [&](const auto& e) { return e.name == name; });
+    const auto* found =
+        std::find_if(std::begin(kExpectations), std::end(kExpectations), [&](const auto& e) { return e.name == name; });
     return found == std::end(kExpectations) ? nullptr : found;
   }
 };
@@ -113,7 +114,9 @@ TEST_P(Methods, WhatTheMasksDropHasNoInfluence) {
         EXPECT_TRUE(clean.allFinite());
         for (const T poison : {test::kNaN<T>, test::kInf<T>, T(1e6)}) {
           const Tokens<T> y = inputs.poisoned(in, poison);
-          EXPECT_TRUE(test::bitwise_equal(forward(method, {.q = y.q, .k = y.k, .v = y.v, .mask = in.mask}, context), clean)) << poison;
+          EXPECT_TRUE(
+              test::bitwise_equal(forward(method, {.q = y.q, .k = y.k, .v = y.v, .mask = in.mask}, context), clean))
+              << poison;
         }
       }
     }
@@ -129,7 +132,8 @@ TEST_P(Methods, DroppedQueriesAreZero) {
         if (!method.supports(in)) continue;
         const Matrix<T> out = forward(method, in);
         for (Index i = 0; i < out.rows(); ++i) {
-          EXPECT_EQ((out.row(i).array() == T(0)).all(), !reference::kept(in.mask.keep_query, i)) << describe(in) << ", row " << i;
+          EXPECT_EQ((out.row(i).array() == T(0)).all(), !reference::kept(in.mask.keep_query, i))
+              << describe(in) << ", row " << i;
         }
       }
     }
@@ -140,7 +144,8 @@ TEST_P(Methods, NothingKeptGivesZeros) {
   in_both_precisions([&]<class T>(T) {
     const auto x = test::make_tokens<T>(Family::init, {40, 40, 8, 5}, 107);
     const std::vector<std::uint8_t> none(40, 0);
-    for (const Mask& mask : {Mask{.keep_key = none}, Mask{.keep_query = none}, Mask{.keep_key = none, .keep_query = none}}) {
+    for (const Mask& mask :
+         {Mask{.keep_key = none}, Mask{.keep_query = none}, Mask{.keep_key = none, .keep_query = none}}) {
       const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = mask};
       const auto method = make<T>(6);
       if (!method.supports(in)) continue;
@@ -165,7 +170,7 @@ TEST_P(Methods, PaddedIsTrimmed) {
         const Matrix<T> trimmed = forward(method, {.q = rows(x.q), .k = rows(x.k), .v = rows(x.v)});
         const Matrix<T> inner = padded.middleRows(padding, kKept);
         EXPECT_LE(test::relative_error(inner, trimmed.template cast<double>()), tolerance)
-              << m << " landmarks, " << padding << " before";
+            << m << " landmarks, " << padding << " before";
       }
     }
   });
@@ -202,7 +207,8 @@ TEST_P(Methods, SupportsSaysWhatForwardRefuses) {
           if ((bits & 1) != 0) in.mask.keep_key = of_keys;
           if ((bits & 2) != 0) in.mask.keep_query = some;
           if ((bits & 4) != 0) in.key_bias = std::span<const T>(biases).first(static_cast<std::size_t>(n_k));
-          SCOPED_TRACE(describe(in) + (causal == Causal::none ? "" : ", causal") + (in.key_bias.empty() ? "" : ", key_bias"));
+          SCOPED_TRACE(describe(in) + (causal == Causal::none ? "" : ", causal") +
+                       (in.key_bias.empty() ? "" : ", key_bias"));
           for (const Index m : {5, 64}) {
             const auto method = make<T>(m);
             Matrix<T> out = Matrix<T>::Constant(30, 5, T(-7));
@@ -264,7 +270,8 @@ TEST_P(Methods, StayFiniteOnLargeInputs) {
       x.q *= static_cast<T>(size);
       x.k *= static_cast<T>(size);
       for (const Index m : {1, 10, 90}) {
-        EXPECT_TRUE(forward(make<T>(m), {.q = x.q, .k = x.k, .v = x.v}).allFinite()) << size << ", " << m << " landmarks";
+        EXPECT_TRUE(forward(make<T>(m), {.q = x.q, .k = x.k, .v = x.v}).allFinite())
+            << size << ", " << m << " landmarks";
       }
     }
   });
@@ -339,14 +346,17 @@ TEST_F(MethodsByName, ExactOnes) {
 TEST_F(MethodsByName, ThroughSegmentMeans) {
   using attn::ShiftMode;
   expect("nystrom", {}, attn::Nystrom<double>{});
-  expect("nystrom", {.num_landmarks = 9, .iterations = 3, .scale = 0.2}, attn::Nystrom<double>({9}, {3}, {.scale = 0.2}));
+  expect("nystrom", {.num_landmarks = 9, .iterations = 3, .scale = 0.2},
+         attn::Nystrom<double>({9}, {3}, {.scale = 0.2}));
   expect("shifted-nystrom", {}, attn::ShiftedNystrom<double>{});
-  expect("shifted-nystrom",
-         {.num_landmarks = 9, .iterations = 3, .num_probes = 7, .scale = 0.2, .mode = ShiftMode::scalar},
-         attn::ShiftedNystrom<double>({9}, {.mode = ShiftMode::scalar, .iterations = 3, .num_probes = 7}, {.scale = 0.2}));
+  expect(
+      "shifted-nystrom",
+      {.num_landmarks = 9, .iterations = 3, .num_probes = 7, .scale = 0.2, .mode = ShiftMode::scalar},
+      attn::ShiftedNystrom<double>({9}, {.mode = ShiftMode::scalar, .iterations = 3, .num_probes = 7}, {.scale = 0.2}));
   expect_to_matter("nystrom", {{.num_landmarks = 9}, {.iterations = 3}, {.scale = 0.2}});
-  expect_to_matter("shifted-nystrom",
-                   {{.num_landmarks = 9}, {.iterations = 3}, {.num_probes = 7}, {.scale = 0.2}, {.mode = ShiftMode::scalar}});
+  expect_to_matter(
+      "shifted-nystrom",
+      {{.num_landmarks = 9}, {.iterations = 3}, {.num_probes = 7}, {.scale = 0.2}, {.mode = ShiftMode::scalar}});
 }
 
 TEST_F(MethodsByName, ThroughSampledTokens) {

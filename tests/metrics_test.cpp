@@ -1,7 +1,6 @@
 #include <attn/metrics.hpp>
 #include <attn/any_approximator.hpp>
 
-
 #include "rounding.hpp"
 #include "support.hpp"
 
@@ -97,8 +96,8 @@ TEST(Errors, OfZerosAndNaN) {
   Matrix<double> nan = one;
   nan(0, 1) = test::kNaN<double>;
   for (const auto& error :
-       {+[](const Matrix<double>&a, const Matrix<double>&e) { return attn::relative_frobenius_error(a, e); },
-        +[](const Matrix<double>&a, const Matrix<double>&e) { return attn::worst_row_error(a, e); }}) {
+       {+[](const Matrix<double>& a, const Matrix<double>& e) { return attn::relative_frobenius_error(a, e); },
+        +[](const Matrix<double>& a, const Matrix<double>& e) { return attn::worst_row_error(a, e); }}) {
     EXPECT_EQ(error(zero, zero), 0);
     EXPECT_EQ(error(one, zero), test::kInf<double>);
     EXPECT_TRUE(std::isnan(error(nan, one)));
@@ -298,8 +297,10 @@ TYPED_TEST(AttentionOperator, HasTheSingularValuesOfTheMatrix) {
     const auto x = test::make_tokens<T>(family, {90, 120, 16, 1});
     const test::Tokens<double> wide{x.q.template cast<double>(), x.k.template cast<double>(),
                                     x.v.template cast<double>()};
-    const Eigen::VectorXd softmax = reference::singular_values(dense_attention(reference::softmax_kernel(16), wide, {}));
-    const Eigen::VectorXd gaussian = reference::singular_values(dense_attention(reference::gaussian_kernel(16), wide, {}));
+    const Eigen::VectorXd softmax =
+        reference::singular_values(dense_attention(reference::softmax_kernel(16), wide, {}));
+    const Eigen::VectorXd gaussian =
+        reference::singular_values(dense_attention(reference::gaussian_kernel(16), wide, {}));
     const attn::ExactOperator<T, SoftmaxKernel> s({}, x.q, x.k, {}, context);
     const attn::ExactOperator<T, GaussianKernel> c({}, x.q, x.k, {}, context);
     const SubspaceIteration options{.tolerance = 1e-9};
@@ -347,7 +348,8 @@ TEST(AttentionOperators, TransposeOfEveryLinearMethod) {
   for (const std::string name : {"softmax", "gaussian", "nystrom", "skyformer", "lifted-softmax"}) {
     SCOPED_TRACE(name);
     const auto method = attn::make_approximator<double>(name, {.num_landmarks = 12});
-    expect_products(attn::ApproximatorOperator(method, x.q, x.k, mask), attn::attention(method, x.q, x.k, eye, mask), 1e-9);
+    expect_products(attn::ApproximatorOperator(method, x.q, x.k, mask), attn::attention(method, x.q, x.k, eye, mask),
+                    1e-9);
   }
 }
 
@@ -397,22 +399,27 @@ template <class Op>
 void expect_rounded_products(const Op& op, const Matrix<double>& dense, Context& context) {
   using T = typename Op::Scalar;
   test::Random random(9);
-  const Matrix<T> x = random.normal(op.cols(), 12).template cast<T>(), z = random.normal(op.rows(), 12).template cast<T>();
+  const Matrix<T> x = random.normal(op.cols(), 12).template cast<T>(),
+                  z = random.normal(op.rows(), 12).template cast<T>();
   Matrix<T> y(op.rows(), 12), w(op.cols(), 12);
   op.apply(x, y, context);
   op.apply_transpose(z, w, context);
-  EXPECT_LE(test::share_beyond_one_rounding<T>(y, dense.lazyProduct(x.template cast<double>())), 2 * test::kShareOfHardCases);
-  EXPECT_LE(test::share_beyond_one_rounding<T>(w, dense.transpose().lazyProduct(z.template cast<double>())), 2 * test::kShareOfHardCases);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(y, dense.lazyProduct(x.template cast<double>())),
+            2 * test::kShareOfHardCases);
+  EXPECT_LE(test::share_beyond_one_rounding<T>(w, dense.transpose().lazyProduct(z.template cast<double>())),
+            2 * test::kShareOfHardCases);
 }
 
 TYPED_TEST(NarrowOperator, RoundsTheProductsOfExactAttentionOnce) {
   using T = TypeParam;
   const auto keep_key = test::random_keep(90, 0.7, 1), keep_query = test::random_keep(70, 0.7, 2);
   for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
-    expect_rounded_products(attn::ExactOperator<T, SoftmaxKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
-                            dense_attention(reference::softmax_kernel(16), this->exact_, mask), this->context);
-    expect_rounded_products(attn::ExactOperator<T, GaussianKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
-                            dense_attention(reference::gaussian_kernel(16), this->exact_, mask), this->context);
+    expect_rounded_products(
+        attn::ExactOperator<T, SoftmaxKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
+        dense_attention(reference::softmax_kernel(16), this->exact_, mask), this->context);
+    expect_rounded_products(
+        attn::ExactOperator<T, GaussianKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
+        dense_attention(reference::gaussian_kernel(16), this->exact_, mask), this->context);
   }
 }
 
@@ -439,9 +446,12 @@ TYPED_TEST(NarrowOperator, RoundsTheProductsOfMethodsAndOfDifferencesOnce) {
     };
     expect_same(approximation, wide);
     expect_same(difference, wide_difference);
-    EXPECT_NEAR(attn::spectral_norm(difference, {}, this->context) / attn::spectral_norm(wide_difference, {}, this->context), 1, 1e-5);
+    EXPECT_NEAR(
+        attn::spectral_norm(difference, {}, this->context) / attn::spectral_norm(wide_difference, {}, this->context), 1,
+        1e-5);
     EXPECT_NEAR(attn::estimate_frobenius_norm(difference, 20, 1, this->context) /
-                    attn::estimate_frobenius_norm(wide_difference, 20, 1, this->context), 1, 1e-5);
+                    attn::estimate_frobenius_norm(wide_difference, 20, 1, this->context),
+                1, 1e-5);
   }
 }
 
@@ -453,7 +463,9 @@ struct OwnNarrow {
 
   Index rows() const { return a.rows(); }
   Index cols() const { return a.cols(); }
-  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const { y = (a * x.template cast<double>()).template cast<T>(); }
+  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const {
+    y = (a * x.template cast<double>()).template cast<T>();
+  }
   void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const {
     y = (a.transpose() * x.template cast<double>()).template cast<T>();
   }

@@ -52,13 +52,14 @@ struct Step {
 
   template <class A>
   void run(const A& a, std::span<const Mask> masks, Context& context, std::vector<typename A::Saved>& saved) {
-    attn::multi_head(a, queries(std::as_const(q).data(), kD), keys(std::as_const(k).data(), kD), keys(std::as_const(v).data(), kDv),
-                     queries(out.data(), kDv), masks, context, saved);
+    attn::multi_head(a, queries(std::as_const(q).data(), kD), keys(std::as_const(k).data(), kD),
+                     keys(std::as_const(v).data(), kDv), queries(out.data(), kDv), masks, context, saved);
     backward(a, masks, context, saved);
   }
 
   template <class A>
-  void backward(const A& a, std::span<const Mask> masks, Context& context, const std::vector<typename A::Saved>& saved) {
+  void backward(const A& a, std::span<const Mask> masks, Context& context,
+                const std::vector<typename A::Saved>& saved) {
     attn::multi_head_backward(a, queries(std::as_const(q).data(), kD), keys(std::as_const(k).data(), kD),
                               keys(std::as_const(v).data(), kDv), queries(std::as_const(out).data(), kDv),
                               queries(std::as_const(dout).data(), kDv), masks, saved,
@@ -78,20 +79,25 @@ void check_heads(const A& a, const Step& step, const std::vector<Mask>& masks) {
     const Mask mask = masks.empty() ? Mask{} : masks[masks.size() == 1 ? 0 : static_cast<std::size_t>(b)];
     for (Index kv = 0; kv < Step::kKeys; ++kv) {
       Matrix<double> dk = Matrix<double>::Zero(n, Step::kD), dv = Matrix<double>::Zero(n, Step::kDv);
-      const Matrix<double> k = step.keys(step.k.data(), Step::kD)(b, kv), v = step.keys(step.v.data(), Step::kDv)(b, kv);
+      const Matrix<double> k = step.keys(step.k.data(), Step::kD)(b, kv),
+                           v = step.keys(step.v.data(), Step::kDv)(b, kv);
       for (Index h = kv * kGroup; h < (kv + 1) * kGroup; ++h) {
-        const Matrix<double> q = step.queries(step.q.data(), Step::kD)(b, h), dout = step.queries(step.dout.data(), Step::kDv)(b, h);
+        const Matrix<double> q = step.queries(step.q.data(), Step::kD)(b, h),
+                             dout = step.queries(step.dout.data(), Step::kDv)(b, h);
         Matrix<double> out(n, Step::kDv), dq(n, Step::kD), one_dk(n, Step::kD), one_dv(n, Step::kDv);
         Context context;
         typename A::Saved saved;
         a.forward({q, k, v, mask}, out, context, saved);
         a.backward({q, k, v, mask}, out, dout, saved, {dq, one_dk, one_dv}, context);
-        EXPECT_TRUE(test::bitwise_equal<double>(step.queries(step.dq.data(), Step::kD)(b, h), dq)) << b << ", query head " << h;
+        EXPECT_TRUE(test::bitwise_equal<double>(step.queries(step.dq.data(), Step::kD)(b, h), dq))
+            << b << ", query head " << h;
         dk += one_dk;
         dv += one_dv;
       }
-      EXPECT_LE(test::relative_error<double>(step.keys(step.dk.data(), Step::kD)(b, kv), dk), 1e-15) << b << ", key head " << kv;
-      EXPECT_LE(test::relative_error<double>(step.keys(step.dv.data(), Step::kDv)(b, kv), dv), 1e-15) << b << ", key head " << kv;
+      EXPECT_LE(test::relative_error<double>(step.keys(step.dk.data(), Step::kD)(b, kv), dk), 1e-15)
+          << b << ", key head " << kv;
+      EXPECT_LE(test::relative_error<double>(step.keys(step.dv.data(), Step::kDv)(b, kv), dv), 1e-15)
+          << b << ", key head " << kv;
     }
   }
 }
@@ -142,8 +148,7 @@ TEST(MultiHeadBackward, SavedOfOtherHeadsAndWrongShapesAreRefused) {
     }
     return std::string("nothing was thrown");
   };
-  EXPECT_EQ(message([&] { step.backward(a, {}, context, saved); }),
-            "multi_head: saved is of 3 heads, there are 8");
+  EXPECT_EQ(message([&] { step.backward(a, {}, context, saved); }), "multi_head: saved is of 3 heads, there are 8");
   step.run(a, {}, context, saved);
   const auto queries = step.queries(std::as_const(step.q).data(), Step::kD);
   EXPECT_EQ(message([&] {
@@ -158,14 +163,15 @@ TEST(MultiHeadBackward, SavedOfOtherHeadsAndWrongShapesAreRefused) {
             "multi_head: dk is 2 x 4 x 6 x 5, k is 2 x 2 x 6 x 5");
 }
 
-/// What one training step of heads in T leaves in the arrays of dq, dk and dv: 2 batch items, 4 query heads; tokens and what the forward
-/// pass found are rounded to Stored.
+/// What one training step of heads in T leaves in the arrays of dq, dk and dv: 2 batch items, 4 query heads; tokens and
+/// what the forward pass found are rounded to Stored.
 template <class T, class Stored = T>
 struct Trained {
   template <class A>
   Trained(const A& a, Index key_heads, Index n) : dq(q_size(n)), dk(k_size(n, key_heads)), dv(v_size(n, key_heads)) {
     test::Random random(11);
-    std::vector<T> q(dq.size()), k(dk.size()), v(dv.size()), dout(static_cast<std::size_t>(2 * n * 4 * 3)), out(dout.size());
+    std::vector<T> q(dq.size()), k(dk.size()), v(dv.size()), dout(static_cast<std::size_t>(2 * n * 4 * 3)),
+        out(dout.size());
     for (auto* array : {&q, &k, &v, &dout}) {
       for (T& x : *array) x = static_cast<T>(static_cast<Stored>(static_cast<float>(random.normal())));
     }
@@ -174,7 +180,8 @@ struct Trained {
     const auto read = [](const std::vector<T>& x) { return x.data(); };
     std::vector<typename A::Saved> saved;
     Context context;
-    attn::multi_head(a, queries(read(q), 5), keys(read(k), 5), keys(read(v), 3), queries(out.data(), 3), {}, context, saved);
+    attn::multi_head(a, queries(read(q), 5), keys(read(k), 5), keys(read(v), 3), queries(out.data(), 3), {}, context,
+                     saved);
     for (T& x : out) x = static_cast<T>(static_cast<Stored>(x));
     attn::multi_head_backward(a, queries(read(q), 5), keys(read(k), 5), keys(read(v), 3), queries(read(out), 3),
                               queries(read(dout), 3), {}, saved,
@@ -202,12 +209,14 @@ struct OwnMethod {
   static constexpr std::string_view kName = "own";
 
   bool supports(const attn::Inputs<T>& in) const { return method.supports(in); }
-  void forward(const attn::Inputs<T>& in, attn::MatrixRef<T> out, Context& context) const { method.forward(in, out, context); }
+  void forward(const attn::Inputs<T>& in, attn::MatrixRef<T> out, Context& context) const {
+    method.forward(in, out, context);
+  }
   void forward(const attn::Inputs<T>& in, attn::MatrixRef<T> out, Context& context, Saved& saved) const {
     method.forward(in, out, context, saved);
   }
-  void backward(const attn::Inputs<T>& in, attn::ConstMatrixRef<T> out, attn::ConstMatrixRef<T> dout, const Saved& saved,
-                const attn::Gradients<T>& gradients, Context& context) const {
+  void backward(const attn::Inputs<T>& in, attn::ConstMatrixRef<T> out, attn::ConstMatrixRef<T> dout,
+                const Saved& saved, const attn::Gradients<T>& gradients, Context& context) const {
     method.backward(in, out, dout, saved, gradients, context);
   }
 
@@ -261,11 +270,13 @@ TEST(MultiHeadBackward, EveryShapeIsChecked) {
   const std::vector<double> before = step.dv;
   const auto backward = [&](const auto& change) {
     auto dout = step.queries(std::as_const(step.dout).data(), Step::kDv);
-    auto dq = step.queries(step.dq.data(), Step::kD), dk = step.keys(step.dk.data(), Step::kD), dv = step.keys(step.dv.data(), Step::kDv);
+    auto dq = step.queries(step.dq.data(), Step::kD), dk = step.keys(step.dk.data(), Step::kD),
+         dv = step.keys(step.dv.data(), Step::kDv);
     change(dout, dq, dk, dv);
-    attn::multi_head_backward(a, step.queries(std::as_const(step.q).data(), Step::kD), step.keys(std::as_const(step.k).data(), Step::kD),
-                              step.keys(std::as_const(step.v).data(), Step::kDv), step.queries(std::as_const(step.out).data(), Step::kDv),
-                              dout, {}, saved, {dq, dk, dv}, context);
+    attn::multi_head_backward(
+        a, step.queries(std::as_const(step.q).data(), Step::kD), step.keys(std::as_const(step.k).data(), Step::kD),
+        step.keys(std::as_const(step.v).data(), Step::kDv), step.queries(std::as_const(step.out).data(), Step::kDv),
+        dout, {}, saved, {dq, dk, dv}, context);
   };
   const auto expect_refused = [&](const auto& change) {
     EXPECT_THROW(backward(change), std::invalid_argument);

@@ -63,16 +63,22 @@ class Array {
   const std::vector<T>& data() const { return data_; }
 
   /// Entries that are still NaN.
-  Index untouched() const { return std::count_if(data_.begin(), data_.end(), [](T x) { return std::isnan(x); }); }
+  Index untouched() const {
+    return std::count_if(data_.begin(), data_.end(), [](T x) { return std::isnan(x); });
+  }
   Index gaps() const { return static_cast<Index>(data_.size()) - view_.batch * view_.heads * view_.length * view_.dim; }
 
  private:
   static HeadsView<T> place(Layout layout, Index batch, Index heads, Index length, Index dim) {
     switch (layout) {
-      case Layout::head_major: return attn::head_major<T>(nullptr, batch, heads, length, dim);
-      case Layout::token_major: return attn::token_major<T>(nullptr, batch, length, heads, dim);
-      case Layout::batch_inside: return {nullptr, batch, heads, length, dim, heads * dim, dim, batch * heads * dim};
-      case Layout::padded: break;
+      case Layout::head_major:
+        return attn::head_major<T>(nullptr, batch, heads, length, dim);
+      case Layout::token_major:
+        return attn::token_major<T>(nullptr, batch, length, heads, dim);
+      case Layout::batch_inside:
+        return {nullptr, batch, heads, length, dim, heads * dim, dim, batch * heads * dim};
+      case Layout::padded:
+        break;
     }
     const Index row = dim + 3, head = length * row + 5, item = heads * head + 7;
     return {nullptr, batch, heads, length, dim, item, head, row};
@@ -179,7 +185,7 @@ template <class T>
 class MultiHead : public ::testing::Test {};
 TYPED_TEST_SUITE(MultiHead, test::Scalars);
 
-constexpr Shapes kShapes[] = {{1, 1, 1, {7, 7, 8, 8}},   {2, 3, 3, {5, 9, 8, 4}},     {3, 8, 2, {33, 20, 17, 24}},
+constexpr Shapes kShapes[] = {{1, 1, 1, {7, 7, 8, 8}},   {2, 3, 3, {5, 9, 8, 4}},       {3, 8, 2, {33, 20, 17, 24}},
                               {2, 6, 1, {1, 70, 16, 3}}, {1, 4, 2, {130, 130, 32, 32}}, {4, 1, 1, {20, 31, 5, 1}}};
 
 TYPED_TEST(MultiHead, AgreesWithTheOracleInEveryLayout) {
@@ -248,8 +254,10 @@ TYPED_TEST(MultiHead, CausalItemsHaveLengthsOfTheirOwn) {
   x.run(SoftmaxAttention<TypeParam>{}, masks, context);
   for_each_head(x, masks, [&](Index b, Index h, const Inputs<TypeParam>& in) {
     const Index n_q = kQueries[b], n_k = kKeys[b];
-    const reference::Problem trimmed = test::to_reference<TypeParam>(
-        {.q = in.q.topRows(n_q), .k = in.k.topRows(n_k), .v = in.v.topRows(n_k), .mask = {.causal = Causal::lower_right}});
+    const reference::Problem trimmed = test::to_reference<TypeParam>({.q = in.q.topRows(n_q),
+                                                                      .k = in.k.topRows(n_k),
+                                                                      .v = in.v.topRows(n_k),
+                                                                      .mask = {.causal = Causal::lower_right}});
     const reference::Kernel kernel = reference::softmax_kernel(16);
     const Matrix<TypeParam> out = x.out.head(b, h);
     test::expect_close<TypeParam>(out.topRows(n_q), reference::attend(kernel, trimmed), trimmed, kernel);

@@ -57,8 +57,10 @@ TYPED_TEST(Narrow, SoftmaxFollowsTheOracle) {
   for (const auto causal : {attn::Causal::none, attn::Causal::lower_right}) {
     const typename TestFixture::Pair x({70, 93, 33, 17}, 1);
     const Mask mask{.causal = causal};
-    const Matrix<TypeParam> out = attn::attention(attn::SoftmaxAttention<TypeParam>{}, x.narrow.q, x.narrow.k, x.narrow.v, mask);
-    const reference::Problem problem{x.wide.q.template cast<double>(), x.wide.k.template cast<double>(), x.wide.v.template cast<double>(), mask};
+    const Matrix<TypeParam> out =
+        attn::attention(attn::SoftmaxAttention<TypeParam>{}, x.narrow.q, x.narrow.k, x.narrow.v, mask);
+    const reference::Problem problem{x.wide.q.template cast<double>(), x.wide.k.template cast<double>(),
+                                     x.wide.v.template cast<double>(), mask};
     const auto expected = reference::attend(reference::softmax_kernel(33), problem);
     EXPECT_LE(test::relative_error<float>(out.template cast<float>(), expected.out), TestFixture::kTolerance);
   }
@@ -85,7 +87,9 @@ TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
 }
 
 /// Neither number, or the same.
-bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+bool same(float a, float b) {
+  return a == b || (std::isnan(a) && std::isnan(b));
+}
 
 TYPED_TEST(Narrow, EveryNumberConvertsAsEigenConvertsIt) {
   std::vector<TypeParam> narrow(65536 + 3), back(narrow.size());
@@ -244,7 +248,8 @@ TYPED_TEST(Narrow, StatesOfPartsMergeInFloatAndAreRoundedOnce) {
     const attn::GaussianKernel kernel{.rows = rows};
     States all(kernel, in, 0, 300, context), more(kernel, in, 300, 700, context);
     merge(all.ref(), more.ref());
-    const auto expected = reference::attend(reference::gaussian_kernel(16, {}, rows == attn::Rows::normalized), test::to_reference(in));
+    const auto expected =
+        reference::attend(reference::gaussian_kernel(16, {}, rows == attn::Rows::normalized), test::to_reference(in));
     Matrix<T> out(31, 300), wider = Matrix<T>::Zero(31, 302);
     std::vector<float> lse(31);
     finish(kernel, all.ref(), 16, out, lse);
@@ -253,7 +258,8 @@ TYPED_TEST(Narrow, StatesOfPartsMergeInFloatAndAreRoundedOnce) {
     finish(kernel, all.ref(), 16, wider.leftCols(300));
     EXPECT_TRUE(wider.leftCols(300) == out);
     EXPECT_TRUE((wider.rightCols(2).array() == T(0)).all());
-    EXPECT_EQ(test::error_of([&] { finish(kernel, all.ref(), 16, wider); }), "finish: weighted is 31 x 300, should be 31 x 302");
+    EXPECT_EQ(test::error_of([&] { finish(kernel, all.ref(), 16, wider); }),
+              "finish: weighted is 31 x 300, should be 31 x 302");
   }
 }
 
@@ -287,7 +293,9 @@ TYPED_TEST(Narrow, ThePrimitivesGradientsAreRoundedOnce) {
   EXPECT_LE(test::share_beyond_one_rounding<T>(dv, of_softmax.dv), 2 * test::kShareOfHardCases);
   EXPECT_LE(test::relative_error(dq, of_softmax.dq), 10 * TestFixture::kTolerance);
   EXPECT_LE(test::relative_error(dk, of_softmax.dk), 10 * TestFixture::kTolerance);
-  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_backward(softmax, in, out, {}, seed.narrow.v, {dq, dk, dv}, context); }),
+  EXPECT_EQ(test::error_of([&] {
+              attn::kernel_matmul_backward(softmax, in, out, {}, seed.narrow.v, {dq, dk, dv}, context);
+            }),
             "kernel_matmul_backward: lse is empty, should have 60 entries, for rows are normalized");
 }
 
@@ -330,8 +338,8 @@ TYPED_TEST(Narrow, TakesViewsAtAnyElement) {
   };
   std::vector<T> q_memory, k_memory, v_memory, out_memory;
   const Matrix<T> zero = Matrix<T>::Zero(50, 8);
-  const attn::MatrixRef<T> q = unaligned(x.narrow.q, q_memory), k = unaligned(x.narrow.k, k_memory), v = unaligned(x.narrow.v, v_memory),
-                           out = unaligned(zero, out_memory);
+  const attn::MatrixRef<T> q = unaligned(x.narrow.q, q_memory), k = unaligned(x.narrow.k, k_memory),
+                           v = unaligned(x.narrow.v, v_memory), out = unaligned(zero, out_memory);
   const auto keep = test::random_keep(70, 0.8, 33);
   Context context;
   for (const auto& entry : attn::methods<T>()) {
@@ -424,22 +432,34 @@ TYPED_TEST(Narrow, WhatIsWrittenOverlapsNothing) {
   std::vector<float> maximum(10), sum(10), lse(10);
   Context context;
   const attn::GaussianKernel kernel;
-  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_backward(kernel, in, out, {}, dout, {dq, dk, dv}, context, bias); }),
+  EXPECT_EQ(test::error_of([&] {
+              attn::kernel_matmul_backward(kernel, in, out, {}, dout, {dq, dk, dv}, context, bias);
+            }),
             "kernel_matmul_backward: dbias overlaps key_bias");
-  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_backward(kernel, in, out, lse, dout, {dq, dk, dv}, context, lse); }),
+  EXPECT_EQ(test::error_of([&] {
+              attn::kernel_matmul_backward(kernel, in, out, lse, dout, {dq, dk, dv}, context, lse);
+            }),
             "kernel_matmul_backward: dbias overlaps lse");
-  EXPECT_EQ(test::error_of([&] { attn::kernel_matmul_partial(kernel, in, {maximum, maximum, weighted}, context); }),
+  EXPECT_EQ(test::error_of([&] {
+              attn::kernel_matmul_partial(kernel, in, {maximum, maximum, weighted}, context);
+            }),
             "kernel_matmul: sum overlaps maximum");
   const attn::MatrixRef<T> in_place(reinterpret_cast<T*>(weighted.data()), 10, 4, 8);
-  EXPECT_EQ(test::error_of([&] { finish(kernel, {maximum, sum, weighted}, 4, in_place); }), "finish: out overlaps weighted");
+  EXPECT_EQ(test::error_of([&] {
+              finish(kernel, {maximum, sum, weighted}, 4, in_place);
+            }),
+            "finish: out overlaps weighted");
   const attn::Skyformer<T> method(attn::UniformSample{.num_landmarks = 4});
   typename attn::Skyformer<T>::Saved saved;
   method.forward(in, out, context, saved);
-  EXPECT_EQ(test::error_of([&] { method.backward(in, out, dout, saved, {dq, dk, dv}, bias, context); }),
+  EXPECT_EQ(test::error_of([&] {
+              method.backward(in, out, dout, saved, {dq, dk, dv}, bias, context);
+            }),
             "skyformer: dbias overlaps key_bias");
   const attn::ExactOperator<T, attn::SoftmaxKernel> op({}, x.narrow.q, x.narrow.k, {}, context);
-  EXPECT_EQ(test::error_of([&] { op.apply(out, attn::MatrixRef<T>(const_cast<T*>(x.narrow.q.data()), 10, 4, 4), context); }),
-            "exact operator: y overlaps q");
+  EXPECT_EQ(
+      test::error_of([&] { op.apply(out, attn::MatrixRef<T>(const_cast<T*>(x.narrow.q.data()), 10, 4, 4), context); }),
+      "exact operator: y overlaps q");
 }
 
 TYPED_TEST(Narrow, ErrorsNameTheMethod) {

@@ -125,9 +125,11 @@ TEST(Npy, NamesTheFileInErrors) {
 TEST(Npy, RefusesLongHeaders) {
   for (const std::size_t length : {std::size_t{3900}, std::size_t{65'000}, std::size_t{1'000'000}}) {
     const NpyFile type(npy_header(std::string(length, 'f'), "False", "(2, 3)"), "", 2);
-    EXPECT_NE(error_of(type.path()).find(length < 4096 ? "expected elements of type" : "expected a header of at most"), std::string::npos);
+    EXPECT_NE(error_of(type.path()).find(length < 4096 ? "expected elements of type" : "expected a header of at most"),
+              std::string::npos);
     const NpyFile shape(npy_header("<f8", "False", "(" + std::string(length, '1') + ")"), "", 2);
-    EXPECT_NE(error_of(shape.path()).find(length < 4096 ? "expected a shape" : "expected a header of at most"), std::string::npos);
+    EXPECT_NE(error_of(shape.path()).find(length < 4096 ? "expected a shape" : "expected a header of at most"),
+              std::string::npos);
   }
 }
 

@@ -48,12 +48,14 @@ TYPED_TEST_SUITE(NystromOf, test::Scalars);
 
 TYPED_TEST(NystromOf, IsItsDefinition) {
   using T = TypeParam;
-  constexpr std::array<Index, 3> kSizes[] = {{77, 77, 8}, {61, 90, 8}, {300, 41, 40}, {33, 700, 32}, {129, 128, 1}, {500, 500, 65}};
+  constexpr std::array<Index, 3> kSizes[] = {{77, 77, 8},   {61, 90, 8},   {300, 41, 40},
+                                             {33, 700, 32}, {129, 128, 1}, {500, 500, 65}};
   for (const auto& [n_q, n_k, m] : kSizes) {
     const auto x = test::make_tokens<T>(Family::init, {n_q, n_k, 16, 12}, 301);
     const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
     for (const int iterations : {1, 6}) {
-      const Nystrom<T> method(SegmentMeans{.num_landmarks = m}, IterativePinv{.iterations = iterations}, SoftmaxKernel{.scale = 0.4});
+      const Nystrom<T> method(SegmentMeans{.num_landmarks = m}, IterativePinv{.iterations = iterations},
+                              SoftmaxKernel{.scale = 0.4});
       const Dense expected = defined(test::to_reference(in), m, iterations, 0.4);
       EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), expected), kTolerance<T>)
           << n_q << " queries, " << n_k << " keys, " << m << " landmarks";
@@ -100,7 +102,8 @@ struct OwnKernel {
 TYPED_TEST(NystromOf, TakesAKernelOfOnesOwn) {
   using T = TypeParam;
   const auto x = test::make_tokens<T>(Family::init, {130, 210, 16, 5}, 314);
-  for (const OwnKernel& kernel : {OwnKernel{0.3, 0.05}, OwnKernel{0.3, 0.15}, OwnKernel{0.2, 0.4}, OwnKernel{-0.3, -0.1}}) {
+  for (const OwnKernel& kernel :
+       {OwnKernel{0.3, 0.05}, OwnKernel{0.3, 0.15}, OwnKernel{0.2, 0.4}, OwnKernel{-0.3, -0.1}}) {
     const Nystrom<T, SegmentMeans, IterativePinv, OwnKernel> method(SegmentMeans{.num_landmarks = 12}, {}, kernel);
     const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
     EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v),
@@ -114,7 +117,9 @@ TYPED_TEST(NystromOf, IsExactWhenTheLandmarksSuffice) {
   using T = TypeParam;
   const auto x = test::make_tokens<T>(Family::unit, {90, 50, 16, 12}, 305);
   const auto keep_query = test::random_keep(90, 0.3, 306), keep_key = test::random_keep(50, 0.5, 307);
-  const auto count = [](const std::vector<std::uint8_t>& keep) { return std::ssize(keep) - std::count(keep.begin(), keep.end(), 0); };
+  const auto count = [](const std::vector<std::uint8_t>& keep) {
+    return std::ssize(keep) - std::count(keep.begin(), keep.end(), 0);
+  };
   const auto same = [&](Index m, const Mask& mask) {
     return test::bitwise_equal(attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = m}), x.q, x.k, x.v, mask),
                                attn::attention(SoftmaxAttention<T>{}, x.q, x.k, x.v, mask));
@@ -141,7 +146,8 @@ struct RawKernel {
 template <class T>
 struct EqualTokens {
   Index n = 40;
-  Matrix<T> x = Matrix<T>::Constant(n, 4, T(0.5)), v = test::Random(314).normal(n, 3).cwiseAbs().template cast<T>() / T(1 << 10);
+  Matrix<T> x = Matrix<T>::Constant(n, 4, T(0.5)),
+            v = test::Random(314).normal(n, 3).cwiseAbs().template cast<T>() / T(1 << 10);
 
   auto method(double exponent) const {
     return Nystrom<T, SegmentMeans, IterativePinv, RawKernel>(SegmentMeans{.num_landmarks = 4}, {},
@@ -165,9 +171,11 @@ TYPED_TEST(NystromOf, RawWeightsThatOverflowGiveNothingFinite) {
   using T = TypeParam;
   const EqualTokens<T> tokens;
   constexpr double kEnd = std::numeric_limits<T>::max_exponent;
-  for (const double exponent : {kEnd - 1, kEnd - 0.25, kEnd + 0.25, kEnd + 1, kEnd + 1.6, kEnd + 40, 2 * kEnd, 3 * kEnd - 0.3, 1e5}) {
+  for (const double exponent :
+       {kEnd - 1, kEnd - 0.25, kEnd + 0.25, kEnd + 1, kEnd + 1.6, kEnd + 40, 2 * kEnd, 3 * kEnd - 0.3, 1e5}) {
     const Matrix<T> out = attn::attention(tokens.method(exponent), tokens.x, tokens.x, tokens.v);
-    for (Index i = 0; i < out.size(); ++i) EXPECT_FALSE(std::isfinite(out.data()[i])) << exponent << " gives " << out.data()[i];
+    for (Index i = 0; i < out.size(); ++i)
+      EXPECT_FALSE(std::isfinite(out.data()[i])) << exponent << " gives " << out.data()[i];
   }
 }
 
@@ -229,7 +237,8 @@ TEST(SegmentMeansOf, LongSegmentsPassOverDroppedRows) {
   }
 }
 
-/// n tokens in so many pieces that are the same throughout, of coordinates near 3: a long chain of additions rounds each the same way.
+/// n tokens in so many pieces that are the same throughout, of coordinates near 3: a long chain of additions rounds
+/// each the same way.
 test::Tokens<float> pieces_of_tokens(Index n, Index pieces) {
   test::Tokens<float> x{Matrix<float>(n, 4), {}, Matrix<float>(n, 2)};
   test::Random random(251);

@@ -176,7 +176,8 @@ std::vector<const char*> bytes_of(const attn::HeadsView<T>& x) {
   for (Index b = 0; b < x.batch; ++b) {
     for (Index h = 0; h < x.heads; ++h) {
       for (Index i = 0; i < x.length; ++i) {
-        const auto* run = reinterpret_cast<const char*>(x.data + b * x.batch_stride + h * x.head_stride + i * x.row_stride);
+        const auto* run =
+            reinterpret_cast<const char*>(x.data + b * x.batch_stride + h * x.head_stride + i * x.row_stride);
         for (Index at = 0; at < x.dim * static_cast<Index>(sizeof(T)); ++at) all.push_back(run + at);
       }
     }
@@ -187,12 +188,15 @@ std::vector<const char*> bytes_of(const attn::HeadsView<T>& x) {
 /// Batches of heads within data: contiguous ones in either order, or any strides, 0 and negative ones among them.
 template <class T>
 attn::HeadsView<T> any_heads(test::Random& random, T* data, Index size) {
-  const Index batch = 1 + random.below(3), heads = 1 + random.below(3), length = 1 + random.below(4), dim = 1 + random.below(3);
+  const Index batch = 1 + random.below(3), heads = 1 + random.below(3), length = 1 + random.below(4),
+              dim = 1 + random.below(3);
   attn::HeadsView<T> x = attn::head_major(data, batch, heads, length, dim);
   const Index kind = random.below(3);
   if (kind == 1) x = attn::token_major(data, batch, length, heads, dim);
-  if (kind == 2) x = {data, batch, heads, length, dim, random.below(30) - 5, random.below(20) - 5, random.below(12) - 3};
-  const Index before = -std::min<Index>(0, (batch - 1) * x.batch_stride) - std::min<Index>(0, (heads - 1) * x.head_stride) -
+  if (kind == 2)
+    x = {data, batch, heads, length, dim, random.below(30) - 5, random.below(20) - 5, random.below(12) - 3};
+  const Index before = -std::min<Index>(0, (batch - 1) * x.batch_stride) -
+                       std::min<Index>(0, (heads - 1) * x.head_stride) -
                        std::min<Index>(0, (length - 1) * x.row_stride);
   x.data += before + random.below(size / 3);
   return x;
@@ -281,7 +285,8 @@ TEST(OverlapOfHeads, IsRefusedWhicheverHeadsMeet) {
 TEST(OverlapOfHeads, OfMasksIsRefused) {
   PackedHeads x;
   const auto bytes = [&](const PackedHeads::View& view) {
-    return std::span<const std::uint8_t>(reinterpret_cast<const std::uint8_t*>(view(1, 2).data()), PackedHeads::kTokens);
+    return std::span<const std::uint8_t>(reinterpret_cast<const std::uint8_t*>(view(1, 2).data()),
+                                         PackedHeads::kTokens);
   };
   const std::vector<attn::Mask> in_out{{}, {.keep_key = bytes(x.part(3))}}, in_dk{{}, {.keep_query = bytes(x.part(6))}};
   EXPECT_EQ(x.forward(x.part(3), in_out), "multi_head: out overlaps keep_key");
@@ -293,7 +298,8 @@ TEST(OverlapOfHeads, OfGradientsIsRefusedWhicheverHeadsMeet) {
   PackedHeads x;
   ASSERT_EQ(x.forward(x.part(3)), "no error");
   const std::vector<float> before = x.data;
-  EXPECT_EQ(x.backward({x.part(5), x.part(5, 1), x.part(7)}), "multi_head: dk overlaps dq");  // dk of head h is dq of head h + 1
+  EXPECT_EQ(x.backward({x.part(5), x.part(5, 1), x.part(7)}),
+            "multi_head: dk overlaps dq");  // dk of head h is dq of head h + 1
   EXPECT_EQ(x.backward({x.part(5), x.part(6), x.part(6, -2)}), "multi_head: dv overlaps dq");
   EXPECT_EQ(x.backward({x.part(5), x.part(6), x.part(6, 2)}), "multi_head: dv overlaps dk");
   EXPECT_EQ(x.backward({x.part(1, 2), x.part(6), x.part(7)}), "multi_head: dq overlaps k");
@@ -311,7 +317,9 @@ struct Streamed {
   MatrixRef<float> matrix(Index i) { return {data.data() + i * 20, kRows, kCols, kCols}; }
   std::span<float> array(Index first) { return std::span(data).subspan(static_cast<std::size_t>(first), kRows); }
   Inputs<float> inputs() { return {.q = matrix(0), .k = matrix(1), .v = matrix(2), .key_bias = array(60)}; }
-  attn::RowStates<float> states(Index first) { return {array(first), array(first + 5), {data.data() + first + 10, kRows, kCols, kCols}}; }
+  attn::RowStates<float> states(Index first) {
+    return {array(first), array(first + 5), {data.data() + first + 10, kRows, kCols, kCols}};
+  }
 
   std::string forward(MatrixRef<float> out, std::span<float> lse) {
     return error_of([&] { attn::kernel_matmul(attn::SoftmaxKernel{}, inputs(), out, lse, context); });
@@ -324,7 +332,8 @@ struct Streamed {
   }
   std::string backward(const attn::Gradients<float>& gradients, std::span<float> dbias) {
     return error_of([&] {
-      attn::kernel_matmul_backward(attn::SoftmaxKernel{}, inputs(), matrix(4), array(320), matrix(5), gradients, context, dbias);
+      attn::kernel_matmul_backward(attn::SoftmaxKernel{}, inputs(), matrix(4), array(320), matrix(5), gradients,
+                                   context, dbias);
     });
   }
 
@@ -387,27 +396,35 @@ TEST(OverlapOfArrays, OfNarrowTypesWithFloatIsRefused) {
   Context context;
   const auto error = [&](void* at) {
     const std::span<float> lse(static_cast<float*>(at), 8);
-    return error_of([&] { attn::kernel_matmul(attn::SoftmaxKernel{}, Inputs<Eigen::bfloat16>{q, k, v}, out, lse, context); });
+    return error_of([&] {
+      attn::kernel_matmul(attn::SoftmaxKernel{}, Inputs<Eigen::bfloat16>{q, k, v}, out, lse, context);
+    });
   };
   EXPECT_EQ(error(k.data() + 48), "kernel_matmul: lse overlaps k");
   EXPECT_EQ(error(out.data() + 16), "kernel_matmul: lse overlaps out");
-  EXPECT_EQ(error_of([&] { attn::SoftmaxAttention<Eigen::bfloat16>{}.forward({q, k, v}, k, context); }), "softmax: out overlaps k");
+  EXPECT_EQ(error_of([&] {
+              attn::SoftmaxAttention<Eigen::bfloat16>{}.forward({q, k, v}, k, context);
+            }),
+            "softmax: out overlaps k");
 }
 
 TEST(OverlapOfViews, IsRefusedByOperators) {
   Packed packed;
   Context context;
   const attn::ExactOperator<float, attn::SoftmaxKernel> exact({}, packed.part(0), packed.part(1), {}, context);
-  const attn::ApproximatorOperator<attn::Nystrom<float>> approximate(attn::Nystrom<float>(attn::SegmentMeans{6}), packed.part(0),
-                                                                     packed.part(1));
+  const attn::ApproximatorOperator<attn::Nystrom<float>> approximate(attn::Nystrom<float>(attn::SegmentMeans{6}),
+                                                                     packed.part(0), packed.part(1));
   const attn::Difference difference(exact, approximate);
   const auto error = [&](const auto& op, MatrixRef<float> x, MatrixRef<float> y) {
-    const std::string forward = error_of([&] { op.apply(x, y, context); }), transposed = error_of([&] { op.apply_transpose(x, y, context); });
+    const std::string forward = error_of([&] { op.apply(x, y, context); }),
+                      transposed = error_of([&] { op.apply_transpose(x, y, context); });
     return std::pair(forward, transposed);
   };
   const MatrixRef<float> x = packed.part(2), shifted(x.data() + 3, kLength, kWidth, x.outerStride());
-  EXPECT_EQ(error(exact, x, shifted), std::pair(std::string("exact operator: y overlaps x"), std::string("exact operator: y overlaps x")));
-  EXPECT_EQ(error(approximate, x, shifted), std::pair(std::string("nystrom: out overlaps v"), std::string("nystrom: dv overlaps dout")));
+  EXPECT_EQ(error(exact, x, shifted),
+            std::pair(std::string("exact operator: y overlaps x"), std::string("exact operator: y overlaps x")));
+  EXPECT_EQ(error(approximate, x, shifted),
+            std::pair(std::string("nystrom: out overlaps v"), std::string("nystrom: dv overlaps dout")));
   EXPECT_EQ(error(difference, x, x), error(exact, x, x));
   EXPECT_EQ(error(difference, x, packed.part(1)).first, "exact operator: y overlaps k");
   EXPECT_EQ(error(difference, x, packed.part(3)), std::pair(std::string("no error"), std::string("no error")));
@@ -415,9 +432,11 @@ TEST(OverlapOfViews, IsRefusedByOperators) {
   std::vector<float> side(kLength * kWidth);
   std::memset(side.data(), 1, side.size() * sizeof(float));
   const std::span<const std::uint8_t> keep(reinterpret_cast<const std::uint8_t*>(side.data() + 40), kLength);
-  const attn::ExactOperator<float, attn::SoftmaxKernel> masked({}, packed.part(0), packed.part(1), {.keep_query = keep}, context);
+  const attn::ExactOperator<float, attn::SoftmaxKernel> masked({}, packed.part(0), packed.part(1), {.keep_query = keep},
+                                                               context);
   EXPECT_EQ(error(masked, x, {side.data(), kLength, kWidth, kWidth}),
-            std::pair(std::string("exact operator: y overlaps keep_query"), std::string("exact operator: y overlaps keep_query")));
+            std::pair(std::string("exact operator: y overlaps keep_query"),
+                      std::string("exact operator: y overlaps keep_query")));
 }
 
 TEST(OverlapOfViews, OfInputsIsAllowedAndSoIsAnyStrideOfTheirs) {
@@ -425,7 +444,8 @@ TEST(OverlapOfViews, OfInputsIsAllowedAndSoIsAnyStrideOfTheirs) {
   Context context;
   const attn::SoftmaxAttention<float> method;
   const MatrixRef<float> q = packed.part(0);
-  const test::ConstMatrixRef<float> backwards(q.data() + (kLength - 1) * q.outerStride(), kLength, kWidth, -q.outerStride());
+  const test::ConstMatrixRef<float> backwards(q.data() + (kLength - 1) * q.outerStride(), kLength, kWidth,
+                                              -q.outerStride());
   const test::ConstMatrixRef<float> windows(q.data(), kLength, kWidth, 3), one_row(q.data(), kLength, kWidth, 0);
   for (const auto& x : {backwards, windows, one_row}) {
     const Matrix<float> copy = x;
@@ -444,7 +464,8 @@ TEST(OverlapOfViews, IsRefusedByTheConvolution) {
   EXPECT_EQ(error_of([&] { attn::depthwise_conv<float>(packed.part(2), filter, packed.part(2), context); }),
             "depthwise_conv: out overlaps v");
   EXPECT_EQ(error_of([&] {
-              attn::depthwise_conv_backward<float>(packed.part(2), filter, packed.part(3), packed.part(3), dfilter, context);
+              attn::depthwise_conv_backward<float>(packed.part(2), filter, packed.part(3), packed.part(3), dfilter,
+                                                   context);
             }),
             "depthwise_conv_backward: dv overlaps dout");
   const auto error = [&](std::span<const float> taps, std::span<float> dtaps, const attn::Mask& mask) {
@@ -453,7 +474,9 @@ TEST(OverlapOfViews, IsRefusedByTheConvolution) {
     });
   };
   const auto part = [&](Index i) { return std::span<float>(packed.part(i).data(), 3); };
-  const auto keep = [&](Index i) { return std::span<const std::uint8_t>(reinterpret_cast<const std::uint8_t*>(part(i).data()), kLength); };
+  const auto keep = [&](Index i) {
+    return std::span<const std::uint8_t>(reinterpret_cast<const std::uint8_t*>(part(i).data()), kLength);
+  };
   EXPECT_EQ(error(part(4), dfilter, {}), "depthwise_conv_backward: dv overlaps filter");
   EXPECT_EQ(error(filter, part(2), {}), "depthwise_conv_backward: dfilter overlaps v");
   EXPECT_EQ(error(filter, part(3), {}), "depthwise_conv_backward: dfilter overlaps dout");

@@ -34,7 +34,8 @@ class RandomProblem {
         keep_key_(equal_lengths ? keep_query_ : draw_mask(source, shape_.n_k)) {
     if (!any_mask) return;
     causal_ = static_cast<attn::Causal>(source.below(3));
-    if (source.below(3) == 0) key_bias_ = random_key_bias<T>(shape_.n_k, 0.1, static_cast<std::uint64_t>(source.below(1000)));
+    if (source.below(3) == 0)
+      key_bias_ = random_key_bias<T>(shape_.n_k, 0.1, static_cast<std::uint64_t>(source.below(1000)));
   }
 
   Inputs<T> inputs() {
@@ -49,10 +50,10 @@ class RandomProblem {
 
   std::string text() const {
     const auto number = [](Index x) { return std::to_string(x); };
-    return "n_q " + number(shape_.n_q) + ", n_k " + number(shape_.n_k) + ", d " + number(shape_.d) + ", d_v " + number(shape_.d_v) +
-           ", causal " + number(static_cast<Index>(causal_)) + (keep_key_.empty() ? "" : ", keep_key") +
-           (keep_query_.empty() ? "" : ", keep_query") + (key_bias_.empty() ? "" : ", key_bias") +
-           (sizeof(T) == 4 ? ", float" : ", double");
+    return "n_q " + number(shape_.n_q) + ", n_k " + number(shape_.n_k) + ", d " + number(shape_.d) + ", d_v " +
+           number(shape_.d_v) + ", causal " + number(static_cast<Index>(causal_)) +
+           (keep_key_.empty() ? "" : ", keep_key") + (keep_query_.empty() ? "" : ", keep_query") +
+           (key_bias_.empty() ? "" : ", key_bias") + (sizeof(T) == 4 ? ", float" : ", double");
   }
 
  private:

@@ -36,7 +36,8 @@ void expect_oracle(const std::string& name, std::uint64_t seed) {
   const bool exact = name == "softmax" || name == "gaussian";
   RandomProblem<T> problem(random, kLongest, false, exact);
   const attn::MethodOptions options = draw_options(random);
-  SCOPED_TRACE("seed " + std::to_string(seed) + ": " + problem.text() + ", landmarks " + std::to_string(*options.num_landmarks));
+  SCOPED_TRACE("seed " + std::to_string(seed) + ": " + problem.text() + ", landmarks " +
+               std::to_string(*options.num_landmarks));
   Context context = draw_context(random);
   const Inputs<T> in = problem.inputs();
   attn::make_approximator<T>(name, options).forward(in, problem.out(), context);
@@ -54,8 +55,11 @@ TEST_P(RandomProblems, AgreeWithTheOracle) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Every, RandomProblems, ::testing::Values("softmax", "gaussian", "nystrom", "skyformer", "lifted-softmax"),
-                         [](const auto& method) { return method.index == 4 ? std::string("lifted_softmax") : method.param; });
+INSTANTIATE_TEST_SUITE_P(Every, RandomProblems,
+                         ::testing::Values("softmax", "gaussian", "nystrom", "skyformer", "lifted-softmax"),
+                         [](const auto& method) {
+                           return method.index == 4 ? std::string("lifted_softmax") : method.param;
+                         });
 
 /// Gradients of exact attention; those of the other methods have tests by differences.
 template <class T>

@@ -12,8 +12,8 @@ namespace {
 /// All decompositions are this one, since each takes the compiler long.
 using Spectrum = Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>;
 
-/// (0 A; A^T 0), whose eigenvalues are A's singular values, with either sign, and zeros. The eigenvectors to the positive ones are
-/// A's left singular vectors above its right ones, divided by sqrt(2).
+/// (0 A; A^T 0), whose eigenvalues are A's singular values, with either sign, and zeros. The eigenvectors to the
+/// positive ones are A's left singular vectors above its right ones, divided by sqrt(2).
 Matrix symmetric_of(const Matrix& a) {
   Matrix s = Matrix::Zero(a.rows() + a.cols(), a.rows() + a.cols());
   s.topRightCorner(a.rows(), a.cols()) = a;
@@ -39,7 +39,8 @@ Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k) {
   Matrix s = Matrix::Zero(q.rows(), k.rows());
   if (kernel.scale != 2 * kernel.bias) s = (kernel.scale - 2 * kernel.bias) * (q * k.transpose());
   if (kernel.bias != 0) {
-    for (Index i = 0; i < q.rows(); ++i) s.row(i) -= kernel.bias * (k.rowwise() - q.row(i)).rowwise().squaredNorm().transpose();
+    for (Index i = 0; i < q.rows(); ++i)
+      s.row(i) -= kernel.bias * (k.rowwise() - q.row(i)).rowwise().squaredNorm().transpose();
   }
   return s;
 }
@@ -49,7 +50,8 @@ Vector bias_origins(const Problem& p) {
   for (Index i = 0; i < origins.size() && p.key_bias.size() > 0; ++i) {
     double largest = -kInfinity;
     for (Index j = 0; j < p.k.rows(); ++j) {
-      if (visible(p.mask, p.q.rows(), p.k.rows(), i, j) && std::isfinite(p.key_bias[j])) largest = std::max(largest, p.key_bias[j]);
+      if (visible(p.mask, p.q.rows(), p.k.rows(), i, j) && std::isfinite(p.key_bias[j]))
+        largest = std::max(largest, p.key_bias[j]);
     }
     if (std::isfinite(largest)) origins[i] = largest;
   }
@@ -193,8 +195,9 @@ Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks
                  const std::function<Matrix(const Matrix&)>& inverse) {
   if (landmarks.rows() == 0) return Matrix::Zero(p.q.rows(), p.v.cols());  // nothing is kept
   Problem from_landmarks{landmarks, p.k, p.v, {.keep_key = p.mask.keep_key}, p.key_bias};
-  const Matrix b =
-      log_weights(kernel, from_landmarks).unaryExpr([](double x) { return std::exp(x); });  // 0 at -infinity, unlike Eigen's
+  const Matrix b = log_weights(kernel, from_landmarks).unaryExpr([](double x) {
+    return std::exp(x);
+  });  // 0 at -infinity, unlike Eigen's
   const Matrix f = log_kernel(kernel, p.q, landmarks).array().exp();
   const Matrix z = inverse(Matrix(log_kernel(kernel, landmarks, landmarks).array().exp()));
   Matrix bv = Matrix::Zero(b.rows(), p.v.cols());
@@ -205,7 +208,8 @@ Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks
   if (kernel.normalized) {
     const Vector total = z * b.rowwise().sum();
     const Vector divisor = (f * total).cwiseMax(1e-6 * (f * total.cwiseAbs()));
-    for (Index i = 0; i < out.rows(); ++i) out.row(i) *= divisor[i] == 0 ? 0 : 1 / divisor[i];  // 0 where no key is kept
+    for (Index i = 0; i < out.rows(); ++i)
+      out.row(i) *= divisor[i] == 0 ? 0 : 1 / divisor[i];  // 0 where no key is kept
   }
   for (Index i = 0; i < out.rows(); ++i) {
     if (!kept(p.mask.keep_query, i)) out.row(i).setZero();

@@ -1,5 +1,5 @@
-/// Attention by its definitions, in double and pair by pair: the oracle that the library's results are compared with. Written for
-/// reading; shares no code with the library but the types Mask and Causal.
+/// Attention by its definitions, in double and pair by pair: the oracle that the library's results are compared with.
+/// Written for reading; shares no code with the library but the types Mask and Causal.
 #pragma once
 
 #include <attn/mask.hpp>
@@ -48,26 +48,28 @@ inline bool kept(std::span<const std::uint8_t> keep, Index i) {
   return keep.empty() || keep[static_cast<std::size_t>(i)] != 0;
 }
 
-/// Whether query i of n_q sees key j of n_k. lower_right: the last kept query sees the last kept key, and a query so many rows before it
-/// does not see as many rows of keys.
+/// Whether query i of n_q sees key j of n_k. lower_right: the last kept query sees the last kept key, and a query so
+/// many rows before it does not see as many rows of keys.
 inline bool visible(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
   if (!kept(mask.keep_query, i) || !kept(mask.keep_key, j)) return false;
   if (mask.causal == attn::Causal::upper_left) return j <= i;
   if (mask.causal == attn::Causal::none) return true;
   Index last_query = n_q - 1, last_key = n_k - 1;
   while (!kept(mask.keep_query, last_query)) --last_query;  // ends at i or before
-  while (!kept(mask.keep_key, last_key)) --last_key;  // at j or before
+  while (!kept(mask.keep_key, last_key)) --last_key;        // at j or before
   return last_key - j >= last_query - i;
 }
 
-/// log kappa of every pair, written as -bias |q - k|^2 + (scale - 2 bias) q.k: a Gaussian kernel has the first term alone, softmax
-/// the second.
+/// log kappa of every pair, written as -bias |q - k|^2 + (scale - 2 bias) q.k: a Gaussian kernel has the first term
+/// alone, softmax the second.
 Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k);
 
-/// The largest finite key bias that each query sees, 0 where there is none: added to a score, a large one would take its digits.
+/// The largest finite key bias that each query sees, 0 where there is none: added to a score, a large one would take
+/// its digits.
 Vector bias_origins(const Problem& p);
 
-/// log_kernel plus key_bias, less a query's origin unless there are none; -infinity where the query does not see the key.
+/// log_kernel plus key_bias, less a query's origin unless there are none; -infinity where the query does not see the
+/// key.
 Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins = {});
 
 struct Result {
@@ -83,8 +85,8 @@ struct Gradients {
   Vector dbias;  // by the key bias, for every key
 };
 
-/// The gradients of attend's sum_i dout_i.out_i. With P_ij what multiplies v_j in out_i, and D_i = sum_j P_ij dout_i.v_j where
-/// rows are normalized, else 0:
+/// The gradients of attend's sum_i dout_i.out_i. With P_ij what multiplies v_j in out_i, and D_i = sum_j P_ij
+/// dout_i.v_j where rows are normalized, else 0:
 ///   dv_j = sum_i P_ij dout_i        slope_ij = P_ij (dout_i.v_j - D_i)        dbias_j = sum_i slope_ij
 ///   dq_i = sum_j slope_ij (scale k_j - 2 bias q_i)        dk_j = sum_i slope_ij (scale q_i - 2 bias k_j)
 Gradients attend_backward(const Kernel& kernel, const Problem& p, const Matrix& dout);
@@ -112,12 +114,12 @@ Matrix strided_landmarks(const Problem& p, Index m);
 /// (A + gamma I)^-1.
 Matrix ridge_inverse(const Matrix& a, double gamma);
 
-/// P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A + gamma I) 1);  Z <- Z (13 I - PZ (15 I - PZ (7 I - PZ))) / 4 from P^T / |P|_1;
-/// D^-1/2 Z D^-1/2.
+/// P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A + gamma I) 1);  Z <- Z (13 I - PZ (15 I - PZ (7 I - PZ))) / 4 from P^T
+/// / |P|_1; D^-1/2 Z D^-1/2.
 Matrix preconditioned_pinv(const Matrix& a, double gamma, int iterations);
 
-/// F (Z (B v)) with F = kappa(q, L), B = kappa(L, k) over the kept keys, Z = inverse(kappa(L, L)). Normalized rows are divided by
-/// F (Z (B 1)), which is kept above 1e-6 of the sum of its terms' magnitudes.
+/// F (Z (B v)) with F = kappa(q, L), B = kappa(L, k) over the kept keys, Z = inverse(kappa(L, L)). Normalized rows are
+/// divided by F (Z (B 1)), which is kept above 1e-6 of the sum of its terms' magnitudes.
 Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks,
                  const std::function<Matrix(const Matrix&)>& inverse);
 

@@ -1,4 +1,5 @@
-/// NaN and infinity: they reach every row that sees them and no other, bit for bit; what a mask hides has no influence at all.
+/// NaN and infinity: they reach every row that sees them and no other, bit for bit; what a mask hides has no influence
+/// at all.
 #include <attn/exact.hpp>
 #include <attn/kernel_matmul.hpp>
 
@@ -35,7 +36,8 @@ Matrix<T> run(Kind kind, const Inputs<T>& in) {
   if (kind == Kind::softmax) {
     attn::kernel_matmul(SoftmaxKernel{}, in, out, context);
   } else {
-    attn::kernel_matmul(GaussianKernel{.rows = kind == Kind::raw_gaussian ? Rows::raw : Rows::normalized}, in, out, context);
+    attn::kernel_matmul(GaussianKernel{.rows = kind == Kind::raw_gaussian ? Rows::raw : Rows::normalized}, in, out,
+                        context);
   }
   return out;
 }
@@ -94,7 +96,8 @@ void expect_confined(const Matrix<T>& out, const Matrix<T>& clean, const Poisone
     if (poisoned(i)) {
       ASSERT_TRUE(out.row(i).array().isNaN().all()) << "row " << i << " should be NaN: " << out.row(i);
     } else {
-      ASSERT_TRUE(test::same_row(out, clean, i)) << "row " << i << " should not change: " << out.row(i) << " from " << clean.row(i);
+      ASSERT_TRUE(test::same_row(out, clean, i))
+          << "row " << i << " should not change: " << out.row(i) << " from " << clean.row(i);
     }
   }
 }
@@ -170,8 +173,8 @@ void for_each_small_scene(Index d_v, const Body& body) {
   }
 }
 
-/// Of every key, and in every column of several packets and a tail: near the diagonal one tile holds queries that see the key and
-/// others that do not.
+/// Of every key, and in every column of several packets and a tail: near the diagonal one tile holds queries that see
+/// the key and others that do not.
 TYPED_TEST(Robustness, ANonFiniteValueReachesOneColumnOfTheRowsThatSeeIt) {
   using T = TypeParam;
   constexpr Index kColumns = 37;
@@ -386,7 +389,8 @@ TYPED_TEST(Robustness, InfiniteEntriesStayInTheRowsThatSeeThem) {
   });
 }
 
-/// A key of infinite Gaussian distance weighs nothing; rows whose score is -infinity at one key are those of the other keys.
+/// A key of infinite Gaussian distance weighs nothing; rows whose score is -infinity at one key are those of the other
+/// keys.
 TYPED_TEST(Robustness, LogitsBeyondTheRangeOfExpAreFinite) {
   using T = TypeParam;
   for (const T size : {T(1e4), T(1e15)}) {
@@ -407,11 +411,13 @@ TYPED_TEST(Robustness, ConstantAndRepeatedTokens) {
   x.q.setConstant(T(2));
   x.k.setConstant(T(2));
   const reference::Matrix mean = x.v.template cast<double>().colwise().mean().replicate(50, 1);
-  EXPECT_LE(test::relative_error(run<T>(Kind::softmax, {.q = x.q, .k = x.k, .v = x.v}), mean), 10 * test::kExactTolerance<T>);
+  EXPECT_LE(test::relative_error(run<T>(Kind::softmax, {.q = x.q, .k = x.k, .v = x.v}), mean),
+            10 * test::kExactTolerance<T>);
   EXPECT_LE(test::relative_error(run<T>(Kind::raw_gaussian, {.q = x.q, .k = x.k, .v = x.v}), 300 * mean),
             10 * test::kExactTolerance<T>);
   x.q.setZero();
-  EXPECT_LE(test::relative_error(run<T>(Kind::softmax, {.q = x.q, .k = x.k, .v = x.v}), mean), 10 * test::kExactTolerance<T>);
+  EXPECT_LE(test::relative_error(run<T>(Kind::softmax, {.q = x.q, .k = x.k, .v = x.v}), mean),
+            10 * test::kExactTolerance<T>);
 }
 
 }  // namespace

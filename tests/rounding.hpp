@@ -11,8 +11,8 @@
 
 namespace test {
 
-/// The share of entries of a result in T that are further from the exact ones than one rounding of an intermediate in float would
-/// leave them: more than .52 units in the last place.
+/// The share of entries of a result in T that are further from the exact ones than one rounding of an intermediate in
+/// float would leave them: more than .52 units in the last place.
 template <class T>
 double share_beyond_one_rounding(const attn::Matrix<T>& actual, const reference::Matrix& exact) {
   constexpr bool kIsHalf = std::is_same_v<T, Eigen::half>;  // for which Eigen 3.4 has another epsilon

@@ -97,7 +97,8 @@ TYPED_TEST(SkyformerOf, IsItsDefinition) {
   using T = TypeParam;
   Context context;
   for (const auto& [shape, m] : kCases) {
-    SCOPED_TRACE("n_q " + std::to_string(shape.n_q) + ", n_k " + std::to_string(shape.n_k) + ", m " + std::to_string(m));
+    SCOPED_TRACE("n_q " + std::to_string(shape.n_q) + ", n_k " + std::to_string(shape.n_k) + ", m " +
+                 std::to_string(m));
     const auto x = test::make_tokens<T>(Family::init, shape, 51);
     const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
     const reference::Problem p = test::to_reference(in);
@@ -106,12 +107,14 @@ TYPED_TEST(SkyformerOf, IsItsDefinition) {
       const GaussianKernel kernel{.rows = rows};
       const auto expected_kernel = reference::gaussian_kernel(shape.d, {}, rows == Rows::normalized);
       const auto ridge = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.1); };
-      EXPECT_LE(test::relative_error(forward<T>(Strided<T>(StridedSample{.num_landmarks = m}, RidgeInverse{}, kernel), in, context),
-                                     skyformer(expected_kernel, p, landmarks, ridge)),
+      EXPECT_LE(test::relative_error(
+                    forward<T>(Strided<T>(StridedSample{.num_landmarks = m}, RidgeInverse{}, kernel), in, context),
+                    skyformer(expected_kernel, p, landmarks, ridge)),
                 kTolerance<T>);
       const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
-      EXPECT_LE(test::relative_error(forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = m}, {}, kernel), in, context),
-                                     skyformer(expected_kernel, p, landmarks, iterated)),
+      EXPECT_LE(test::relative_error(
+                    forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = m}, {}, kernel), in, context),
+                    skyformer(expected_kernel, p, landmarks, iterated)),
                 kTolerance<T>);
     }
   }
@@ -126,7 +129,8 @@ TYPED_TEST(SkyformerOf, TakesMasksBiasesAndStridedViews) {
   Context context;
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
     for (const bool biased : {false, true}) {
-      Inputs<T> in{.q = q.view(), .k = k.view(), .v = v.view(), .mask = {.keep_key = keep_key, .keep_query = keep_query}};
+      Inputs<T> in{
+          .q = q.view(), .k = k.view(), .v = v.view(), .mask = {.keep_key = keep_key, .keep_query = keep_query}};
       if (biased) in.key_bias = bias;
       const reference::Problem p = test::to_reference(in);
       const auto kernel = reference::gaussian_kernel(16, 2.5, rows == Rows::normalized);
@@ -151,7 +155,8 @@ TYPED_TEST(SkyformerOf, TakesMasksBiasesAndStridedViews) {
 template <class T>
 void expect_rows_near(const Matrix<T>& out, const reference::Matrix& expected, double tolerance) {
   for (Index i = 0; i < out.rows(); ++i) {
-    EXPECT_LE((out.row(i).template cast<double>() - expected.row(i)).norm(), tolerance * expected.row(i).norm()) << "row " << i;
+    EXPECT_LE((out.row(i).template cast<double>() - expected.row(i)).norm(), tolerance * expected.row(i).norm())
+        << "row " << i;
   }
 }
 
@@ -159,8 +164,9 @@ reference::Matrix ridge(const reference::Matrix& a) {
   return reference::ridge_inverse(a, 0.1);
 }
 
-/// Landmarks that are keys see keys of distance 0; those that are queries are so far from all that their sums are 2^-200 and less of the
-/// others', in the last case less than a double's square root. Each matters to the queries near it.
+/// Landmarks that are keys see keys of distance 0; those that are queries are so far from all that their sums are
+/// 2^-200 and less of the others', in the last case less than a double's square root. Each matters to the queries near
+/// it.
 TYPED_TEST(SkyformerOf, IsItsDefinitionWhereTokensAreFarFromOneAnother) {
   using T = TypeParam;
   Context context;
@@ -178,13 +184,15 @@ TYPED_TEST(SkyformerOf, IsItsDefinitionWhereTokensAreFarFromOneAnother) {
       const reference::Problem p = test::to_reference(in);
       const GaussianKernel kernel{.rows = Rows::normalized};
       const auto expected_kernel = reference::gaussian_kernel(64, {}, true);
-      const reference::Matrix landmarks = strided_landmarks(p, 64), expected = skyformer(expected_kernel, p, landmarks, ridge);
+      const reference::Matrix landmarks = strided_landmarks(p, 64),
+                              expected = skyformer(expected_kernel, p, landmarks, ridge);
       const Matrix<T> out = forward<T>(Strided<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context);
       EXPECT_LE(test::relative_error(out, expected), kTolerance<T>);
       expect_rows_near(out, expected, sizeof(T) == 4 ? 2e-4 : 1e-11);
       const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
-      EXPECT_LE(test::relative_error(forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context),
-                                     skyformer(expected_kernel, p, landmarks, iterated)),
+      EXPECT_LE(test::relative_error(
+                    forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context),
+                    skyformer(expected_kernel, p, landmarks, iterated)),
                 kTolerance<T>);
     }
   }
@@ -194,8 +202,11 @@ TYPED_TEST(SkyformerOf, IsItsDefinitionWhereTokensAreFarFromOneAnother) {
 template <class T>
 struct OwnInverse {
   void check(std::string_view) const {}
-  void apply(attn::MatrixRef<T> a, attn::MatrixRef<T> x, Context& context) const { RidgeInverse{}.apply(a, x, context); }
-  void backward(attn::MatrixRef<T> a, attn::MatrixRef<T> x, attn::MatrixRef<T> dx, attn::MatrixRef<T> da, Context& context) const {
+  void apply(attn::MatrixRef<T> a, attn::MatrixRef<T> x, Context& context) const {
+    RidgeInverse{}.apply(a, x, context);
+  }
+  void backward(attn::MatrixRef<T> a, attn::MatrixRef<T> x, attn::MatrixRef<T> dx, attn::MatrixRef<T> da,
+                Context& context) const {
     RidgeInverse{}.backward(a, x, dx, da, context);
   }
 };
@@ -208,13 +219,14 @@ TYPED_TEST(SkyformerOf, TakesACoreOfOneTypeWhereverTheTokensAre) {
     auto x = test::make_tokens<T>(Family::unit, {90, 90, 64, 6}, 76);
     x.q *= static_cast<T>(deviation);
     x.k *= static_cast<T>(deviation);
-    const Skyformer<T, StridedSample, OwnInverse<T>> method(StridedSample{.num_landmarks = 20}, {}, {.rows = Rows::normalized});
+    const Skyformer<T, StridedSample, OwnInverse<T>> method(StridedSample{.num_landmarks = 20}, {},
+                                                            {.rows = Rows::normalized});
     EXPECT_TRUE(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v}, context).allFinite()) << deviation;
   }
 }
 
-/// Normalized rows do not depend on what all key biases have in common; one of them removes its key, and the largest is that of a key that
-/// is dropped.
+/// Normalized rows do not depend on what all key biases have in common; one of them removes its key, and the largest is
+/// that of a key that is dropped.
 TYPED_TEST(SkyformerOf, ACommonBiasOfAllKeysChangesNoNormalizedRow) {
   using T = TypeParam;
   Context context;
@@ -224,7 +236,8 @@ TYPED_TEST(SkyformerOf, ACommonBiasOfAllKeysChangesNoNormalizedRow) {
   keep_key[6] = 1;
   const Strided<T> method(StridedSample{.num_landmarks = 24}, {}, {.rows = Rows::normalized});
   for (const double gap : {0.0, 0.5}) {
-    for (const double common : {0.0, 89.0, 1e4, -1e4, 1e30, -1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
+    for (const double common :
+         {0.0, 89.0, 1e4, -1e4, 1e30, -1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
       std::vector<T> bias(130, static_cast<T>(common)), relative(130, T(0));
       if (std::abs(common) <= 1e4) bias[3] += static_cast<T>(gap), relative[3] = static_cast<T>(gap);
       bias[5] = test::kNaN<T>;
@@ -232,9 +245,11 @@ TYPED_TEST(SkyformerOf, ACommonBiasOfAllKeysChangesNoNormalizedRow) {
       bias[7] = std::numeric_limits<T>::lowest();
       if (common != bias[7]) relative[7] = T(-1e4);
       const Mask mask{.keep_key = keep_key};
-      const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = relative});
-      EXPECT_LE(test::relative_error(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = bias}, context),
-                                     skyformer(reference::gaussian_kernel(16, {}, true), p, strided_landmarks(p, 24), ridge)),
+      const reference::Problem p =
+          test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = relative});
+      EXPECT_LE(test::relative_error(
+                    forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = bias}, context),
+                    skyformer(reference::gaussian_kernel(16, {}, true), p, strided_landmarks(p, 24), ridge)),
                 kTolerance<T>)
           << common;
     }
@@ -252,10 +267,12 @@ TYPED_TEST(SkyformerOf, RawRowsAreAsLargeAsTheyAre) {
     x.q.array() += static_cast<T>(distance);
     const Strided<T> method(StridedSample{.num_landmarks = 24});
     const std::vector<T> lowest(130, std::numeric_limits<T>::lowest());
-    EXPECT_TRUE((forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = lowest}, context).array() == T(0)).all());
+    EXPECT_TRUE(
+        (forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = lowest}, context).array() == T(0)).all());
     const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
     const reference::Matrix unbiased = skyformer(reference::gaussian_kernel(16), p, strided_landmarks(p, 24), ridge);
-    for (const double common : {-0.55 * largest, -1.0, 0.5 * largest, 0.95 * largest, 0.99 * largest + 0.5, largest + 2}) {
+    for (const double common :
+         {-0.55 * largest, -1.0, 0.5 * largest, 0.95 * largest, 0.99 * largest + 0.5, largest + 2}) {
       const std::vector<T> bias(130, static_cast<T>(common));
       const Matrix<T> out = forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context);
       const double exponent = static_cast<double>(bias[0]), back = std::exp(-exponent / 2);
@@ -268,7 +285,8 @@ TYPED_TEST(SkyformerOf, RawRowsAreAsLargeAsTheyAre) {
         EXPECT_GE(out.data()[i] * static_cast<T>(unbiased.data()[i]), T(0)) << common;
       }
       if (!out.allFinite()) continue;
-      EXPECT_LE(test::relative_error(Matrix<double>(out.template cast<double>() * back * back), unbiased), kTolerance<T>)
+      EXPECT_LE(test::relative_error(Matrix<double>(out.template cast<double>() * back * back), unbiased),
+                kTolerance<T>)
           << common << " at distance " << distance;
     }
   }
@@ -412,7 +430,8 @@ TYPED_TEST(SkyformerOf, TakesStridedLandmarks) {
   };
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
     const GaussianKernel kernel{.rows = rows};
-    expect_same(Skyformer<T, WideKeys>(WideKeys{.padding = 3}, {}, kernel), Skyformer<T, WideKeys>(WideKeys{}, {}, kernel));
+    expect_same(Skyformer<T, WideKeys>(WideKeys{.padding = 3}, {}, kernel),
+                Skyformer<T, WideKeys>(WideKeys{}, {}, kernel));
   }
   expect_same(attn::LiftedSoftmax<T, WideKeys>(WideKeys{.padding = 3}), attn::LiftedSoftmax<T, WideKeys>(WideKeys{}));
 }
@@ -439,7 +458,8 @@ TYPED_TEST(SkyformerOf, NothingKeptGivesZeros) {
     const Strided<T> method(StridedSample{.num_landmarks = 8}, RidgeInverse{}, GaussianKernel{.rows = rows});
     EXPECT_TRUE((attn::attention(method, x.q, x.k, x.v, {.keep_key = no_key}).array() == T(0)).all());
     EXPECT_TRUE((attn::attention(method, x.q, x.k, x.v, {.keep_query = no_query}).array() == T(0)).all());
-    EXPECT_TRUE((attn::attention(method, x.q, x.k, x.v, {.keep_key = no_key, .keep_query = no_query}).array() == T(0)).all());
+    EXPECT_TRUE(
+        (attn::attention(method, x.q, x.k, x.v, {.keep_key = no_key, .keep_query = no_query}).array() == T(0)).all());
   }
 }
 
@@ -482,9 +502,10 @@ TYPED_TEST(SkyformerOf, KeepsItsDigitsFarFromTheOrigin) {
       EXPECT_LE(test::relative_error(forward<T>(Strided<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
                                      skyformer(kernel, p, landmarks, ridge)),
                 tolerance);
-      EXPECT_LE(test::relative_error(forward<T>(StridedIterative<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
-                                     skyformer(kernel, p, landmarks, iterated)),
-                tolerance);
+      EXPECT_LE(
+          test::relative_error(forward<T>(StridedIterative<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
+                               skyformer(kernel, p, landmarks, iterated)),
+          tolerance);
     }
   }
 }
@@ -521,10 +542,11 @@ TYPED_TEST(SkyformerOf, ARotationChangesNothing) {
   const auto x = test::make_tokens<double>(Family::init, {90, 130, 16, 12}, 62);
   const Matrix<double> rotation = reference::orthogonal(test::Random(63).normal(16, 16));
   const auto run = [&](const Matrix<double>& q, const Matrix<double>& k) {
-    return attn::attention(Strided<T>(StridedSample{.num_landmarks = 24}), Matrix<T>(q.cast<T>()), Matrix<T>(k.cast<T>()),
-                           Matrix<T>(x.v.cast<T>()));
+    return attn::attention(Strided<T>(StridedSample{.num_landmarks = 24}), Matrix<T>(q.cast<T>()),
+                           Matrix<T>(k.cast<T>()), Matrix<T>(x.v.cast<T>()));
   };
-  EXPECT_LE(test::relative_error(run(x.q * rotation, x.k * rotation), run(x.q, x.k).template cast<double>()), kTolerance<T>);
+  EXPECT_LE(test::relative_error(run(x.q * rotation, x.k * rotation), run(x.q, x.k).template cast<double>()),
+            kTolerance<T>);
 }
 
 TEST(Skyformer, TheOrderOfLandmarksChangesNothing) {
@@ -539,16 +561,18 @@ TEST(Skyformer, IsExactWithEveryKeyAsALandmarkAndNoRidge) {
   const auto x = test::make_tokens<double>(Family::init, {90, 130, 16, 12}, 65);
   const Skyformer<double, ChosenKeys> method(ChosenKeys{.rows = all_rows(130)}, RidgeInverse{.gamma = 1e-12});
   const reference::Problem p = test::to_reference<double>({.q = x.q, .k = x.k, .v = x.v});
-  EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), attend(reference::gaussian_kernel(16), p).out), 1e-6);
+  EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), attend(reference::gaussian_kernel(16), p).out),
+            1e-6);
 }
 
-/// With v the identity, q = k = X gives the approximation of kappa(X, X) itself: it is below the kernel matrix in the Loewner
-/// order.
+/// With v the identity, q = k = X gives the approximation of kappa(X, X) itself: it is below the kernel matrix in the
+/// Loewner order.
 TEST(Skyformer, LeavesAPositiveSemidefiniteResidual) {
   for (const Family family : {Family::init, Family::smooth, Family::clusters}) {
     const auto x = test::make_tokens<double>(family, {210, 210, 16, 1}, 66);
     const Matrix<double> identity = Matrix<double>::Identity(210, 210);
-    const Matrix<double> approximation = attn::attention(Strided<double>(StridedSample{.num_landmarks = 24}), x.q, x.q, identity);
+    const Matrix<double> approximation =
+        attn::attention(Strided<double>(StridedSample{.num_landmarks = 24}), x.q, x.q, identity);
     const Matrix<double> kernel = log_kernel(reference::gaussian_kernel(16), x.q, x.q).array().exp();
     const Matrix<double> residual = kernel - approximation;
     EXPECT_LE((residual - residual.transpose()).norm(), 1e-10);
@@ -568,8 +592,8 @@ TYPED_TEST(SkyformerOf, DuplicateTokensAndNoRidgeStayFinite) {
   }
 }
 
-/// Many more landmarks than their kernel matrix has directions, and next to no ridge: the method is as exact as with the directions
-/// that there are.
+/// Many more landmarks than their kernel matrix has directions, and next to no ridge: the method is as exact as with
+/// the directions that there are.
 TYPED_TEST(SkyformerOf, LeavesOutDirectionsThatAreZeroButForRounding) {
   using T = TypeParam;
   const auto x = test::curve_tokens<T>({1200, 1200, 8, 6}, 71);
@@ -578,8 +602,11 @@ TYPED_TEST(SkyformerOf, LeavesOutDirectionsThatAreZeroButForRounding) {
     const reference::Matrix exact = attend(reference::gaussian_kernel(8, {}, rows == Rows::normalized), p).out;
     for (const Index m : {256, 600, 1000}) {
       for (const double gamma : {0.0, 1e-6}) {
-        const Strided<T> method(StridedSample{.num_landmarks = m}, RidgeInverse{.gamma = gamma}, GaussianKernel{.rows = rows});
-        EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), exact), sizeof(T) == 4 ? 1e-5 : gamma > 0 ? 1e-6 : 1e-11)
+        const Strided<T> method(StridedSample{.num_landmarks = m}, RidgeInverse{.gamma = gamma},
+                                GaussianKernel{.rows = rows});
+        EXPECT_LE(test::relative_error(attn::attention(method, x.q, x.k, x.v), exact), sizeof(T) == 4 ? 1e-5
+                                                                                       : gamma > 0    ? 1e-6
+                                                                                                      : 1e-11)
             << m << " landmarks, gamma " << gamma;
       }
     }
@@ -594,7 +621,8 @@ TYPED_TEST(SkyformerOf, NormalizedRowsStayFiniteFarFromTheLandmarks) {
   const Matrix<T> out = attn::attention(method, x.q, x.k, x.v);
   EXPECT_TRUE(out.allFinite());
   const Matrix<T> ones = attn::attention(method, x.q, x.k, Matrix<T>(Matrix<T>::Ones(64, 2)));
-  for (Index i = 0; i < 64; ++i) EXPECT_NEAR(static_cast<double>(ones(i, 0)), 1, sizeof(T) == 4 ? 1e-5 : 1e-12) << "row " << i;
+  for (Index i = 0; i < 64; ++i)
+    EXPECT_NEAR(static_cast<double>(ones(i, 0)), 1, sizeof(T) == 4 ? 1e-5 : 1e-12) << "row " << i;
 }
 
 TYPED_TEST(SkyformerOf, IsTheSameOnEveryExecutor) {

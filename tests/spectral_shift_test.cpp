@@ -105,11 +105,13 @@ TEST(OptimalShift, IsNeverBeatenNearby) {
   const double best = p.error(p.u, p.delta);
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
     const Dense step = random_matrix(p.u.rows(), p.u.cols(), seed);
-    for (const double size : {-0.1, 1e-3, 0.1}) EXPECT_GE(p.error(p.u + size * step, p.delta + size * step(0, 0)), best);
+    for (const double size : {-0.1, 1e-3, 0.1})
+      EXPECT_GE(p.error(p.u + size * step, p.delta + size * step(0, 0)), best);
   }
 }
 
-/// delta = (tr A - tr(A^+ A^2)) / (m - rank A) has a numerator of 0 for every A, so it is 0, or 0 / 0 where A has full rank.
+/// delta = (tr A - tr(A^+ A^2)) / (m - rank A) has a numerator of 0 for every A, so it is 0, or 0 / 0 where A has full
+/// rank.
 TEST(RecalledFormula, IsZeroOrUndefined) {
   constexpr Index m = 12;
   for (Index rank = 1; rank <= m; ++rank) {
@@ -132,7 +134,9 @@ struct Errors {
   template <class T>
   Errors(const Tokens<T>& x, Index num_landmarks) {
     const Dense exact = attn::attention(SoftmaxAttention<T>{}, x.q, x.k, x.v).template cast<double>();
-    const auto error = [&](const auto& method) { return test::relative_error(attn::attention(method, x.q, x.k, x.v), exact); };
+    const auto error = [&](const auto& method) {
+      return test::relative_error(attn::attention(method, x.q, x.k, x.v), exact);
+    };
     nystrom = error(Nystrom<T>(SegmentMeans{.num_landmarks = num_landmarks}));
     scalar = error(shifted<T>(num_landmarks, ShiftMode::scalar));
     row = error(shifted<T>(num_landmarks, ShiftMode::row));
@@ -288,15 +292,19 @@ class DenseShift {
 
 TEST(ShiftedNystromErrors, NeverMuchAboveNystromsOwn) {
   test::Random random(221);
-  const auto one_of = [&](std::initializer_list<Index> choices) { return choices.begin()[random.below(std::ssize(choices))]; };
+  const auto one_of = [&](std::initializer_list<Index> choices) {
+    return choices.begin()[random.below(std::ssize(choices))];
+  };
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     const Family family = test::kFamilies[seed % std::size(test::kFamilies)];
     const Index n = 128 + random.below(193), m = one_of({8, 12, 16, 31, 64}), d = one_of({8, 16, 32, 64});
     const test::Shape shape{n, n, d, one_of({16, 24, 48})};
     const bool clustered = family == Family::clusters;
-    const Errors errors(clustered ? paired_clusters(shape, 1000 + seed) : test::make_tokens<double>(family, shape, 1000 + seed), m);
-    const std::string configuration = "seed " + std::to_string(seed) + ", n " + std::to_string(n) + ", m " + std::to_string(m) +
-                                      ", d " + std::to_string(d) + ", d_v " + std::to_string(shape.d_v);
+    const Errors errors(
+        clustered ? paired_clusters(shape, 1000 + seed) : test::make_tokens<double>(family, shape, 1000 + seed), m);
+    const std::string configuration = "seed " + std::to_string(seed) + ", n " + std::to_string(n) + ", m " +
+                                      std::to_string(m) + ", d " + std::to_string(d) + ", d_v " +
+                                      std::to_string(shape.d_v);
     EXPECT_LE(errors.scalar, 1.01 * errors.nystrom) << configuration;
     EXPECT_LE(errors.row, 1.01 * errors.nystrom) << configuration;
   }
@@ -330,7 +338,8 @@ TYPED_TEST(ShiftedNystromOf, TakesAnyNumberOfProbes) {
       test::relative_error(attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = 16}), x.q, x.k, x.v), exact);
   for (const ShiftMode mode : {ShiftMode::scalar, ShiftMode::row}) {
     for (const int probes : {1, 2, 33, 150, 1000}) {
-      const ShiftedNystrom<T> method(SegmentMeans{.num_landmarks = 16}, SpectralShift{.mode = mode, .num_probes = probes});
+      const ShiftedNystrom<T> method(SegmentMeans{.num_landmarks = 16},
+                                     SpectralShift{.mode = mode, .num_probes = probes});
       const Matrix<T> out = attn::attention(method, x.q, x.k, x.v);
       ASSERT_TRUE(out.allFinite());
       EXPECT_LE(test::relative_error(out, exact), 1.05 * unshifted) << probes << " probes";
@@ -358,7 +367,8 @@ TYPED_TEST(ShiftedNystromOf, SeesKeptTokensAlone) {
   for (Index i = 0; i < 180; ++i) {
     if (reference::kept(keep, i)) rows.push_back(i);
   }
-  const Matrix<T> q = x.q(rows, Eigen::indexing::all), k = x.k(rows, Eigen::indexing::all), v = x.v(rows, Eigen::indexing::all);
+  const Matrix<T> q = x.q(rows, Eigen::indexing::all), k = x.k(rows, Eigen::indexing::all),
+                  v = x.v(rows, Eigen::indexing::all);
   for (const ShiftMode mode : {ShiftMode::paper, ShiftMode::scalar, ShiftMode::row}) {
     const Matrix<T> out = attn::attention(shifted<T>(13, mode), x.q, x.k, x.v, {.keep_key = keep, .keep_query = keep});
     const Matrix<T> trimmed = attn::attention(shifted<T>(13, mode), q, k, v), kept = out(rows, Eigen::indexing::all);
@@ -566,7 +576,8 @@ TEST(PaperShift, InFloatIsAsInDouble) {
 }
 
 template <class Method>
-std::string error_of(const Method& method, Index n_q, Index n_k, const Mask& mask = {}, const std::vector<float>& key_bias = {}) {
+std::string error_of(const Method& method, Index n_q, Index n_k, const Mask& mask = {},
+                     const std::vector<float>& key_bias = {}) {
   const Matrix<float> q = Matrix<float>::Zero(n_q, 4), k = Matrix<float>::Zero(n_k, 4), v = Matrix<float>::Zero(n_k, 3);
   Matrix<float> out(n_q, 3);
   Context context;
@@ -591,7 +602,8 @@ TEST(ShiftedNystromRefuses, UnequalLengthsAndMasks) {
 TEST(ShiftedNystromRefuses, CausalMasksAndBiases) {
   const std::vector<float> bias(6, 0.0F);
   for (const auto causal : {attn::Causal::upper_left, attn::Causal::lower_right}) {
-    EXPECT_EQ(error_of(ShiftedNystrom<float>{}, 6, 6, {.causal = causal}), "shifted-nystrom: causal masks are not supported");
+    EXPECT_EQ(error_of(ShiftedNystrom<float>{}, 6, 6, {.causal = causal}),
+              "shifted-nystrom: causal masks are not supported");
     EXPECT_EQ(error_of(Nystrom<float>{}, 6, 6, {.causal = causal}), "nystrom: causal masks are not supported");
   }
   EXPECT_EQ(error_of(ShiftedNystrom<float>{}, 6, 6, {}, bias), "shifted-nystrom: key biases are not supported");

@@ -76,8 +76,8 @@ bool same_row(const Matrix<T>& a, const Matrix<T>& b, Index i) {
   return std::memcmp(a.row(i).data(), b.row(i).data(), static_cast<std::size_t>(a.cols()) * sizeof(T)) == 0;
 }
 
-/// A matrix in a buffer with padding columns that hold a sentinel, and not an element more, so that an address sanitizer sees
-/// what is read behind it.
+/// A matrix in a buffer with padding columns that hold a sentinel, and not an element more, so that an address
+/// sanitizer sees what is read behind it.
 template <class T>
 class Padded {
  public:
@@ -140,7 +140,8 @@ std::vector<std::pair<std::string, Context>> contexts();
 /// The oracle's view of the same problem.
 template <class T>
 reference::Problem to_reference(const Inputs<T>& in) {
-  reference::Problem p{in.q.template cast<double>(), in.k.template cast<double>(), in.v.template cast<double>(), in.mask, {}};
+  reference::Problem p{
+      in.q.template cast<double>(), in.k.template cast<double>(), in.v.template cast<double>(), in.mask, {}};
   const auto n_bias = static_cast<Index>(in.key_bias.size());
   if (n_bias > 0) p.key_bias = Eigen::Map<const Eigen::VectorX<T>>(in.key_bias.data(), n_bias).template cast<double>();
   return p;
@@ -153,8 +154,8 @@ void expect_close(const reference::Matrix& out, const reference::Result& expecte
 
 }  // namespace detail
 
-/// out agrees with the oracle: in Frobenius norm; row by row relative to the row's weight times the largest |v|, so that a small
-/// row counts as much as a large one; and exactly where a row is zero.
+/// out agrees with the oracle: in Frobenius norm; row by row relative to the row's weight times the largest |v|, so
+/// that a small row counts as much as a large one; and exactly where a row is zero.
 template <class T>
 void expect_close(const Matrix<T>& out, const reference::Result& expected, const reference::Problem& p,
                   const reference::Kernel& kernel, double tolerance = kExactTolerance<T>) {

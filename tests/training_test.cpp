@@ -345,8 +345,8 @@ TEST_P(Training, ATokenReachesOnlyWhatIsConnectedWithIt) {
   });
 }
 
-/// Poison in one entry of k or v, or of q or dout: of every token, and in every column of several packets and a tail. Near the
-/// diagonal one tile holds queries that see the token and others that do not.
+/// Poison in one entry of k or v, or of q or dout: of every token, and in every column of several packets and a tail.
+/// Near the diagonal one tile holds queries that see the token and others that do not.
 TEST_P(Training, AnEntryReachesOnlyWhatIsConnectedWithIt) {
   in_both_precisions([&]<class T>(T) {
     Context context;

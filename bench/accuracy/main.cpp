@@ -1,5 +1,6 @@
 /// What the papers claim of their approximations, measured again: runs the studies, prints a table of each and writes
-/// all of them as JSON, which bench/plot.py draws. Or writes what every method does to a few tokens, for pictures of it.
+/// all of them as JSON, which bench/plot.py draws. Or writes what every method does to a few tokens, for pictures of
+/// it.
 #include "accuracy/matrices.hpp"
 #include "accuracy/report.hpp"
 #include "accuracy/study.hpp"
@@ -21,12 +22,10 @@ namespace {
 
 using Study = std::vector<accuracy::Table> (*)(const accuracy::Settings&);
 
-const std::vector<std::pair<std::string, Study>> kStudies{{"features", accuracy::study_features},
-                                                          {"shift", accuracy::study_shift},
-                                                          {"iterations", accuracy::study_iterations},
-                                                          {"pareto", accuracy::study_pareto},
-                                                          {"spectrum", accuracy::study_spectrum},
-                                                          {"loewner", accuracy::study_loewner}};
+const std::vector<std::pair<std::string, Study>> kStudies{
+    {"features", accuracy::study_features},     {"shift", accuracy::study_shift},
+    {"iterations", accuracy::study_iterations}, {"pareto", accuracy::study_pareto},
+    {"spectrum", accuracy::study_spectrum},     {"loewner", accuracy::study_loewner}};
 
 struct Options {
   std::vector<std::string> studies;  ///< none: all

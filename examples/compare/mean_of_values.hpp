@@ -23,7 +23,8 @@ inline attn::Matrix<float> mean_of_values(const attn::Inputs<float>& in) {
   attn::Matrix<float> out = attn::Matrix<float>::Zero(n_q, in.v.cols());
   Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(in.v.cols());
   attn::Index next = 0, count = 0, offset = 0;
-  if (in.mask.causal == attn::Causal::lower_right) offset = length(in.mask.keep_key, n_k) - length(in.mask.keep_query, n_q);
+  if (in.mask.causal == attn::Causal::lower_right)
+    offset = length(in.mask.keep_key, n_k) - length(in.mask.keep_query, n_q);
   for (attn::Index i = 0; i < n_q; ++i) {
     const attn::Index seen = in.mask.causal == attn::Causal::none ? n_k : std::min(n_k, i + 1 + offset);
     for (; next < seen; ++next) {

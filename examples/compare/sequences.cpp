@@ -70,8 +70,9 @@ void check_finite(const File& file, std::span<const std::uint8_t> keep) {
 /// What a mask's values say: keep where they are not 0, or, of an additive mask, keep where they are 0.
 enum class MaskMeaning { keeps, adds };
 
-/// Of booleans and integers 0 drops. Floating-point numbers are 1 to keep and 0 to drop, or what frameworks add to scores: 0 to keep
-/// and -infinity, or something as good, to drop. Refused: anything else, and zeros alone, which could be either.
+/// Of booleans and integers 0 drops. Floating-point numbers are 1 to keep and 0 to drop, or what frameworks add to
+/// scores: 0 to keep and -infinity, or something as good, to drop. Refused: anything else, and zeros alone, which could
+/// be either.
 MaskMeaning mask_meaning(const std::string& path, const npy::Array<double>& mask) {
   constexpr double kAsGoodAsInfinity = -1e4;
   const auto all = [&](const auto& fits) { return std::all_of(mask.values.begin(), mask.values.end(), fits); };

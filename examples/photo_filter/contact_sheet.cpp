@@ -31,7 +31,8 @@ struct Layout {
 
 void paste(Image& sheet, Index left, Index top, const Image& image) {
   for (Index y = 0; y < image.height; ++y) {
-    sheet.rgb.middleRows((top + y) * sheet.width + left, image.width) = image.rgb.middleRows(y * image.width, image.width);
+    sheet.rgb.middleRows((top + y) * sheet.width + left, image.width) =
+        image.rgb.middleRows(y * image.width, image.width);
   }
 }
 

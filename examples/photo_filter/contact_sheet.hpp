@@ -11,5 +11,6 @@ struct Picture {
   std::string title, subtitle;
 };
 
-/// The rows of pictures, each with at least one, from top to bottom; small pictures are magnified until their labels fit.
+/// The rows of pictures, each with at least one, from top to bottom; small pictures are magnified until their labels
+/// fit.
 Image contact_sheet(const std::vector<std::vector<Picture>>& rows);

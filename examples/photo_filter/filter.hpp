@@ -1,10 +1,12 @@
 /// The filter: what makes an edge-preserving smoother out of attention.
 ///
-/// Every pixel is a token. Its features are its place and its colour, x/s, y/s, r/t, g/t, b/t, and its value is its colour:
+/// Every pixel is a token. Its features are its place and its colour, x/s, y/s, r/t, g/t, b/t, and its value is its
+/// colour:
 ///   out_i = sum_j w_ij colour_j / sum_j w_ij
 ///   w_ij  = exp(-|place_i - place_j|^2 / (2 s^2) - |colour_i - colour_j|^2 / (2 t^2))
-/// This is a mean over all pixels in which near ones of like colour count most, so that edges stay: the bilateral filter (Tomasi
-/// and Manduchi 1998) with all of the image as its window, or Gaussian attention with rows normalized and a bandwidth of 1.
+/// This is a mean over all pixels in which near ones of like colour count most, so that edges stay: the bilateral
+/// filter (Tomasi and Manduchi 1998) with all of the image as its window, or Gaussian attention with rows normalized
+/// and a bandwidth of 1.
 #pragma once
 
 #include "image.hpp"

@@ -1,5 +1,5 @@
-/// Removes noise from a photo by attention: exactly, then by every approximation with several numbers of landmarks, and shows what
-/// each costs and how good it is. The filter itself is described in filter.hpp.
+/// Removes noise from a photo by attention: exactly, then by every approximation with several numbers of landmarks, and
+/// shows what each costs and how good it is. The filter itself is described in filter.hpp.
 #include "common/make_context.hpp"
 #include "common/number.hpp"
 #include "common/table.hpp"
@@ -78,9 +78,13 @@ Report report(const Result& result, const Result* reference, const Image& clean)
   const std::string decibels = number("%.2f", psnr(result.rgb, clean.rgb));
   const std::string speedup = reference == nullptr ? "" : number("%.1f", reference->milliseconds / result.milliseconds);
   const std::string name = m.empty() ? "exact (" + result.method + ")" : result.method;
-  const std::string file = !m.empty() ? result.method + "-" + m : is_gaussian(result.method) ? "exact" : "exact-" + result.method;
-  return {{Image(clean.width, clean.height, result.rgb), m.empty() ? name : name + ", " + m, decibels + " dB, " + ms + " ms"},
-          file, {name, m, ms, speedup, decibels, error_against(result.rgb, reference)}};
+  const std::string file = !m.empty()                   ? result.method + "-" + m
+                           : is_gaussian(result.method) ? "exact"
+                                                        : "exact-" + result.method;
+  return {{Image(clean.width, clean.height, result.rgb), m.empty() ? name : name + ", " + m,
+           decibels + " dB, " + ms + " ms"},
+          file,
+          {name, m, ms, speedup, decibels, error_against(result.rgb, reference)}};
 }
 
 void make_folder(const std::filesystem::path& folder) {
@@ -89,9 +93,10 @@ void make_folder(const std::filesystem::path& folder) {
   if (error) throw std::runtime_error("cannot make folder " + folder.string() + ": " + error.message());
 }
 
-/// The reports' pictures in rows: first those without landmarks, then a row for each number of them, with a column for each method.
-/// A single method's go on a row of three.
-std::vector<std::vector<Picture>> rows_of(const std::vector<Report>& reports, std::size_t without, std::size_t methods) {
+/// The reports' pictures in rows: first those without landmarks, then a row for each number of them, with a column for
+/// each method. A single method's go on a row of three.
+std::vector<std::vector<Picture>> rows_of(const std::vector<Report>& reports, std::size_t without,
+                                          std::size_t methods) {
   const std::size_t across = methods > 1 ? methods : 3;
   std::vector<std::vector<Picture>> rows;
   for (std::size_t i = 0; i < reports.size(); ++i) {
@@ -116,7 +121,8 @@ void run(const Options& options) {
   const Result* reference = found == results.end() ? nullptr : &*found;
   const std::string decibels = number("%.2f", psnr(noisy.rgb, clean.rgb));
   std::vector<Report> reports{{{clean, "clean", ""}, "clean", {}},
-                              {{noisy, "noisy", decibels + " dB"}, "noisy",
+                              {{noisy, "noisy", decibels + " dB"},
+                               "noisy",
                                {"noisy", "", "", "", decibels, error_against(noisy.rgb, reference)}}};
   for (const Result& result : results) reports.push_back(report(result, reference, clean));
 

@@ -14,7 +14,8 @@ bool is_exact(std::string_view name);
 /// Methods of the Gaussian kernel take the features as they are; those of softmax need softmax_features.
 bool is_gaussian(std::string_view name);
 
-/// Those of the library's methods that options asks for: exact ones first and, among either, those of the Gaussian kernel.
+/// Those of the library's methods that options asks for: exact ones first and, among either, those of the Gaussian
+/// kernel.
 std::vector<std::string_view> chosen_methods(const Options& options);
 
 /// The method of that name, set up to compute the filter, with num_landmarks landmarks where it takes any.

@@ -33,22 +33,32 @@ std::string check_size(const std::string& text) {
 }
 
 void add_options(CLI::App& app, Options& options) {
-  app.add_option("--input", options.input, "PNG to filter; without it, the photo of a raccoon that comes with this program");
+  app.add_option("--input", options.input,
+                 "PNG to filter; without it, the photo of a raccoon that comes with this program");
   app.add_option("--size", options.size, "size the photo is scaled down to fit: full, half or WIDTHxHEIGHT")
-      ->check(check_size)->capture_default_str();
-  app.add_option("--s", options.s, "reach in pixels; without it, a sixteenth of the longer side")->check(check_positive);
+      ->check(check_size)
+      ->capture_default_str();
+  app.add_option("--s", options.s, "reach in pixels; without it, a sixteenth of the longer side")
+      ->check(check_positive);
   app.add_option("--t", options.t, "reach in colour, whose range is 1")->check(check_positive)->capture_default_str();
   app.add_option("--noise", options.noise, "standard deviation of the noise added to the photo")
-      ->check(check_not_negative)->capture_default_str();
+      ->check(check_not_negative)
+      ->capture_default_str();
   app.add_option("--seed", options.seed, "seed of the noise and of the landmarks")->capture_default_str();
   app.add_option("--landmarks", options.landmarks, "numbers of landmarks to try, such as 256,512")
-      ->delimiter(',')->check(CLI::Range(1, 1'000'000))->capture_default_str();
-  app.add_option("--methods", options.methods, "methods to run, such as gaussian,skyformer; without it, all of" + list_of_methods())
-      ->delimiter(',')->check(check_method);
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
+  app.add_option("--methods", options.methods,
+                 "methods to run, such as gaussian,skyformer; without it, all of" + list_of_methods())
+      ->delimiter(',')
+      ->check(check_method);
   app.add_option("--gamma", options.gamma, "ridge of skyformer and lifted-softmax")
-      ->check(check_not_negative)->capture_default_str();
+      ->check(check_not_negative)
+      ->capture_default_str();
   app.add_option("--threads", options.threads, "OpenMP threads; 0: as many as OpenMP would use")
-      ->check(CLI::Range(0, 4096))->capture_default_str();
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
   app.add_flag("--no-exact", options.no_exact, "leave the exact methods out");
   app.add_option("--output", options.output, "folder for the images, made if it is missing")->capture_default_str();
 }
@@ -56,8 +66,9 @@ void add_options(CLI::App& app, Options& options) {
 }  // namespace
 
 Options read_options(int argc, char** argv) {
-  return parse_options("Removes noise from a photo by exact attention and by every approximation of it, and compares them.",
-                       add_options, argc, argv);
+  return parse_options(
+      "Removes noise from a photo by exact attention and by every approximation of it, and compares them.", add_options,
+      argc, argv);
 }
 
 Size wanted_size(const Options& options, Size photo) {

@@ -9,8 +9,8 @@
 #include <string_view>
 #include <utility>
 
-/// A method applied to kRowsAtATime queries at a time, with a progress bar. Only for exact methods, in which a query's result
-/// does not depend on the other queries. The inputs are viewed, not copied.
+/// A method applied to kRowsAtATime queries at a time, with a progress bar. Only for exact methods, in which a query's
+/// result does not depend on the other queries. The inputs are viewed, not copied.
 class WithProgress {
  public:
   using Scalar = float;
@@ -29,8 +29,9 @@ class WithProgress {
     for (attn::Index first = 0; first < n; first += kRowsAtATime) {
       bar.show(first, n);
       const attn::Index rows = std::min(kRowsAtATime, n - first);
-      exact_.forward({.q = in.q.middleRows(first, rows), .k = in.k, .v = in.v, .mask = in.mask, .key_bias = in.key_bias},
-                     out.middleRows(first, rows), context);
+      exact_.forward(
+          {.q = in.q.middleRows(first, rows), .k = in.k, .v = in.v, .mask = in.mask, .key_bias = in.key_bias},
+          out.middleRows(first, rows), context);
     }
   }
 

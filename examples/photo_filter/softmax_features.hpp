@@ -17,10 +17,10 @@ struct SoftmaxFeatures {
 ///   softmax(q~ k~^T)_ij = exp(-|f_i - f_j|^2 / 2) / sum_l exp(-|f_i - f_l|^2 / 2),
 /// the Gaussian weights of bandwidth 1, rows normalised.
 ///
-/// Three changes leave these weights as they are and help with float's digits and range: the features' mean is subtracted, which
-/// changes no distance; the middle b of the range b -+ r of |f_j|^2 / 2 is, which changes all scores of a row alike; and the last
-/// columns become c and (b - |f_j|^2 / 2) / c with c = sqrt(r), of the same product, and as large in q~ as in k~. Lifted softmax
-/// weights key j by exp(|k~_j|^2 / 2), which overflows for c = 1.
+/// Three changes leave these weights as they are and help with float's digits and range: the features' mean is
+/// subtracted, which changes no distance; the middle b of the range b -+ r of |f_j|^2 / 2 is, which changes all scores
+/// of a row alike; and the last columns become c and (b - |f_j|^2 / 2) / c with c = sqrt(r), of the same product, and
+/// as large in q~ as in k~. Lifted softmax weights key j by exp(|k~_j|^2 / 2), which overflows for c = 1.
 inline SoftmaxFeatures softmax_features(attn::Matrix<float> features) {
   const attn::Index n = features.rows(), d = features.cols();
   const attn::Matrix<double> mean = features.cast<double>().colwise().mean();

@@ -1,4 +1,5 @@
-/// Text in an image, by a font of fixed width: letters, digits and some punctuation, 5 pixels wide and 8 high times scale.
+/// Text in an image, by a font of fixed width: letters, digits and some punctuation, 5 pixels wide and 8 high times
+/// scale.
 #pragma once
 
 #include "image.hpp"

@@ -68,6 +68,6 @@ void add_options(CLI::App& app, Options& options) {
 }  // namespace
 
 Options read_options(int argc, char** argv) {
-  return parse_options("Trains a small transformer on ListOps, with the attention that you choose.",
-                       add_options, argc, argv);
+  return parse_options("Trains a small transformer on ListOps, with the attention that you choose.", add_options, argc,
+                       argv);
 }

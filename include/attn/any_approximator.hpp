@@ -56,7 +56,8 @@ class WideTwin<T> {
 
 }  // namespace detail
 
-/// Any Approximator as one type, and an Approximator itself. Copies share the method, which is immutable; one virtual call a forward.
+/// Any Approximator as one type, and an Approximator itself. Copies share the method, which is immutable; one virtual
+/// call a forward.
 template <class T>
 class AnyApproximator : public detail::WideTwin<T> {
  public:
@@ -66,7 +67,8 @@ class AnyApproximator : public detail::WideTwin<T> {
 
   /// Holds a copy of the method.
   template <class A>
-    requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> && std::same_as<typename A::Scalar, T>
+    requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> &&
+                std::same_as<typename A::Scalar, T>
   explicit AnyApproximator(A method)
       : detail::WideTwin<T>(method), method_(std::make_shared<const Holder<A>>(std::move(method))) {}
 
@@ -78,10 +80,12 @@ class AnyApproximator : public detail::WideTwin<T> {
   /// What the method inside saves.
   using Saved = detail::AnySaved;
 
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const { method_->forward(in, out, context, saved); }
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
+    method_->forward(in, out, context, saved);
+  }
 
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved, const Gradients<T>& gradients,
-                Context& context) const {
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
     method_->backward(in, out, dout, saved, gradients, context);
   }
   /// @}
@@ -105,10 +109,13 @@ class AnyApproximator : public detail::WideTwin<T> {
     explicit Holder(A a) : method(std::move(a)) {}
     std::string_view name() const override { return A::kName; }
     bool supports(const Inputs<T>& in) const override { return method.supports(in); }
-    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const override { method.forward(in, out, context); }
+    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const override {
+      method.forward(in, out, context);
+    }
     void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const override {
       auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
-      method.forward(in, out, context, inner != nullptr ? *inner : saved.of_method.template emplace<typename A::Saved>());
+      method.forward(in, out, context,
+                     inner != nullptr ? *inner : saved.of_method.template emplace<typename A::Saved>());
     }
     void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                   const Gradients<T>& gradients, Context& context) const override {
@@ -168,7 +175,8 @@ inline constexpr MethodEntry<T> kMethods[] = {
      }},
     {"shifted-nystrom", "nystrom plus a shifted identity, for slowly decaying spectra",
      [](const MethodOptions& o) {
-       const SpectralShift shift{.mode = o.mode, .iterations = o.iterations.value_or(6), .num_probes = o.num_probes.value_or(32)};
+       const SpectralShift shift{
+           .mode = o.mode, .iterations = o.iterations.value_or(6), .num_probes = o.num_probes.value_or(32)};
        return AnyApproximator<T>(ShiftedNystrom<T>{segment_means(o), shift, SoftmaxKernel{.scale = o.scale}});
      }},
     {"skyformer", "Gaussian attention through sampled tokens (Skyformer)",
@@ -199,8 +207,8 @@ AnyApproximator<T> make_approximator(std::string_view name, const MethodOptions&
     if (method.name == name) return method.make(options);
     names.append(names.empty() ? "" : ", ").append(method.name);
   }
-  detail::refuse("make_approximator", "no method is called \"%.*s\"; there are %s", static_cast<int>(name.size()), name.data(),
-                 names.c_str());
+  detail::refuse("make_approximator", "no method is called \"%.*s\"; there are %s", static_cast<int>(name.size()),
+                 name.data(), names.c_str());
 }
 
 }  // namespace attn

@@ -26,22 +26,21 @@ namespace attn {
 ///   typename A::Scalar          the type of the blocks' elements
 ///   a.rows(), a.cols()          the shape of A
 ///   a.apply(x, y, context)      y (rows, b) <- A x for x (cols, b)
-/// Optional for a narrow type: a.apply_wide(x, y, context), the same for blocks of float, and a.apply_transpose_wide. Differences and
-/// the measures of <attn/metrics.hpp> then round nothing on their way.
+/// Optional for a narrow type: a.apply_wide(x, y, context), the same for blocks of float, and a.apply_transpose_wide.
+/// Differences and the measures of <attn/metrics.hpp> then round nothing on their way.
 template <class A>
-concept ForwardOperator = requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y,
-                                   Context& context) {
-  { a.rows() } -> std::same_as<Index>;
-  { a.cols() } -> std::same_as<Index>;
-  a.apply(x, y, context);
-};
+concept ForwardOperator =
+    requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y, Context& context) {
+      { a.rows() } -> std::same_as<Index>;
+      { a.cols() } -> std::same_as<Index>;
+      a.apply(x, y, context);
+    };
 
 /// One whose transpose can be applied too: a.apply_transpose(x, y, context), y (cols, b) <- A^T x for x (rows, b).
 template <class A>
-concept LinearOperator = ForwardOperator<A> &&
-    requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y, Context& context) {
-  a.apply_transpose(x, y, context);
-};
+concept LinearOperator =
+    ForwardOperator<A> && requires(const A& a, ConstMatrixRef<typename A::Scalar> x, MatrixRef<typename A::Scalar> y,
+                                   Context& context) { a.apply_transpose(x, y, context); };
 
 namespace detail {
 
@@ -50,10 +49,9 @@ using WideBlock = Arithmetic<typename A::Scalar>;
 
 /// An operator of narrow blocks that takes wide ones too, without rounding them; every operator of other blocks.
 template <class A>
-concept TakesWideBlocks = !NarrowScalar<typename A::Scalar> ||
-    requires(const A& a, ConstMatrixRef<WideBlock<A>> x, MatrixRef<WideBlock<A>> y, Context& context) {
-  a.apply_wide(x, y, context);
-};
+concept TakesWideBlocks =
+    !NarrowScalar<typename A::Scalar> || requires(const A& a, ConstMatrixRef<WideBlock<A>> x, MatrixRef<WideBlock<A>> y,
+                                                  Context& context) { a.apply_wide(x, y, context); };
 
 /// y <- product(x) for a product of blocks of T, to which x is rounded.
 template <NarrowScalar T, class Product>
@@ -73,19 +71,22 @@ void apply_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<Wid
   } else if constexpr (TakesWideBlocks<A>) {
     a.apply_wide(x, y, context);
   } else {
-    round_blocks<typename A::Scalar>(x, y, context, [&](const auto& from, const auto& to) { a.apply(from, to, context); });
+    round_blocks<typename A::Scalar>(x, y, context,
+                                     [&](const auto& from, const auto& to) { a.apply(from, to, context); });
   }
 }
 
 /// y <- A^T x in the type of the arithmetic.
 template <LinearOperator A>
-void apply_transpose_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y, Context& context) {
+void apply_transpose_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y,
+                          Context& context) {
   if constexpr (!NarrowScalar<typename A::Scalar>) {
     a.apply_transpose(x, y, context);
   } else if constexpr (requires { a.apply_transpose_wide(x, y, context); }) {
     a.apply_transpose_wide(x, y, context);
   } else {
-    round_blocks<typename A::Scalar>(x, y, context, [&](const auto& from, const auto& to) { a.apply_transpose(from, to, context); });
+    round_blocks<typename A::Scalar>(x, y, context,
+                                     [&](const auto& from, const auto& to) { a.apply_transpose(from, to, context); });
   }
 }
 
@@ -131,7 +132,9 @@ class ExactOperator {
 
   void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { multiply(x, y, context); }
 
-  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { multiply_transposed(x, y, context); }
+  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const {
+    multiply_transposed(x, y, context);
+  }
 
   void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const { multiply(x, y, context); }
 
@@ -145,7 +148,8 @@ class ExactOperator {
   template <class Block>
   void multiply(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
     check_blocks(x, cols(), y, rows());
-    const detail::Sources<Wide> in{detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(x), mask_};
+    const detail::Sources<Wide> in{detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(x),
+                                   mask_};
     detail::multiply<Kernel, Wide>(kernel_, in, detail::ResultRows<Wide>(y), nullptr, context);
   }
 
@@ -154,8 +158,8 @@ class ExactOperator {
     check_blocks(x, rows(), y, cols());
     const detail::RawRows raw{score_parameters(kernel_, q_.cols())};
     const Mask swapped{.keep_key = mask_.keep_query, .keep_query = mask_.keep_key};
-    const detail::Sources<Wide> in{detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(x), swapped,
-                                   log_row_weights_};
+    const detail::Sources<Wide> in{detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(x),
+                                   swapped, log_row_weights_};
     detail::multiply<detail::RawRows, Wide>(raw, in, detail::ResultRows<Wide>(y), nullptr, context);
   }
 
@@ -166,8 +170,9 @@ class ExactOperator {
     detail::check_shape(kName, "x", x, n_x, x.cols());
     detail::check_shape(kName, "y", y, n_y, x.cols());
     const detail::Memory result = detail::Memory::of("y", y);
-    const detail::Memory inputs[] = {detail::Memory::of("x", x), detail::Memory::of("q", q_), detail::Memory::of("k", k_),
-                                     detail::Memory::of("keep_key", mask_.keep_key), detail::Memory::of("keep_query", mask_.keep_query)};
+    const detail::Memory inputs[] = {detail::Memory::of("x", x), detail::Memory::of("q", q_),
+                                     detail::Memory::of("k", k_), detail::Memory::of("keep_key", mask_.keep_key),
+                                     detail::Memory::of("keep_query", mask_.keep_query)};
     detail::check_apart(kName, {&result, 1}, inputs);
   }
 
@@ -248,7 +253,7 @@ class ApproximatorOperator {
 /// A - B, for example an approximation's error. Has a transpose where both have. Throws std::invalid_argument when
 /// shapes disagree.
 template <ForwardOperator A, ForwardOperator B>
-requires std::same_as<typename A::Scalar, typename B::Scalar>
+  requires std::same_as<typename A::Scalar, typename B::Scalar>
 class Difference {
  public:
   /// @{ As ForwardOperator and LinearOperator say.
@@ -264,17 +269,23 @@ class Difference {
   Index rows() const { return a_.rows(); }
   Index cols() const { return a_.cols(); }
 
-  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const { round(x, y, context, kForward); }
+  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+    round(x, y, context, kForward);
+  }
 
-  void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y,
-                       Context& context) const requires LinearOperator<A> && LinearOperator<B> {
+  void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const
+    requires LinearOperator<A> && LinearOperator<B>
+  {
     round(x, y, context, kTransposed);
   }
 
-  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const { subtract(x, y, context, kForward); }
+  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
+    subtract(x, y, context, kForward);
+  }
 
-  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y,
-                            Context& context) const requires LinearOperator<A> && LinearOperator<B> {
+  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const
+    requires LinearOperator<A> && LinearOperator<B>
+  {
     subtract(x, y, context, kTransposed);
   }
   /// @}
@@ -288,7 +299,8 @@ class Difference {
   };
 
   template <class Product>
-  void round(const ConstMatrixRef<Scalar>& x, const MatrixRef<Scalar>& y, Context& context, const Product& product) const {
+  void round(const ConstMatrixRef<Scalar>& x, const MatrixRef<Scalar>& y, Context& context,
+             const Product& product) const {
     Scratch scratch = context.scratch();
     const MatrixRef<Wide> to = detail::wide_result(y, scratch);
     subtract(detail::widened(x, scratch, context), to, context, product);

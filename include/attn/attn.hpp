@@ -1,5 +1,5 @@
-/// attn: attention and its approximations. Includes everything; openmp.hpp only where OpenMP is on, extern_templates.hpp where a macro
-/// asks for it.
+/// attn: attention and its approximations. Includes everything; openmp.hpp only where OpenMP is on,
+/// extern_templates.hpp where a macro asks for it.
 #pragma once
 
 #include <attn/any_approximator.hpp>

@@ -19,7 +19,8 @@
 
 namespace attn {
 
-/// A reference to something callable as task(item, worker); two pointers, never allocates, valid during the call it is passed to.
+/// A reference to something callable as task(item, worker); two pointers, never allocates, valid during the call it is
+/// passed to.
 class TaskRef {
  public:
   /// Of f, which must outlive it.
@@ -37,8 +38,8 @@ class TaskRef {
   void (*call_)(void*, Index, int);
 };
 
-/// Runs independent items: run(n, task) calls task(item, worker) once for each item in [0, n), in any order, from at most workers()
-/// threads, each with a worker number of its own below workers(), and returns when all are done.
+/// Runs independent items: run(n, task) calls task(item, worker) once for each item in [0, n), in any order, from at
+/// most workers() threads, each with a worker number of its own below workers(), and returns when all are done.
 template <class E>
 concept Executor = std::movable<E> && requires(E& e, Index n, const TaskRef& task) {
   { e.workers() } -> std::convertible_to<int>;
@@ -47,7 +48,8 @@ concept Executor = std::movable<E> && requires(E& e, Index n, const TaskRef& tas
 
 namespace detail {
 
-/// Grow-only stack of memory, a list of blocks. The same sequence of requests finds the same blocks again, so it allocates at most once.
+/// Grow-only stack of memory, a list of blocks. The same sequence of requests finds the same blocks again, so it
+/// allocates at most once.
 class Arena {
   struct Block;
 
@@ -79,8 +81,8 @@ class Arena {
     replace(first_, bytes);
   }
 
-  /// 64-byte aligned memory for n objects of size bytes each, valid until a mark taken before is released. Throws std::bad_alloc, and is
-  /// then as it was. Not inlined: the many places that take memory would grow by a tenth.
+  /// 64-byte aligned memory for n objects of size bytes each, valid until a mark taken before is released. Throws
+  /// std::bad_alloc, and is then as it was. Not inlined: the many places that take memory would grow by a tenth.
   [[gnu::noinline]] std::byte* take(Index n, std::size_t size) {
     if (n < 0 || static_cast<std::size_t>(n) > static_cast<std::size_t>(PTRDIFF_MAX) / size) throw std::bad_alloc();
     const std::size_t bytes = (static_cast<std::size_t>(n) * size + kAlignment - 1) / kAlignment * kAlignment;
@@ -125,8 +127,8 @@ class Arena {
     block = new (memory) Block{nullptr, size};
   }
 
-  /// Moves on to the next block. A missing one is made; one that is too small, and all after it, become one, which is as large as
-  /// they are together, so that whatever fitted the blocks before fits them now.
+  /// Moves on to the next block. A missing one is made; one that is too small, and all after it, become one, which is
+  /// as large as they are together, so that whatever fitted the blocks before fits them now.
   void next_block(std::size_t bytes) {
     Block*& next = top_.block == nullptr ? first_ : top_.block->next;
     if (next == nullptr || next->size < bytes) replace(next, std::max(bytes, bytes_from(next)));
@@ -163,7 +165,8 @@ class FirstException {
 
 }  // namespace detail
 
-/// Scratch memory of one scope: what it hands out is uninitialised and lives until the Scratch does. From Context::scratch().
+/// Scratch memory of one scope: what it hands out is uninitialised and lives until the Scratch does. From
+/// Context::scratch().
 class Scratch {
  public:
   /// What is on top of the arena from now on.
@@ -209,9 +212,9 @@ class Scratch {
   detail::Arena::Mark mark_;
 };
 
-/// What a call needs besides its data: an executor for its parallel parts and scratch memory, which grows to the largest call's
-/// need and is kept, so that a second call with the same shapes allocates nothing. One for each calling thread; move-only.
-/// Results are bitwise equal whatever the executor.
+/// What a call needs besides its data: an executor for its parallel parts and scratch memory, which grows to the
+/// largest call's need and is kept, so that a second call with the same shapes allocates nothing. One for each calling
+/// thread; move-only. Results are bitwise equal whatever the executor.
 class Context {
  public:
   /// Serial: everything runs on the calling thread.

@@ -1,4 +1,5 @@
-/// Cores: what stands between the two landmark factors of an approximation, in place of an inverse of the landmarks' own matrix.
+/// Cores: what stands between the two landmark factors of an approximation, in place of an inverse of the landmarks'
+/// own matrix.
 #pragma once
 
 #include <attn/context.hpp>
@@ -18,18 +19,20 @@
 
 namespace attn {
 
-/// A core of one's own: apply(a, x, context) overwrites x (m, columns) with what replaces a^-1 x; it may destroy a (m, m).
-/// backward(a, x, dx, da, context), for the same a and x, turns dx (m, columns), the gradient by apply's result, into the gradient by
-/// x, and sets da (m, m) to the gradient by a; it may destroy a and x. check(who) throws std::invalid_argument when an option is out
-/// of range; it may be a template check<T>(who), T what the core computes in. A core that is right for symmetric a alone says so with
-/// a member static constexpr bool kSymmetricOnly = true: Skyformer's and LiftedSoftmax's matrices are, Nystrom's are not and it refuses
-/// such a core. One without that member is taken to be right for any a.
+/// A core of one's own: apply(a, x, context) overwrites x (m, columns) with what replaces a^-1 x; it may destroy a (m,
+/// m). backward(a, x, dx, da, context), for the same a and x, turns dx (m, columns), the gradient by apply's result,
+/// into the gradient by x, and sets da (m, m) to the gradient by a; it may destroy a and x. check(who) throws
+/// std::invalid_argument when an option is out of range; it may be a template check<T>(who), T what the core computes
+/// in. A core that is right for symmetric a alone says so with a member static constexpr bool kSymmetricOnly = true:
+/// Skyformer's and LiftedSoftmax's matrices are, Nystrom's are not and it refuses such a core. One without that member
+/// is taken to be right for any a.
 template <class C, class T>
-concept Core = std::copyable<C> && requires(const C& core, MatrixRef<T> a, MatrixRef<T> x, Context& context, std::string_view who) {
-  core.apply(a, x, context);
-  core.backward(a, x, x, a, context);
-  core.check(who);
-};
+concept Core = std::copyable<C> &&
+               requires(const C& core, MatrixRef<T> a, MatrixRef<T> x, Context& context, std::string_view who) {
+                 core.apply(a, x, context);
+                 core.backward(a, x, x, a, context);
+                 core.check(who);
+               };
 
 namespace detail {
 
@@ -46,9 +49,9 @@ inline constexpr bool kSymmetricOnly<C> = C::kSymmetricOnly;
 template <class C, class T>
 concept CoreOfAnyMatrix = Core<C, T> && !detail::kSymmetricOnly<C>;
 
-/// (A + gamma I)^-1 for a symmetric positive semidefinite A, by Cholesky. A direction in which A + gamma I is 0 but for rounding
-/// (duplicate landmarks, gamma = 0) is left out: the result is 0 at landmarks that depend on others, which pivots choose. m^3 / 3 flops;
-/// with pivots, for r of m landmarks, m r^2 more.
+/// (A + gamma I)^-1 for a symmetric positive semidefinite A, by Cholesky. A direction in which A + gamma I is 0 but for
+/// rounding (duplicate landmarks, gamma = 0) is left out: the result is 0 at landmarks that depend on others, which
+/// pivots choose. m^3 / 3 flops; with pivots, for r of m landmarks, m r^2 more.
 struct RidgeInverse {
   double gamma = 0.1;  ///< at least 0
 
@@ -85,7 +88,8 @@ struct RidgeInverse {
 
 namespace detail {
 
-/// The largest sum of magnitudes of a row, |a|_inf. By loops: Eigen's own reductions make GCC 12 warn in a build for AVX-512.
+/// The largest sum of magnitudes of a row, |a|_inf. By loops: Eigen's own reductions make GCC 12 warn in a build for
+/// AVX-512.
 template <class T>
 T largest_row_sum(const ConstMatrixRef<T>& a) {
   T largest = 0;
@@ -107,15 +111,17 @@ T reciprocal_row_sum(const ConstMatrixRef<T>& a) {
   return is_finite(sum) ? 1 / sum : std::numeric_limits<T>::quiet_NaN();
 }
 
-/// The largest magnitude of an element of z with which iterate_pinv takes a step: 1 / (64 epsilon |a|_inf). Beyond it a z is little but
-/// rounding: what still grows are directions in which a is 0 but for rounding, and some steps later nothing is finite.
+/// The largest magnitude of an element of z with which iterate_pinv takes a step: 1 / (64 epsilon |a|_inf). Beyond it a
+/// z is little but rounding: what still grows are directions in which a is 0 but for rounding, and some steps later
+/// nothing is finite.
 template <class T>
 T largest_iterate(const ConstMatrixRef<T>& a) {
   return 1 / (64 * std::numeric_limits<T>::epsilon() * largest_row_sum<T>(a));
 }
 
-/// z <- (z (13 I - az (15 I - az (7 I - az)))) / 4 with az = a z, iterations times, but no more where z has grown beyond largest_iterate,
-/// which takes more than ten steps for rows of softmax. a, z (m, m). 8 m^3 flops each. Razavi et al. 2014; Xiong et al. 2021, eq. 11.
+/// z <- (z (13 I - az (15 I - az (7 I - az)))) / 4 with az = a z, iterations times, but no more where z has grown
+/// beyond largest_iterate, which takes more than ten steps for rows of softmax. a, z (m, m). 8 m^3 flops each. Razavi
+/// et al. 2014; Xiong et al. 2021, eq. 11.
 template <class T>
 void iterate_pinv(const ConstMatrixRef<T>& a, MatrixRef<T> z, int iterations, Context& context) {
   Scratch scratch = context.scratch();
@@ -136,15 +142,17 @@ void iterate_pinv(const ConstMatrixRef<T>& a, MatrixRef<T> z, int iterations, Co
   }
 }
 
-/// The gradients of iterate_pinv: for z, what the iteration started from, and dz, the gradient by its result. dz <- the gradient by z,
-/// da <- da + the gradient by a. With x = a z, e1 = 7 I - x, e2 = 15 I - x e1, e3 = 13 I - x e2, a step is z e3 / 4. 30 m^3 flops each.
+/// The gradients of iterate_pinv: for z, what the iteration started from, and dz, the gradient by its result. dz <- the
+/// gradient by z, da <- da + the gradient by a. With x = a z, e1 = 7 I - x, e2 = 15 I - x e1, e3 = 13 I - x e2, a step
+/// is z e3 / 4. 30 m^3 flops each.
 template <class T>
-void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& z, MatrixRef<T> dz, MatrixRef<T> da, int iterations,
-                           Context& context) {
+void iterate_pinv_backward(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& z, MatrixRef<T> dz, MatrixRef<T> da,
+                           int iterations, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = a.rows();
   MatrixRef<T> iterates = scratch.matrix<T>(iterations * m, m);
-  MatrixRef<T> x = scratch.matrix<T>(m, m), e1 = scratch.matrix<T>(m, m), e2 = scratch.matrix<T>(m, m), e3 = scratch.matrix<T>(m, m);
+  MatrixRef<T> x = scratch.matrix<T>(m, m), e1 = scratch.matrix<T>(m, m), e2 = scratch.matrix<T>(m, m),
+               e3 = scratch.matrix<T>(m, m);
   MatrixRef<T> de = scratch.matrix<T>(m, m), dx = scratch.matrix<T>(m, m), next = scratch.matrix<T>(m, m);
   const auto iterate = [&](int i) { return MatrixRef<T>(iterates.data() + i * m * m, m, m, m); };
   const T limit = largest_iterate<T>(a);
@@ -189,17 +197,18 @@ void add_row_sum_gradient(const ConstMatrixRef<T>& a, T dsum, MatrixRef<T> da) {
 template <class T>
 T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
   T sum = 0;
-  for (Index i = 0; i < x.rows(); ++i) sum += dot_product(x.data() + i * x.outerStride(), y.data() + i * y.outerStride(), x.cols());
+  for (Index i = 0; i < x.rows(); ++i)
+    sum += dot_product(x.data() + i * x.outerStride(), y.data() + i * y.outerStride(), x.cols());
   return sum;
 }
 
 }  // namespace detail
 
-/// What stands for the inverse of A, rows of softmax between landmarks, in Nystromformer: iterations steps from A^T / (|A|_1 |A|_inf).
-/// On an eigenvalue x of A Z one step takes 1 - x to (3 (1 - x)^3 + (1 - x)^4) / 4, so small ones grow 3.25 times a step: six steps
-/// are a spectral filter, and far better than the pseudo-inverse that more of them would reach. 8 m^3 flops a step. Where z has grown so
-/// far that further steps would only raise its rounding, none are taken: whatever their number, z is finite.
-/// Razavi et al. 2014; Xiong et al. 2021, eqs. 11-12.
+/// What stands for the inverse of A, rows of softmax between landmarks, in Nystromformer: iterations steps from A^T /
+/// (|A|_1 |A|_inf). On an eigenvalue x of A Z one step takes 1 - x to (3 (1 - x)^3 + (1 - x)^4) / 4, so small ones grow
+/// 3.25 times a step: six steps are a spectral filter, and far better than the pseudo-inverse that more of them would
+/// reach. 8 m^3 flops a step. Where z has grown so far that further steps would only raise its rounding, none are
+/// taken: whatever their number, z is finite. Razavi et al. 2014; Xiong et al. 2021, eqs. 11-12.
 struct IterativePinv {
   int iterations = 6;  ///< steps, at least 1
 
@@ -241,13 +250,14 @@ struct IterativePinv {
     invert_backward<T>(a, dz, da, context);
   }
 
-  /// da <- the gradient by a for dz, that by invert's z; overwrites dz. The norms of the start have theirs, at their largest row and
-  /// column.
+  /// da <- the gradient by a for dz, that by invert's z; overwrites dz. The norms of the start have theirs, at their
+  /// largest row and column.
   template <class T>
   void invert_backward(const ConstMatrixRef<T>& a, MatrixRef<T> dz, MatrixRef<T> da, Context& context) const {
     Scratch scratch = context.scratch();
     const Index m = a.rows();
-    MatrixRef<T> transposed = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m), by_columns = scratch.matrix<T>(m, m);
+    MatrixRef<T> transposed = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m),
+                 by_columns = scratch.matrix<T>(m, m);
     transposed = a.transpose();
     const T rows = detail::largest_row_sum<T>(a), columns = detail::largest_row_sum<T>(transposed);
     start = transposed / columns / rows;
@@ -262,8 +272,9 @@ struct IterativePinv {
   }
 };
 
-/// The paper's inverse of A + gamma I: six steps of the iteration for P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A + gamma I) 1),
-/// from P^T / |P|_1, then D^-1/2 Z D^-1/2. 8 m^3 flops a step; RidgeInverse is cheaper and exact. Chen et al. 2021, section 4.4.
+/// The paper's inverse of A + gamma I: six steps of the iteration for P = D^-1/2 (A + gamma I) D^-1/2, D = diag((A +
+/// gamma I) 1), from P^T / |P|_1, then D^-1/2 Z D^-1/2. 8 m^3 flops a step; RidgeInverse is cheaper and exact. Chen et
+/// al. 2021, section 4.4.
 struct PreconditionedPinv {
   double gamma = 0.1;  ///< at least 0
   int iterations = 6;  ///< steps, at least 1
@@ -294,13 +305,16 @@ struct PreconditionedPinv {
   }
   /// @}
 
-  /// For y = s z (s x), s = D^-1/2: through z as IterativePinv, and through s, which z and P = s (a + gamma I) s hold as well.
+  /// For y = s z (s x), s = D^-1/2: through z as IterativePinv, and through s, which z and P = s (a + gamma I) s hold
+  /// as well.
   template <class T>
   void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
     Scratch scratch = context.scratch();
     const Index m = a.rows(), columns = x.cols();
-    MatrixRef<T> scale = scratch.matrix<T>(m, 1), z = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m), dz = scratch.matrix<T>(m, m);
-    MatrixRef<T> product = scratch.matrix<T>(m, columns), dscale = scratch.matrix<T>(m, 1), scaled = scratch.matrix<T>(m, columns);
+    MatrixRef<T> scale = scratch.matrix<T>(m, 1), z = scratch.matrix<T>(m, m), start = scratch.matrix<T>(m, m),
+                 dz = scratch.matrix<T>(m, m);
+    MatrixRef<T> product = scratch.matrix<T>(m, columns), dscale = scratch.matrix<T>(m, 1),
+                 scaled = scratch.matrix<T>(m, columns);
     precondition<T>(a, scale);
     const T norm = detail::largest_row_sum<T>(a);
     z = start = a.transpose() / norm;
@@ -329,9 +343,11 @@ struct PreconditionedPinv {
     for (Index i = 0; i < a.rows(); ++i) a.row(i).array() *= scale(i, 0) * scale.col(0).transpose().array();
   }
 
-  /// da: the gradient by P -> that by a. dscale: what s has beside P. With P_ij = s_i M_ij s_j and s_i = (sum_j |M_ij|)^-1/2.
+  /// da: the gradient by P -> that by a. dscale: what s has beside P. With P_ij = s_i M_ij s_j and s_i = (sum_j
+  /// |M_ij|)^-1/2.
   template <class T>
-  static void precondition_backward(const ConstMatrixRef<T>& p, const ConstMatrixRef<T>& scale, MatrixRef<T> dscale, MatrixRef<T> da) {
+  static void precondition_backward(const ConstMatrixRef<T>& p, const ConstMatrixRef<T>& scale, MatrixRef<T> dscale,
+                                    MatrixRef<T> da) {
     for (Index i = 0; i < p.rows(); ++i) {
       for (Index j = 0; j < p.cols(); ++j) {
         dscale(i, 0) += da(i, j) * p(i, j) / scale(i, 0);
@@ -340,7 +356,8 @@ struct PreconditionedPinv {
     }
     for (Index i = 0; i < p.rows(); ++i) {
       const T drow = T(-0.5) * dscale(i, 0) * scale(i, 0) * scale(i, 0) * scale(i, 0);
-      for (Index j = 0; j < p.cols(); ++j) da(i, j) = da(i, j) * scale(i, 0) * scale(j, 0) + std::copysign(drow, drow * p(i, j));
+      for (Index j = 0; j < p.cols(); ++j)
+        da(i, j) = da(i, j) * scale(i, 0) * scale(j, 0) + std::copysign(drow, drow * p(i, j));
     }
   }
 };

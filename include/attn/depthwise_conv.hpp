@@ -19,12 +19,14 @@
 namespace attn {
 namespace detail {
 
-inline bool keeps_row(std::span<const std::uint8_t> keep, Index i) { return keep.empty() || keep[static_cast<std::size_t>(i)] != 0; }
+inline bool keeps_row(std::span<const std::uint8_t> keep, Index i) {
+  return keep.empty() || keep[static_cast<std::size_t>(i)] != 0;
+}
 
 /// Shapes agree, and the taps are odd.
 template <class T>
-void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::size_t taps, const char* name, const ConstMatrixRef<T>& other,
-                const Mask& mask) {
+void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::size_t taps, const char* name,
+                const ConstMatrixRef<T>& other, const Mask& mask) {
   check_not_empty(who, "v", v);
   check_shape(who, name, other, v.rows(), v.cols());
   check_length(who, "keep_key", mask.keep_key.size(), "v", v.rows());
@@ -68,7 +70,9 @@ class RowWindow {
     for (Index i = rows.first; i < rows.last; ++i) rows_.copy_row(i, copies_ + (i - first_) * rows_.cols());
   }
 
-  const Wide* row(Index i) const { return rows_.in_place() ? rows_.row_or_null(i) : copies_ + (i - first_) * rows_.cols(); }
+  const Wide* row(Index i) const {
+    return rows_.in_place() ? rows_.row_or_null(i) : copies_ + (i - first_) * rows_.cols();
+  }
 
  private:
   TokenRows<Wide> rows_;
@@ -76,7 +80,8 @@ class RowWindow {
   Index first_ = 0;
 };
 
-/// to_i <- to_i + sum_t filter_t from_(i + direction (t - (taps - 1) / 2)) over the rows that are kept; each row is rounded once.
+/// to_i <- to_i + sum_t filter_t from_(i + direction (t - (taps - 1) / 2)) over the rows that are kept; each row is
+/// rounded once.
 template <class T>
 void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, Index direction, const MatrixRef<T>& to,
                      std::span<const std::uint8_t> keep_from, std::span<const std::uint8_t> keep_to, Context& context) {
@@ -109,8 +114,8 @@ void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, I
 
 /// What is written overlaps nothing; dout is empty in the forward pass.
 template <class T>
-void check_conv_apart(std::string_view who, std::span<const Memory> results, const ConstMatrixRef<T>& v, std::span<const T> filter,
-                      const ConstMatrixRef<T>& dout, const Mask& mask) {
+void check_conv_apart(std::string_view who, std::span<const Memory> results, const ConstMatrixRef<T>& v,
+                      std::span<const T> filter, const ConstMatrixRef<T>& dout, const Mask& mask) {
   const Memory inputs[] = {Memory::of("v", v), Memory::of("filter", filter), Memory::of("dout", dout),
                            Memory::of("keep_key", mask.keep_key), Memory::of("keep_query", mask.keep_query)};
   check_apart(who, results, inputs);
@@ -118,8 +123,8 @@ void check_conv_apart(std::string_view who, std::span<const Memory> results, con
 
 /// dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2) over the rows that are kept: sums of a block, then of blocks.
 template <class T>
-void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& dout, std::span<T> dfilter, const Mask& mask,
-                         Context& context) {
+void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& dout, std::span<T> dfilter,
+                         const Mask& mask, Context& context) {
   using Wide = Arithmetic<T>;
   Scratch scratch = context.scratch();
   const ConvBlocks blocks{v.rows(), static_cast<Index>(dfilter.size())};
@@ -151,13 +156,14 @@ void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& do
 
 }  // namespace detail
 
-/// out_i <- out_i + sum_t filter_t v_(i + t - (taps - 1) / 2): one odd filter for all columns of a head, zeros beyond the sequence, no
-/// bias; to be added to an attention's result. v, out (n, d_v). Rows that mask.keep_key drops count as zeros, those that
-/// mask.keep_query drops get nothing. Throws std::invalid_argument when shapes disagree or are empty, the taps are not odd, or out
-/// overlaps an argument or itself. Narrow types are added up in float. 2 n d_v taps flops. Xiong et al. 2021, section 3.3, with 33 or 35 taps.
+/// out_i <- out_i + sum_t filter_t v_(i + t - (taps - 1) / 2): one odd filter for all columns of a head, zeros beyond
+/// the sequence, no bias; to be added to an attention's result. v, out (n, d_v). Rows that mask.keep_key drops count as
+/// zeros, those that mask.keep_query drops get nothing. Throws std::invalid_argument when shapes disagree or are empty,
+/// the taps are not odd, or out overlaps an argument or itself. Narrow types are added up in float. 2 n d_v taps flops.
+/// Xiong et al. 2021, section 3.3, with 33 or 35 taps.
 template <class T>
-void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter, std::type_identity_t<MatrixRef<T>> out,
-                    Context& context, const Mask& mask = {}) {
+void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter,
+                    std::type_identity_t<MatrixRef<T>> out, Context& context, const Mask& mask = {}) {
   detail::check_conv<T>("depthwise_conv", v, filter.size(), "out", out, mask);
   const detail::Memory result = detail::Memory::of("out", out);
   detail::check_conv_apart<T>("depthwise_conv", {&result, 1}, v, filter, {nullptr, 0, 0, 0}, mask);
@@ -167,14 +173,14 @@ void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>
 /// The same for a matrix or any view of one: its type is that of all.
 template <class V>
   requires(!std::same_as<V, ConstMatrixRef<typename V::Scalar>>)
-void depthwise_conv(const V& v, std::span<const typename V::Scalar> filter, MatrixRef<typename V::Scalar> out, Context& context,
-                    const Mask& mask = {}) {
+void depthwise_conv(const V& v, std::span<const typename V::Scalar> filter, MatrixRef<typename V::Scalar> out,
+                    Context& context, const Mask& mask = {}) {
   depthwise_conv<typename V::Scalar>(v, filter, out, context, mask);
 }
 
-/// Its gradients, for dout (n, d_v), that of a loss by out. dv_j <- dv_j + sum_i filter_(j - i + (taps - 1) / 2) dout_i, added to that
-/// of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that the masks keep. Throws
-/// std::invalid_argument as above. 4 n d_v taps flops.
+/// Its gradients, for dout (n, d_v), that of a loss by out. dv_j <- dv_j + sum_i filter_(j - i + (taps - 1) / 2)
+/// dout_i, added to that of the attention, and dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2), over the rows that
+/// the masks keep. Throws std::invalid_argument as above. 4 n d_v taps flops.
 template <class T>
 void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter,
                              std::type_identity_t<ConstMatrixRef<T>> dout, std::type_identity_t<MatrixRef<T>> dv,
@@ -182,7 +188,8 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
   constexpr std::string_view kName = "depthwise_conv_backward";
   detail::check_conv<T>(kName, v, filter.size(), "dout", dout, mask);
   detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
-  if (dfilter.size() != filter.size()) detail::refuse(kName, "dfilter has %zu entries, filter has %zu", dfilter.size(), filter.size());
+  if (dfilter.size() != filter.size())
+    detail::refuse(kName, "dfilter has %zu entries, filter has %zu", dfilter.size(), filter.size());
   const detail::Memory results[] = {detail::Memory::of("dv", dv), detail::Memory::of("dfilter", dfilter)};
   detail::check_conv_apart<T>(kName, results, v, filter, dout, mask);
   detail::add_convolution<T>(dout, filter, -1, dv, mask.keep_query, mask.keep_key, context);
@@ -192,9 +199,9 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
 /// The same for a matrix or any view of one: its type is that of all.
 template <class V>
   requires(!std::same_as<V, ConstMatrixRef<typename V::Scalar>>)
-void depthwise_conv_backward(const V& v, std::span<const typename V::Scalar> filter, ConstMatrixRef<typename V::Scalar> dout,
-                             MatrixRef<typename V::Scalar> dv, std::span<typename V::Scalar> dfilter, Context& context,
-                             const Mask& mask = {}) {
+void depthwise_conv_backward(const V& v, std::span<const typename V::Scalar> filter,
+                             ConstMatrixRef<typename V::Scalar> dout, MatrixRef<typename V::Scalar> dv,
+                             std::span<typename V::Scalar> dfilter, Context& context, const Mask& mask = {}) {
   depthwise_conv_backward<typename V::Scalar>(v, filter, dout, dv, dfilter, context, mask);
 }
 

@@ -18,8 +18,9 @@ namespace attn {
 /// out <- [kappa] v for any kernel, masks and causal alignments included.
 ///   SoftmaxKernel    softmax(s q k^T) v                           Vaswani et al. 2017, eq. 1
 ///   GaussianKernel   exp(-|q_i - k_j|^2 / (2 h^2)) v, h^2 = sqrt d   Chen et al. 2021, eq. 3
-/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). Throws std::invalid_argument when shapes disagree or are empty, or when the
-/// kernel's parameter is out of range. 2 n_q n_k (d + d_v) flops, O(tile) memory. Dao et al. 2022, Alg. 1.
+/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). Throws std::invalid_argument when shapes disagree or are
+/// empty, or when the kernel's parameter is out of range. 2 n_q n_k (d + d_v) flops, O(tile) memory. Dao et al. 2022,
+/// Alg. 1.
 template <class T, ScoreKernel Kernel>
 class ExactAttention {
  public:
@@ -43,8 +44,8 @@ class ExactAttention {
     run(detail::sources(in), out, context, nullptr);
   }
 
-  /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits, and of which inputs they are; raw rows
-  /// need neither.
+  /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits, and of which inputs
+  /// they are; raw rows need neither.
   struct Saved {
     std::vector<detail::RowLog<T>> lse{};  ///< of each row, or empty
     detail::PassInputs inputs{};           ///< checked by backward

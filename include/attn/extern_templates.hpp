@@ -1,7 +1,8 @@
-/// What takes longest to compile, once in a program rather than in each of its source files. With ATTN_EXTERN_TEMPLATES defined for all
-/// of them, <attn/attn.hpp> includes this header, and one more file, with ATTN_INSTANTIATE_TEMPLATES defined, includes nothing else:
-/// there streamed products and attention() by every method are instantiated for float and double, and the registry of methods for all
-/// types. The CMake target attn::compiled brings the macro and that file. All files must be compiled for the same processor.
+/// What takes longest to compile, once in a program rather than in each of its source files. With ATTN_EXTERN_TEMPLATES
+/// defined for all of them, <attn/attn.hpp> includes this header, and one more file, with ATTN_INSTANTIATE_TEMPLATES
+/// defined, includes nothing else: there streamed products and attention() by every method are instantiated for float
+/// and double, and the registry of methods for all types. The CMake target attn::compiled brings the macro and that
+/// file. All files must be compiled for the same processor.
 #pragma once
 
 #include <attn/any_approximator.hpp>
@@ -44,8 +45,8 @@ namespace attn {
                                             ConstMatrixRef<T>, const Gradients<T>&, Context&, std::span<T>);        \
   ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&,       \
                                       const detail::LogSums<T>&, Context&);                                         \
-  ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&,       \
-                                      T*, Context&);                                                                \
+  ATTN_TEMPLATE void detail::multiply(const Kernel&, const detail::Sources<T>&, const detail::ResultRows<T>&, T*,   \
+                                      Context&);                                                                    \
   ATTN_TEMPLATE void detail::multiply_backward(const Kernel&, const Inputs<T>&, const ConstMatrixRef<T>&,           \
                                                std::span<const detail::RowLog<T>>, const ConstMatrixRef<T>&,        \
                                                const Gradients<T>&, Context&, std::span<T>);                        \
@@ -59,21 +60,21 @@ namespace attn {
 #define ATTN_REGISTRY(T)                                   \
   ATTN_TEMPLATE std::span<const MethodEntry<T>> methods(); \
   ATTN_TEMPLATE AnyApproximator<T> make_approximator(std::string_view, const MethodOptions&);
-#define ATTN_GEMM(T)                                                                                            \
-  ATTN_TEMPLATE void detail::gemm<T>(T, const detail::Operand<T>&, const detail::Operand<T>&, T,               \
-                                     const MatrixRef<T>&, Context&);
-#define ATTN_ALL(T)                   \
-  ATTN_PRODUCTS(T)                    \
-  ATTN_KERNEL(SoftmaxKernel, T)       \
-  ATTN_KERNEL(GaussianKernel, T)      \
-  ATTN_METHOD(SoftmaxAttention, T)    \
-  ATTN_METHOD(GaussianAttention, T)   \
-  ATTN_METHOD(Nystrom, T)             \
-  ATTN_METHOD(ShiftedNystrom, T)      \
-  ATTN_METHOD(Skyformer, T)           \
-  ATTN_METHOD(LiftedSoftmax, T)       \
-  ATTN_METHOD(AnyApproximator, T)     \
-  ATTN_REGISTRY(T)                    \
+#define ATTN_GEMM(T)                                                                                                  \
+  ATTN_TEMPLATE void detail::gemm<T>(T, const detail::Operand<T>&, const detail::Operand<T>&, T, const MatrixRef<T>&, \
+                                     Context&);
+#define ATTN_ALL(T)                 \
+  ATTN_PRODUCTS(T)                  \
+  ATTN_KERNEL(SoftmaxKernel, T)     \
+  ATTN_KERNEL(GaussianKernel, T)    \
+  ATTN_METHOD(SoftmaxAttention, T)  \
+  ATTN_METHOD(GaussianAttention, T) \
+  ATTN_METHOD(Nystrom, T)           \
+  ATTN_METHOD(ShiftedNystrom, T)    \
+  ATTN_METHOD(Skyformer, T)         \
+  ATTN_METHOD(LiftedSoftmax, T)     \
+  ATTN_METHOD(AnyApproximator, T)   \
+  ATTN_REGISTRY(T)                  \
   ATTN_GEMM(T)
 
 ATTN_ALL(float)

@@ -12,7 +12,8 @@ namespace attn {
 /// Whether a row of weights is used as it is or divided by its sum.
 enum class Rows { raw, normalized };
 
-/// kappa(q, k) = exp(scale q.k - bias (|q|^2 + |k|^2)), rows raw or divided by their sum: all that the library asks of a kernel.
+/// kappa(q, k) = exp(scale q.k - bias (|q|^2 + |k|^2)), rows raw or divided by their sum: all that the library asks of
+/// a kernel.
 struct ScoreParameters {
   double scale;  ///< of the scores q.k
   double bias;   ///< of the squares |q|^2 and |k|^2
@@ -28,8 +29,9 @@ struct SoftmaxKernel {
   std::optional<double> scale{};  ///< s, finite
 };
 
-/// exp(-|q - k|^2 / (2 bandwidth^2)), bandwidth = d^(1/4) unless given, so that it scales scores by 1/sqrt(d) as softmax does.
-/// Rows are raw in Chen et al. 2021, eq. 3; normalized rows are kernel regression (Nadaraya 1964, Watson 1964).
+/// exp(-|q - k|^2 / (2 bandwidth^2)), bandwidth = d^(1/4) unless given, so that it scales scores by 1/sqrt(d) as
+/// softmax does. Rows are raw in Chen et al. 2021, eq. 3; normalized rows are kernel regression (Nadaraya 1964, Watson
+/// 1964).
 struct GaussianKernel {
   std::optional<double> bandwidth{};  ///< h, positive and finite
   Rows rows = Rows::raw;              ///< what becomes of the rows

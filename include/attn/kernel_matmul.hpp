@@ -30,8 +30,8 @@ namespace detail {
 
 inline constexpr std::string_view kMatmulName = "kernel_matmul";
 
-/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys have a bias,
-/// or sums are wanted: those may underflow.
+/// The product behind a kernel and its inputs. Raw rows of a kernel that is bounded by 1 need no maximum, unless keys
+/// have a bias, or sums are wanted: those may underflow.
 template <ScoreKernel Kernel, class T>
 Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Index workers, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
@@ -56,24 +56,27 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
 
 }  // namespace detail
 
-/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when shapes disagree, or
-/// into overlaps from or itself.
+/// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when
+/// shapes disagree, or into overlaps from or itself.
 template <class T>
 void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& from) {
   detail::check_merge("merge", into, from);
   for (std::size_t i = 0; i < into.sum.size(); ++i) {
     const T top = detail::merged_maximum(into.maximum[i], into.sum[i], from.maximum[i], from.sum[i]);
-    const T keep = detail::merge_factor(into.maximum[i], into.sum[i], top), add = detail::merge_factor(from.maximum[i], from.sum[i], top);
+    const T keep = detail::merge_factor(into.maximum[i], into.sum[i], top),
+            add = detail::merge_factor(from.maximum[i], from.sum[i], top);
     into.maximum[i] = top;
     into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
     T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
     detail::scale_row(keep, row, row, into.weighted.cols());
-    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row, into.weighted.cols());
+    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row,
+                    into.weighted.cols());
   }
 }
 
-/// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in kernel_matmul.
-/// out may be states.weighted itself; nothing else may overlap. d: features of the tokens, which the kernel's parameters may depend on.
+/// out (n_q, d_v) <- what states add up to, rows divided by their sums or raw as the kernel's are; lse as in
+/// kernel_matmul. out may be states.weighted itself; nothing else may overlap. d: features of the tokens, which the
+/// kernel's parameters may depend on.
 template <ScoreKernel Kernel, class T>
 void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type_identity_t<MatrixRef<T>> out,
             std::type_identity_t<std::span<T>> lse = {}) {
@@ -92,10 +95,12 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
 
 namespace detail {
 
-/// Streams all keys past each block of queries, and calls write with the runner that has a block complete. Where keys are cut into
-/// splits, these are merged first. Under a causal mask the last blocks cost most, so they come first. to: where rows will be written.
+/// Streams all keys past each block of queries, and calls write with the runner that has a block complete. Where keys
+/// are cut into splits, these are merged first. Under a causal mask the last blocks cost most, so they come first. to:
+/// where rows will be written.
 template <class T, class Write>
-void run_blocks(const Product<T>& product, const MemoryRows& to, Context& context, Scratch& scratch, const Write& write) {
+void run_blocks(const Product<T>& product, const MemoryRows& to, Context& context, Scratch& scratch,
+                const Write& write) {
   const Index blocks = product.partition.blocks, splits = product.partition.splits, strips = product.partition.strips;
   BlockRunner<T>* const runners = scratch.make<BlockRunner<T>>(context.workers(), product, scratch);
   LaneState<T>* parts = nullptr;
@@ -120,13 +125,16 @@ void run_blocks(const Product<T>& product, const MemoryRows& to, Context& contex
 
 /// out <- all rows, and their log-sums.
 template <class T>
-void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& logs, Context& context, Scratch& scratch) {
+void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& logs, Context& context,
+         Scratch& scratch) {
   if (!FewKeys<T>::suits(product)) {
-    return run_blocks(product, out.memory(), context, scratch, [&](const BlockRunner<T>& runner) { runner.write_results(out, logs); });
+    return run_blocks(product, out.memory(), context, scratch,
+                      [&](const BlockRunner<T>& runner) { runner.write_results(out, logs); });
   }
   const FewKeys<T> few = FewKeys<T>::pack(product, scratch);
   FewKeysRunner<T>* const runners = scratch.make<FewKeysRunner<T>>(context.workers(), product, few, scratch);
-  context.for_each(product.partition.blocks, [&](Index block, int worker) { runners[worker].finish_block(block, out, logs); });
+  context.for_each(product.partition.blocks,
+                   [&](Index block, int worker) { runners[worker].finish_block(block, out, logs); });
 }
 
 /// states (n_q) <- those of all rows.
@@ -138,10 +146,12 @@ void run_partial(const Product<T>& product, const RowStates<T>& states, Context&
 
 /// kernel_matmul, once its arguments are checked.
 template <ScoreKernel Kernel, class T>
-void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, const LogSums<T>& logs, Context& context) {
+void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, const LogSums<T>& logs,
+              Context& context) {
   Scratch scratch = context.scratch();
   const bool sums = logs.absolute != nullptr || logs.relative != nullptr;
-  run(make_product(kernel, in, sums ? Maximum::running : Maximum::fixed, context.workers(), scratch), out, logs, context, scratch);
+  run(make_product(kernel, in, sums ? Maximum::running : Maximum::fixed, context.workers(), scratch), out, logs,
+      context, scratch);
 }
 
 /// The same; lse, unless null, are absolute.
@@ -159,30 +169,33 @@ void multiply_partial(const Kernel& kernel, const Sources<T>& in, const RowState
 
 }  // namespace detail
 
-/// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their sum if the
-/// kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key bias.
-/// lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is 0.
-/// Throws std::invalid_argument when shapes disagree or are empty, or out or lse overlaps an input, the other or itself.
-/// 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few queries up to 16 row states. Milakov and Gimelshein 2018; Dao et al.
-/// 2022, Alg. 1.
+/// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their
+/// sum if the kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key
+/// bias. lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is
+/// 0. Throws std::invalid_argument when shapes disagree or are empty, or out or lse overlaps an input, the other or
+/// itself. 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few queries up to 16 row states. Milakov and
+/// Gimelshein 2018; Dao et al. 2022, Alg. 1.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    std::type_identity_t<std::span<T>> lse, Context& context) {
   detail::check(detail::kMatmulName, in, out, lse);
-  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::LogSums<T>{detail::data_or_null(lse), nullptr}, context);
+  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::LogSums<T>{detail::data_or_null(lse), nullptr},
+                              context);
 }
 
 /// The same without log-sums.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
-void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out, Context& context) {
+void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
+                   Context& context) {
   kernel_matmul(kernel, in, out, std::span<T>{}, context);
 }
 
-/// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or that arrive in
-/// parts (decoding with a cache). Merge the parts, then finish. Causal limits count the rows of this call's k. Throws
-/// std::invalid_argument when shapes disagree, q is empty, or states overlap an input, one another or themselves.
+/// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or
+/// that arrive in parts (decoding with a cache). Merge the parts, then finish. Causal limits count the rows of this
+/// call's k. Throws std::invalid_argument when shapes disagree, q is empty, or states overlap an input, one another or
+/// themselves.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
@@ -198,7 +211,8 @@ template <class T>
 std::span<const T> row_dots(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, Scratch& scratch) {
   const std::span<T> dots = scratch.array<T>(a.rows());
   for (Index i = 0; i < a.rows(); ++i) {
-    dots[static_cast<std::size_t>(i)] = dot_product(a.data() + i * a.outerStride(), b.data() + i * b.outerStride(), a.cols());
+    dots[static_cast<std::size_t>(i)] =
+        dot_product(a.data() + i * a.outerStride(), b.data() + i * b.outerStride(), a.cols());
   }
   return dots;
 }
@@ -247,8 +261,8 @@ void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradie
   if (!dbias.empty()) add_parts<T>(bias_column, bias.subspan(1), context);
 }
 
-/// dk_j <- dk_j - 2 bias dbias_j k_j, the kernel's own dependence on |k_j|^2. Keys that no query sees may hold anything,
-/// and have no gradient.
+/// dk_j <- dk_j - 2 bias dbias_j k_j, the kernel's own dependence on |k_j|^2. Keys that no query sees may hold
+/// anything, and have no gradient.
 template <class T>
 void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias, MatrixRef<T> dk) {
   const T twice_bias = 2 * std::numbers::ln2_v<T> * product.space.bias;
@@ -265,8 +279,8 @@ void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias,
 /// kernel_matmul_backward, once its arguments are checked; lse is LogSums::relative, empty where rows are raw.
 template <ScoreKernel Kernel, class T>
 void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& out,
-                       std::span<const RowLog<T>> lse, const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context,
-                       std::span<T> dbias = {}) {
+                       std::span<const RowLog<T>> lse, const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
+                       Context& context, std::span<T> dbias = {}) {
   Scratch scratch = context.scratch();
   const Sources<T> sources = detail::sources(in);
   const Product<T> product = make_product(kernel, sources, Maximum::running, context.workers(), scratch);
@@ -278,7 +292,8 @@ void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMat
   if (product.space.bias != 0) subtract_norm_gradient<T>(product, dbias, gradients.dk);
 }
 
-/// What absolute log-sums have beyond relative ones, Product::origin in units of log, for each query; 0 for dropped ones.
+/// What absolute log-sums have beyond relative ones, Product::origin in units of log, for each query; 0 for dropped
+/// ones.
 template <ScoreKernel Kernel, class T>
 std::span<const double> log_origins(const Kernel& kernel, const Sources<T>& in, Scratch& scratch) {
   const std::span<double> origins = scratch.array<double>(in.q.rows());
@@ -294,18 +309,19 @@ std::span<const double> log_origins(const Kernel& kernel, const Sources<T>& in, 
   return origins;
 }
 
-/// LogSums::relative from absolute ones. Where T holds these with too few digits, they are computed anew, which takes a forward pass of
-/// one column.
+/// LogSums::relative from absolute ones. Where T holds these with too few digits, they are computed anew, which takes a
+/// forward pass of one column.
 template <ScoreKernel Kernel, class T>
-std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<T>& in, std::span<const T> absolute, Context& context,
-                                     Scratch& scratch) {
+std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<T>& in, std::span<const T> absolute,
+                                             Context& context, Scratch& scratch) {
   constexpr double kMostOrigin = 16;
   const std::span<RowLog<T>> relative = scratch.array<RowLog<T>>(in.q.rows());
   Scratch temporary = scratch.nested();
   const std::span<const double> origins = log_origins<Kernel, T>(kernel, sources(in), temporary);
   if (std::any_of(origins.begin(), origins.end(), [](double x) { return std::abs(x) > kMostOrigin; })) {
     const Inputs<T> one_column{in.q, in.k, in.v.leftCols(1), in.mask, in.key_bias};
-    multiply<Kernel, T>(kernel, sources(one_column), temporary.matrix<T>(in.q.rows(), 1), {nullptr, relative.data()}, context);
+    multiply<Kernel, T>(kernel, sources(one_column), temporary.matrix<T>(in.q.rows(), 1), {nullptr, relative.data()},
+                        context);
     return relative;
   }
   for (std::size_t i = 0; i < relative.size(); ++i) {
@@ -316,11 +332,11 @@ std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<
 
 }  // namespace detail
 
-/// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as kernel_matmul gave
-/// them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or n_k entries that receive the
-/// gradient by the key bias. Throws std::invalid_argument when shapes disagree, or a result overlaps an argument or another.
-/// 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens are so large that lse has lost digits 2 n_q n_k (d + 1) more; memory for up to 7
-/// partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
+/// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as
+/// kernel_matmul gave them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or
+/// n_k entries that receive the gradient by the key bias. Throws std::invalid_argument when shapes disagree, or a
+/// result overlaps an argument or another. 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens are so large that lse
+/// has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,

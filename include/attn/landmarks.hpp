@@ -19,10 +19,10 @@
 
 namespace attn {
 
-/// A choice of landmarks for queries and keys together: select(inputs, scratch) gives them as the rows of an (m, d) matrix in
-/// scratch memory, m at least 1 where a query and a key are kept. It must depend on kept rows alone and be the same at every call.
-/// Optional: scatter(inputs, dland, dq, dk, scratch) adds the gradient by the landmarks (m, d) to those by q and k that they come from;
-/// a policy without it has landmarks that are constants in the backward pass.
+/// A choice of landmarks for queries and keys together: select(inputs, scratch) gives them as the rows of an (m, d)
+/// matrix in scratch memory, m at least 1 where a query and a key are kept. It must depend on kept rows alone and be
+/// the same at every call. Optional: scatter(inputs, dland, dq, dk, scratch) adds the gradient by the landmarks (m, d)
+/// to those by q and k that they come from; a policy without it has landmarks that are constants in the backward pass.
 template <class L, class T>
 concept JointLandmarks = std::copyable<L> && requires(const L& landmarks, const Inputs<T>& in, Scratch& scratch) {
   { landmarks.select(in, scratch) } -> std::same_as<MatrixRef<T>>;
@@ -46,7 +46,8 @@ MatrixRef<T> select_jointly(const Landmarks& landmarks, const Sources<T>& in, Sc
   if constexpr (requires { landmarks.select(in, scratch); }) {
     return landmarks.select(in, scratch);
   } else {
-    const ConstMatrixRef<T> q = whole_matrix(in.q, scratch), k = whole_matrix(in.k, scratch), v = whole_matrix(in.v, scratch);
+    const ConstMatrixRef<T> q = whole_matrix(in.q, scratch), k = whole_matrix(in.k, scratch),
+                            v = whole_matrix(in.v, scratch);
     return landmarks.select(Inputs<T>{q, k, v, in.mask, in.key_bias}, scratch);
   }
 }
@@ -92,7 +93,8 @@ void for_each_sampled(const SampledRows& rows, const Body& body) {
 
 template <class T>
 MatrixRef<T> gather_rows(const Sources<T>& in, const SampledRows& rows, Scratch& scratch) {
-  const MatrixRef<T> landmarks = scratch.matrix<T>(static_cast<Index>(rows.from_q.size() + rows.from_k.size()), in.q.cols());
+  const MatrixRef<T> landmarks =
+      scratch.matrix<T>(static_cast<Index>(rows.from_q.size() + rows.from_k.size()), in.q.cols());
   for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
     (of_queries ? in.q : in.k).copy_row(row, landmarks.data() + landmark * landmarks.cols());
   });
@@ -101,8 +103,9 @@ MatrixRef<T> gather_rows(const Sources<T>& in, const SampledRows& rows, Scratch&
 
 template <class T>
 void scatter_rows(const SampledRows& rows, const ConstMatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk) {
-  for_each_sampled(rows,
-                   [&](Index landmark, Index row, bool of_queries) { (of_queries ? dq : dk).row(row) += dland.row(landmark); });
+  for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
+    (of_queries ? dq : dk).row(row) += dland.row(landmark);
+  });
 }
 
 }  // namespace detail
@@ -126,7 +129,8 @@ struct StridedSample {
   }
 
   template <class T>
-  void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk, Scratch& scratch) const {
+  void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk,
+               Scratch& scratch) const {
     detail::scatter_rows<T>(sample(in, scratch), dland, dq, dk);
   }
   /// @}
@@ -141,8 +145,8 @@ struct StridedSample {
   }
 };
 
-/// Rows drawn uniformly without replacement, half of the landmarks from q and half from k: the same at every call and on every
-/// platform. Chen et al. 2021, section 4.2. A partial Fisher-Yates shuffle, O(n) scratch.
+/// Rows drawn uniformly without replacement, half of the landmarks from q and half from k: the same at every call and
+/// on every platform. Chen et al. 2021, section 4.2. A partial Fisher-Yates shuffle, O(n) scratch.
 struct UniformSample {
   Index num_landmarks = 128;  ///< m
   std::uint64_t seed = 0;     ///< of the draw
@@ -162,7 +166,8 @@ struct UniformSample {
   }
 
   template <class T>
-  void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk, Scratch& scratch) const {
+  void scatter(const Inputs<T>& in, const MatrixRef<T>& dland, MatrixRef<T> dq, MatrixRef<T> dk,
+               Scratch& scratch) const {
     detail::scatter_rows<T>(sample(in, scratch), dland, dq, dk);
   }
   /// @}
@@ -185,13 +190,13 @@ struct UniformSample {
   }
 };
 
-/// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d) matrix, where keep
-/// says which rows of x count, at least num_landmarks of them. As many of queries as of keys, at least 1. Optional:
-/// scatter(dland, keep, dx) adds the gradient by the landmarks to that by the rows that they come from; without it they are constants in
-/// the backward pass.
+/// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d)
+/// matrix, where keep says which rows of x count, at least num_landmarks of them. As many of queries as of keys, at
+/// least 1. Optional: scatter(dland, keep, dx) adds the gradient by the landmarks to that by the rows that they come
+/// from; without it they are constants in the backward pass.
 template <class L, class T>
-concept SplitLandmarks = std::copyable<L> &&
-    requires(const L& landmarks, const ConstMatrixRef<T>& x, bool (*keeps)(Index), Scratch& scratch) {
+concept SplitLandmarks = std::copyable<L> && requires(const L& landmarks, const ConstMatrixRef<T>& x,
+                                                      bool (*keeps)(Index), Scratch& scratch) {
   { landmarks.num_landmarks } -> std::convertible_to<Index>;
   { landmarks.template select<T>(x, keeps, scratch) } -> std::same_as<MatrixRef<T>>;
 };
@@ -206,7 +211,8 @@ bool covers(Index m, const In& in) {
 
 /// The landmarks of rows by a policy; one that reads matrices alone gets a copy of rows that are not in place.
 template <class T, class Landmarks, class Keeps>
-MatrixRef<T> select_rows(const Landmarks& landmarks, const TokenRows<T>& x, const Keeps& keeps, Scratch& scratch, Context& context) {
+MatrixRef<T> select_rows(const Landmarks& landmarks, const TokenRows<T>& x, const Keeps& keeps, Scratch& scratch,
+                         Context& context) {
   if constexpr (requires { landmarks.template select<T>(x, keeps, scratch, context); }) {
     return landmarks.template select<T>(x, keeps, scratch, context);
   } else {

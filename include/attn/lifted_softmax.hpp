@@ -21,10 +21,10 @@
 namespace attn {
 
 /// softmax(s q k^T) v ~ (A~ v) / (A~ 1), A~ the lifted Nystrom approximation of A = exp(s q k^T). Since
-///   exp(s q_i.k_j) = exp(s |q_i|^2 / 2) kappa(q_i, k_j) exp(s |k_j|^2 / 2)    with the Gaussian kernel kappa of bandwidth 1/sqrt s
-/// and the queries' factor cancels, it is Skyformer with normalised rows and the log-weight s |k_j|^2 / 2 on each key. It can blow up
-/// where A~ 1 comes near 0, for nothing keeps A~ positive: the divisor is kept above 1e-6 of the sum of its terms' magnitudes.
-/// Shapes, cost and errors as Skyformer's. Chen et al. 2021, figure 1.
+///   exp(s q_i.k_j) = exp(s |q_i|^2 / 2) kappa(q_i, k_j) exp(s |k_j|^2 / 2),  kappa Gaussian of bandwidth 1/sqrt s,
+/// and the queries' factor cancels, it is Skyformer with normalised rows and the log-weight s |k_j|^2 / 2 on each key.
+/// It can blow up where A~ 1 comes near 0, for nothing keeps A~ positive: the divisor is kept above 1e-6 of the sum of
+/// its terms' magnitudes. Shapes, cost and errors as Skyformer's. Chen et al. 2021, figure 1.
 template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse>
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class LiftedSoftmax {
@@ -34,11 +34,14 @@ class LiftedSoftmax {
   static constexpr std::string_view kName = "lifted-softmax";
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
-  explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
+  explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3},
+                                   SoftmaxKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
   template <class Stored = T>
-  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none; }
+  bool supports(const Inputs<Stored>& in) const {
+    return in.mask.causal == Causal::none;
+  }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
@@ -48,7 +51,7 @@ class LiftedSoftmax {
   /// What Skyformer saved, and of which inputs and options it is.
   struct Saved {
     typename Skyformer<T, Landmarks, Inverse>::Saved of_skyformer{};  ///< for its backward
-    detail::ForwardPass<Landmarks, Inverse> pass{};                  ///< checked by backward
+    detail::ForwardPass<Landmarks, Inverse> pass{};                   ///< checked by backward
   };
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
@@ -68,7 +71,8 @@ class LiftedSoftmax {
     skyformer(in).backward(weighted, out, dout, saved.of_skyformer, gradients, dbias, context);
     MatrixRef<T> dk = gradients.dk;
     for (Index j = 0; j < dk.rows(); ++j) {
-      if (detail::keeps_key(in, j)) dk.row(j) += static_cast<T>(scale(in)) * dbias[static_cast<std::size_t>(j)] * in.k.row(j);
+      if (detail::keeps_key(in, j))
+        dk.row(j) += static_cast<T>(scale(in)) * dbias[static_cast<std::size_t>(j)] * in.k.row(j);
     }
   }
 
@@ -81,7 +85,8 @@ class LiftedSoftmax {
     check(in);
     if (saved != nullptr) saved->pass = {};
     Scratch scratch = context.scratch();
-    skyformer(in).run({in.q, in.k, in.v, in.mask, log_weights(in, scratch)}, out, context, saved == nullptr ? nullptr : &saved->of_skyformer);
+    skyformer(in).run({in.q, in.k, in.v, in.mask, log_weights(in, scratch)}, out, context,
+                      saved == nullptr ? nullptr : &saved->of_skyformer);
     if (saved != nullptr) saved->pass.keep(kernel_, in, landmarks_, inverse_);
   }
 
@@ -105,7 +110,8 @@ class LiftedSoftmax {
         landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(in)), .rows = Rows::normalized}};
   }
 
-  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest. Dropped keys may hold anything, so they get no weight.
+  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest. Dropped keys may hold anything, so they get no
+  /// weight.
   std::span<const T> log_weights(const detail::Sources<T>& in, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
     const std::span<const T> bias = detail::relative_bias(in, scratch).relative;
@@ -135,7 +141,8 @@ class LiftedSoftmax<T, Landmarks, Inverse> : public detail::Widened<T, LiftedSof
 
  public:
   /// As for float.
-  explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
+  explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3},
+                                   SoftmaxKernel kernel = {})
       : detail::Widened<T, Wide>(Wide(landmarks, inverse, kernel)) {}
 };
 

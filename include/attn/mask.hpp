@@ -6,9 +6,10 @@
 
 namespace attn {
 
-/// Causal attention and its alignment when n_q != n_k. none: every query sees every key. upper_left: query i sees keys j <= i.
-/// lower_right: query i sees keys j <= i + n_k - n_q (the last query sees all; decoding with a cache). Rows at the end that a mask drops
-/// are not counted in n_q and n_k: the last kept query sees all kept keys, as in the trimmed matrices.
+/// Causal attention and its alignment when n_q != n_k. none: every query sees every key. upper_left: query i sees keys
+/// j <= i. lower_right: query i sees keys j <= i + n_k - n_q (the last query sees all; decoding with a cache). Rows at
+/// the end that a mask drops are not counted in n_q and n_k: the last kept query sees all kept keys, as in the trimmed
+/// matrices.
 enum class Causal { none, upper_left, lower_right };
 
 /// Masks of one sequence; an empty span keeps everything, otherwise 0 drops and any other value keeps.
@@ -20,9 +21,13 @@ struct Mask {
 };
 
 /// The part of a mask that concerns keys alone: for landmarks in the place of queries.
-inline Mask keys_only(const Mask& mask) { return {.keep_key = mask.keep_key}; }
+inline Mask keys_only(const Mask& mask) {
+  return {.keep_key = mask.keep_key};
+}
 
 /// The part of a mask that concerns queries alone: for landmarks in the place of keys.
-inline Mask queries_only(const Mask& mask) { return {.keep_query = mask.keep_query}; }
+inline Mask queries_only(const Mask& mask) {
+  return {.keep_query = mask.keep_query};
+}
 
 }  // namespace attn

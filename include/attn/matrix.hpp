@@ -5,7 +5,7 @@
 #error "attn reports wrong arguments and a lack of memory by throwing, and so cannot be compiled with -fno-exceptions"
 #endif
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "attn says what becomes of NaN and infinity, which -ffinite-math-only (part of -ffast-math) does not: add -fno-finite-math-only"
+#error "attn knows NaN and infinity, which -ffinite-math-only (part of -ffast-math) does not: add -fno-finite-math-only"
 #endif
 
 #include <attn/mask.hpp>
@@ -57,11 +57,13 @@ T* data_or_null(std::span<T> x) {
 
 }  // namespace detail
 
-/// An Eigen object whose rows lie contiguously in memory, so that it can be viewed without a copy: a Matrix, a Map, Ref or Block of
-/// one, or a vector. A column-major matrix or an inner stride is refused at compile time, because converting it would copy silently.
+/// An Eigen object whose rows lie contiguously in memory, so that it can be viewed without a copy: a Matrix, a Map, Ref
+/// or Block of one, or a vector. A column-major matrix or an inner stride is refused at compile time, because
+/// converting it would copy silently.
 template <class M, class T>
 concept RowMajorWithContiguousRows =
-    std::same_as<typename detail::EigenType<M>::Scalar, T> && bool(detail::EigenType<M>::Flags & Eigen::DirectAccessBit) &&
+    std::same_as<typename detail::EigenType<M>::Scalar, T> &&
+    bool(detail::EigenType<M>::Flags & Eigen::DirectAccessBit) &&
     bool(detail::EigenType<M>::IsRowMajor || detail::EigenType<M>::ColsAtCompileTime == 1) &&
     int(detail::EigenType<M>::InnerStrideAtCompileTime) == 1;
 
@@ -72,14 +74,15 @@ concept WritableRowMajorWithContiguousRows =
       { m.data() } -> std::same_as<T*>;
     };
 
-/// Read-only view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
+/// Read-only view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the
+/// data.
 template <class T>
 class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>> {
   using Map = Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
  public:
-  /// View of (rows, cols) elements at data, row_stride elements from row to row. Not inlined: Eigen's checks of it would be compiled
-  /// wherever a view is made.
+  /// View of (rows, cols) elements at data, row_stride elements from row to row. Not inlined: Eigen's checks of it
+  /// would be compiled wherever a view is made.
   [[gnu::noinline]] ConstMatrixRef(const T* data, Index rows, Index cols, Index row_stride)
       : Map(data, rows, cols, Eigen::OuterStride<>(row_stride)) {}
 
@@ -93,7 +96,8 @@ class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eige
   ConstMatrixRef(const M&) = delete;  // not RowMajorWithContiguousRows: a view of it would be a silent copy
 };
 
-/// Writable view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the data.
+/// Writable view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the
+/// data.
 template <class T>
 class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>> {
   using Map = Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;

@@ -25,7 +25,8 @@ template <class A, class E>
 void check_same_shape(std::string_view who, const Eigen::MatrixBase<A>& approximation,
                       const Eigen::MatrixBase<E>& exact) {
   if (approximation.rows() == exact.rows() && approximation.cols() == exact.cols()) return;
-  refuse(who, "approximation is %td x %td, exact is %td x %td", approximation.rows(), approximation.cols(), exact.rows(), exact.cols());
+  refuse(who, "approximation is %td x %td, exact is %td x %td", approximation.rows(), approximation.cols(),
+         exact.rows(), exact.cols());
 }
 
 /// difference / size, and 0 where nothing differs from nothing.
@@ -141,8 +142,8 @@ Eigen::VectorXd orthonormalize(Matrix<T>& x) {
   return values;
 }
 
-/// What singular values may change by in a step of which only rounding is left, relative to the largest. Blocks that an operator
-/// rounds to a narrow type stay as they are once they have settled, since all else is in float.
+/// What singular values may change by in a step of which only rounding is left, relative to the largest. Blocks that an
+/// operator rounds to a narrow type stay as they are once they have settled, since all else is in float.
 template <class A>
 double smallest_change() {
   if constexpr (TakesWideBlocks<A>) {
@@ -180,7 +181,9 @@ SingularValues leading_singular_values(const A& a, Index count, const SubspaceIt
   SingularValues found;
   found.values.setZero(count);
   // Generic, and so compiled where they are called alone.
-  const auto settled = [&](const auto& values) { return (values - found.values).cwiseAbs().maxCoeff() <= tolerance * values[0]; };
+  const auto settled = [&](const auto& values) {
+    return (values - found.values).cwiseAbs().maxCoeff() <= tolerance * values[0];
+  };
   const auto is_finite = [](const auto& values) { return values.allFinite(); };
   while (!found.converged && found.iterations < options.max_iterations) {
     detail::apply_wide(a, x, y, context);

@@ -99,8 +99,8 @@ struct HeadInputs {
 template <class T>
 void check_view(const char* name, const HeadsView<T>& x) {
   if (x.batch < 0 || x.heads < 1 || x.length < 1 || x.dim < 1) {
-    refuse(kMultiHeadName, "%s is %td x %td x %td x %td (batch, heads, length, dim), should be at least 0 x 1 x 1 x 1", name, x.batch,
-           x.heads, x.length, x.dim);
+    refuse(kMultiHeadName, "%s is %td x %td x %td x %td (batch, heads, length, dim), should be at least 0 x 1 x 1 x 1",
+           name, x.batch, x.heads, x.length, x.dim);
   }
   if (x.row_stride < x.dim) {
     refuse(kMultiHeadName, "%s.row_stride is %td, should be at least its dim of %td", name, x.row_stride, x.dim);
@@ -121,8 +121,8 @@ Memory memory_of(const char* name, const HeadsView<T>& x) {
 template <class T>
 void check_disjoint(const char* name, const HeadsView<T>& x) {
   if (!memory_of(name, x).overlaps_itself()) return;
-  refuse(kMultiHeadName, "%s overlaps itself: its batch_stride is %td, its head_stride %td, its row_stride %td", name, x.batch_stride,
-         x.head_stride, x.row_stride);
+  refuse(kMultiHeadName, "%s overlaps itself: its batch_stride is %td, its head_stride %td, its row_stride %td", name,
+         x.batch_stride, x.head_stride, x.row_stride);
 }
 
 inline void check_count(const char* name, Index count, const char* of, Index wanted) {
@@ -133,8 +133,8 @@ inline void check_count(const char* name, Index count, const char* of, Index wan
 template <class T>
 void check_masks(const HeadInputs<T>& in, const HeadsView<const T>& out) {
   if (in.masks.size() > 1 && static_cast<Index>(in.masks.size()) != in.q.batch) {
-    refuse(kMultiHeadName, "masks has %zu entries, should have none, one, or one for each of the %td batch items", in.masks.size(),
-           in.q.batch);
+    refuse(kMultiHeadName, "masks has %zu entries, should have none, one, or one for each of the %td batch items",
+           in.masks.size(), in.q.batch);
   }
   for (Index b = 0; b < in.different_items(); ++b) {
     check_inputs(kMultiHeadName, in(b, 0));
@@ -177,8 +177,8 @@ void check_gradient(const char* name, const HeadsView<T>& gradient, const char* 
   check_view(name, gradient);
   check_disjoint(name, gradient);
   if (gradient.batch != x.batch || gradient.heads != x.heads || gradient.length != x.length || gradient.dim != x.dim) {
-    refuse(kMultiHeadName, "%s is %td x %td x %td x %td, %s is %td x %td x %td x %td", name, gradient.batch, gradient.heads,
-           gradient.length, gradient.dim, of, x.batch, x.heads, x.length, x.dim);
+    refuse(kMultiHeadName, "%s is %td x %td x %td x %td, %s is %td x %td x %td x %td", name, gradient.batch,
+           gradient.heads, gradient.length, gradient.dim, of, x.batch, x.heads, x.length, x.dim);
   }
 }
 
@@ -187,13 +187,14 @@ void check_gradients(const HeadInputs<T>& in, const HeadsView<const T>& out, con
                      const HeadGradients<T>& gradients) {
   check_view("dout", dout);
   if (dout.batch != out.batch || dout.heads != out.heads || dout.length != out.length || dout.dim != out.dim) {
-    refuse(kMultiHeadName, "dout is %td x %td x %td x %td, out is %td x %td x %td x %td", dout.batch, dout.heads, dout.length,
-           dout.dim, out.batch, out.heads, out.length, out.dim);
+    refuse(kMultiHeadName, "dout is %td x %td x %td x %td, out is %td x %td x %td x %td", dout.batch, dout.heads,
+           dout.length, dout.dim, out.batch, out.heads, out.length, out.dim);
   }
   check_gradient<T>("dq", gradients.dq, "q", in.q);
   check_gradient<T>("dk", gradients.dk, "k", in.k);
   check_gradient<T>("dv", gradients.dv, "v", in.v);
-  const Memory results[] = {memory_of("dq", gradients.dq), memory_of("dk", gradients.dk), memory_of("dv", gradients.dv)};
+  const Memory results[] = {memory_of("dq", gradients.dq), memory_of("dk", gradients.dk),
+                            memory_of("dv", gradients.dv)};
   const Memory of_forward[] = {memory_of("out", out), memory_of("dout", dout)};
   check_heads_apart(results, in);
   check_apart_from(kMultiHeadName, results, of_forward);
@@ -206,9 +207,10 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
     const Inputs<typename A::Scalar> in = heads(b, 0);
     if (a.supports(in)) continue;
     const std::string_view name = method_name(a);
-    refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s", static_cast<int>(name.size()),
-           name.data(), b, in.q.rows(), in.k.rows(), in.mask.causal == Causal::none ? "" : ", causal",
-           in.mask.keep_key.empty() ? "" : ", keep_key", in.mask.keep_query.empty() ? "" : ", keep_query");
+    refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s",
+           static_cast<int>(name.size()), name.data(), b, in.q.rows(), in.k.rows(),
+           in.mask.causal == Causal::none ? "" : ", causal", in.mask.keep_key.empty() ? "" : ", keep_key",
+           in.mask.keep_query.empty() ? "" : ", keep_query");
   }
 }
 
@@ -256,11 +258,12 @@ void run_heads(const HeadInputs<T>& inputs, const HeadsView<T>& out, Context& co
   });
 }
 
-/// The backward pass of the query heads of batch item b that share a key head, from head first on, each with its saved: dk and dv add
-/// up in their order, in the type of the arithmetic.
+/// The backward pass of the query heads of batch item b that share a key head, from head first on, each with its saved:
+/// dk and dv add up in their order, in the type of the arithmetic.
 template <Approximator A>
-void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<const typename A::Scalar>& out,
-                        const HeadsView<const typename A::Scalar>& dout, Index b, Index first, const typename A::Saved* saved,
+void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs,
+                        const HeadsView<const typename A::Scalar>& out, const HeadsView<const typename A::Scalar>& dout,
+                        Index b, Index first, const typename A::Saved* saved,
                         const HeadGradients<typename A::Scalar>& gradients, Context& context) {
   using T = typename A::Scalar;
   using Wide = Arithmetic<T>;
@@ -271,7 +274,8 @@ void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs
   const ConstMatrixRef<Wide> k = widened(in.k, scratch, context), v = widened(in.v, scratch, context);
   const MatrixRef<T> dk = gradients.dk(b, first / group), dv = gradients.dv(b, first / group);
   MatrixRef<Wide> sum_dk = wide_result(dk, scratch), sum_dv = wide_result(dv, scratch);
-  MatrixRef<Wide> more_dk = scratch.matrix<Wide>(dk.rows(), dk.cols()), more_dv = scratch.matrix<Wide>(dv.rows(), dv.cols());
+  MatrixRef<Wide> more_dk = scratch.matrix<Wide>(dk.rows(), dk.cols()),
+                  more_dv = scratch.matrix<Wide>(dv.rows(), dv.cols());
   for (Index h = first; h < first + group; ++h, ++saved) {
     Scratch of_head = scratch.nested();
     const MatrixRef<T> dq = gradients.dq(b, h);
@@ -295,18 +299,20 @@ void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs
 /// masks: none, one for all batch items, or one for each. An empty batch is allowed, and nothing is done. Results are
 /// bitwise those of a.forward, head by head, whatever the executor. Scratch memory: that of a, once a worker. Throws
 /// std::invalid_argument before anything is written when shapes disagree or are empty, any head of out overlaps another
-/// or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the calling thread, with out partly
-/// written.
+/// or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the calling
+/// thread, with out partly written.
 template <Approximator A>
 void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                 const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
                 std::span<const Mask> masks, Context& context) {
   const detail::HeadInputs<typename A::Scalar> inputs{q, k, v, masks};
   detail::check_call(a, inputs, out);
-  detail::run_heads(inputs, out, context, [&](Index, const auto& in, const auto& to, Context& on) { a.forward(in, to, on); });
+  detail::run_heads(inputs, out, context,
+                    [&](Index, const auto& in, const auto& to, Context& on) { a.forward(in, to, on); });
 }
 
-/// The same for training: saved becomes one A::Saved for each query head of each batch item, b heads + h, made at the first step.
+/// The same for training: saved becomes one A::Saved for each query head of each batch item, b heads + h, made at the
+/// first step.
 template <Approximator A>
 void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
                 const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
@@ -319,17 +325,18 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
   });
 }
 
-/// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same arguments and the out
-/// and saved of multi_head. Query heads that share a key head add up in their order, of narrow types in float. Throws
-/// std::invalid_argument before anything is written when shapes disagree, saved is of another number of heads, or any head of a gradient
-/// overlaps any other array or head. What a.backward throws beyond that, where a head's saved is not of its inputs, arrives on the calling
-/// thread, with gradients partly written.
+/// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same
+/// arguments and the out and saved of multi_head. Query heads that share a key head add up in their order, of narrow
+/// types in float. Throws std::invalid_argument before anything is written when shapes disagree, saved is of another
+/// number of heads, or any head of a gradient overlaps any other array or head. What a.backward throws beyond that,
+/// where a head's saved is not of its inputs, arrives on the calling thread, with gradients partly written.
 template <Approximator A>
-void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
-                         const HeadsView<const typename A::Scalar>& v, const HeadsView<const typename A::Scalar>& out,
+void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q,
+                         const HeadsView<const typename A::Scalar>& k, const HeadsView<const typename A::Scalar>& v,
+                         const HeadsView<const typename A::Scalar>& out,
                          const HeadsView<const typename A::Scalar>& dout, std::span<const Mask> masks,
-                         const std::vector<typename A::Saved>& saved, const HeadGradients<typename A::Scalar>& gradients,
-                         Context& context) {
+                         const std::vector<typename A::Saved>& saved,
+                         const HeadGradients<typename A::Scalar>& gradients, Context& context) {
   using T = typename A::Scalar;
   const detail::HeadInputs<T> inputs{q, k, v, masks};
   detail::check_heads<T>(inputs, out);
@@ -339,12 +346,15 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
   }
   if (q.batch == 0) return;
   const Index group = q.heads / k.heads;
-  detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context, [&](Index i, Context& on) {
-    const Index b = i / k.heads, h = i % k.heads * group;
-    const typename A::Saved* of_group = saved.data() + b * q.heads + h;
-    if (group > 1) return detail::run_group_backward(a, inputs, out, dout, b, h, of_group, gradients, on);
-    a.backward(inputs(b, h), out(b, h), dout(b, h), *of_group, {gradients.dq(b, h), gradients.dk(b, h), gradients.dv(b, h)}, on);
-  });
+  detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context,
+                           [&](Index i, Context& on) {
+                             const Index b = i / k.heads, h = i % k.heads * group;
+                             const typename A::Saved* of_group = saved.data() + b * q.heads + h;
+                             if (group > 1)
+                               return detail::run_group_backward(a, inputs, out, dout, b, h, of_group, gradients, on);
+                             a.backward(inputs(b, h), out(b, h), dout(b, h), *of_group,
+                                        {gradients.dq(b, h), gradients.dk(b, h), gradients.dv(b, h)}, on);
+                           });
 }
 
 }  // namespace attn

@@ -19,11 +19,11 @@
 namespace attn {
 
 /// softmax(s q k^T) v ~ F Z (B v), m landmarks on each side:
-///   F = softmax(s q k_land^T)    A = softmax(s q_land k_land^T)    B = softmax(s q_land k^T)    Z ~ A^+ by six iterations
+///   F = softmax(s q k_land^T)   A = softmax(s q_land k_land^T)   B = softmax(s q_land k^T)   Z ~ A^+ by six iterations
 /// Where m reaches the number of kept queries or of kept keys it is exact attention, which is then as cheap.
-/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m)) memory. Not causal,
-/// no key bias. Throws std::invalid_argument when shapes disagree or are empty, an option is out of range, or a mask is not supported.
-/// Xiong et al. 2021, eqs. 13-16.
+/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m))
+/// memory. Not causal, no key bias. Throws std::invalid_argument when shapes disagree or are empty, an option is out of
+/// range, or a mask is not supported. Xiong et al. 2021, eqs. 13-16.
 template <class T, class Landmarks = SegmentMeans, class Inverse = IterativePinv, ScoreKernel Kernel = SoftmaxKernel>
   requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom {
@@ -37,7 +37,9 @@ class Nystrom {
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
   template <class Stored = T>
-  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
+  bool supports(const Inputs<Stored>& in) const {
+    return in.mask.causal == Causal::none && in.key_bias.empty();
+  }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
@@ -61,7 +63,8 @@ class Nystrom {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.pass.check(kName, kernel_, in, landmarks_, inverse_);
     if (saved.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
-    detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients, context);
+    detail::nystrom_backward<Kernel, T>(kernel_, landmarks_, inverse_, in, saved, out, saved.lse, dout, gradients,
+                                        context);
   }
 
  private:
@@ -105,7 +108,8 @@ class Nystrom {
     detail::check_landmark_rows(kName, "k", k_land, 1, in.k.cols());
     if (q_land.rows() != k_land.rows())
       detail::refuse(kName, "there are %td landmarks of q, %td of k, should be as many", q_land.rows(), k_land.rows());
-    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()), scratch.elements<detail::RowLog<T>>(q_land.rows())};
+    return {q_land, k_land, scratch.matrix<T>(q_land.rows(), in.v.cols()),
+            scratch.elements<detail::RowLog<T>>(q_land.rows())};
   }
 
   /// out <- F Z (B v); lse, unless null, <- the log-sums of F's rows.
@@ -113,12 +117,15 @@ class Nystrom {
                 detail::RowLog<T>* lse, Context& context) const {
     using Sources = detail::Sources<T>;
     Scratch scratch = context.scratch();
-    MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()), a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());
-    detail::multiply<Kernel, T>(kernel_, Sources{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums, {nullptr, f.lse_land}, context);  // B v
-    detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);                                             // A
+    MatrixRef<T> values = scratch.matrix<T>(f.sums.rows(), f.sums.cols()),
+                 a = scratch.matrix<T>(f.q_land.rows(), f.k_land.rows());
+    detail::multiply<Kernel, T>(kernel_, Sources{f.q_land, in.k, in.v, keys_only(in.mask)}, f.sums,
+                                {nullptr, f.lse_land}, context);                // B v
+    detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);  // A
     detail::set_scaled(values, 1, f.sums);
-    inverse_.apply(a, values, context);                                                                               // Z (B v)
-    detail::multiply<Kernel, T>(kernel_, Sources{in.q, f.k_land, values, queries_only(in.mask)}, out, {nullptr, lse}, context);  // F Z (B v)
+    inverse_.apply(a, values, context);  // Z (B v)
+    detail::multiply<Kernel, T>(kernel_, Sources{in.q, f.k_land, values, queries_only(in.mask)}, out, {nullptr, lse},
+                                context);  // F Z (B v)
   }
 
   Landmarks landmarks_;

@@ -20,13 +20,14 @@
 
 namespace attn {
 
-/// kappa(q, k) v ~ kappa(q, L) (kappa(L, L) + gamma I)^-1 kappa(L, k) v with the Gaussian kernel kappa and landmarks L, rows of [q; k].
-/// The kernel matrix of [q; k] is positive semidefinite, and so is what its Nystrom approximation leaves, which bounds the error of
-/// the block that is wanted. Normalised rows: (C~ v)_i / (C~ 1)_i, the divisor kept above 1e-6 of the sum of its terms' magnitudes.
-/// Where the landmarks' sums kappa(L, k) 1 are further apart than T's exponents reach, what is between landmarks is computed in double.
-/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m)) memory; not causal.
-/// Throws std::invalid_argument when shapes disagree or are empty, an option is out of range, or the mask is causal.
-/// Chen et al. 2021, eq. 6 and Theorem 2.
+/// kappa(q, k) v ~ kappa(q, L) (kappa(L, L) + gamma I)^-1 kappa(L, k) v with the Gaussian kernel kappa and landmarks L,
+/// rows of [q; k]. The kernel matrix of [q; k] is positive semidefinite, and so is what its Nystrom approximation
+/// leaves, which bounds the error of the block that is wanted. Normalised rows: (C~ v)_i / (C~ 1)_i, the divisor kept
+/// above 1e-6 of the sum of its terms' magnitudes. Where the landmarks' sums kappa(L, k) 1 are further apart than T's
+/// exponents reach, what is between landmarks is computed in double. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q,
+/// d_v). O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m)) memory; not causal. Throws std::invalid_argument
+/// when shapes disagree or are empty, an option is out of range, or the mask is causal. Chen et al. 2021, eq. 6 and
+/// Theorem 2.
 template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse>
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class Skyformer {
@@ -40,7 +41,9 @@ class Skyformer {
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
   template <class Stored = T>
-  bool supports(const Inputs<Stored>& in) const { return in.mask.causal == Causal::none; }
+  bool supports(const Inputs<Stored>& in) const {
+    return in.mask.causal == Causal::none;
+  }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
     detail::check(kName, in, out);
@@ -58,8 +61,8 @@ class Skyformer {
   }
   /// @}
 
-  /// Through the landmarks, wherever they were sampled, and through the inverse. About 3 times the forward pass; where rows are
-  /// normalized one product more, and memory for two copies of v.
+  /// Through the landmarks, wherever they were sampled, and through the inverse. About 3 times the forward pass; where
+  /// rows are normalized one product more, and memory for two copies of v.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     backward(in, out, dout, saved, gradients, {}, context);

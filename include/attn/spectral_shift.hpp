@@ -19,8 +19,8 @@
 
 namespace attn {
 
-/// How the shift is chosen: paper, one delta from the landmarks' matrix alone; scalar, one delta from probed rows; row, one for each
-/// row, gated by probed rows.
+/// How the shift is chosen: paper, one delta from the landmarks' matrix alone; scalar, one delta from probed rows; row,
+/// one for each row, gated by probed rows.
 enum class ShiftMode { paper, scalar, row };
 
 /// iterations as in IterativePinv; num_probes rows whose attention is computed exactly.
@@ -40,19 +40,22 @@ struct SpectralShift {
 };
 
 /// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
-///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): a reconstruction, no bound holds for it
+///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): recalled, without a bound
 ///   scalar   (1 - delta) N v + delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows with exact s
-///   row      N v + t_i a_i, a_i = w_i (alpha_i ((N v)_i - g_i v_i) + s_i v_i - (N v)_i),  alpha_i = (1 - s_i) / (rho_i - g_i), s_i estimated
-///            in O(m d): the part w_i of the way to a row of weight s_i on itself and of sum 1. w_i = min(1, (rho_i - g_i) / .1) times
-///            1 / (alpha_i - 1) where alpha_i is above 2, 0 where rho_i is at most g_i. With b = S v - N v on the probed rows, t is the step
-///            that fits them best, sum a.b / sum a.a, less one standard error, within [0, 1]; at most twice the same without any one of
-///            them, and at most 3/2 of the same for their diagonals, s_i - g_i and S_ii - g_i. t_i = min(t, 2 max |b| / |a_i|).
-/// In row mode t depends on v: the method is not linear in v. Each row's error is at most Nystrom's and twice the largest of Nystrom's
-/// on the probed rows; where all rows of v are the same it is at most Nystrom's. Where m reaches the number of kept tokens it is exact
-/// attention.
-/// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a time. Not causal, no
-/// key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when shapes disagree or are empty.
-/// Verma 2021 (paper mode, recalled from its abstract); the other modes are this library's own.
+///   row      N v + t_i a_i, a_i = w_i (alpha_i ((N v)_i - g_i v_i) + s_i v_i - (N v)_i), alpha_i = (1 - s_i) /
+///            (rho_i - g_i), s_i estimated in O(m d): the part w_i of the way to a row of weight s_i on itself and of
+///            sum 1. w_i = min(1, (rho_i - g_i) / .1) times 1 / (alpha_i - 1) where alpha_i is above 2, 0 where rho_i
+///            is at most g_i. With b = S v - N v on the probed rows, t is the step that fits them best, sum a.b /
+///            sum a.a, less one standard error, within [0, 1]; at most twice the same without any one of them,
+///            and at most 3/2 of the same for their diagonals, s_i - g_i and S_ii - g_i.
+///            t_i = min(t, 2 max |b| / |a_i|).
+/// In row mode t depends on v: the method is not linear in v. Each row's error is at most Nystrom's and twice the
+/// largest of Nystrom's on the probed rows; where all rows of v are the same it is at most Nystrom's. Where m reaches
+/// the number of kept tokens it is exact attention.
+/// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a
+/// time. Not causal, no key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when
+/// shapes disagree or are empty. Verma 2021 (paper mode, recalled from its abstract); the other modes are this
+/// library's own.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom {
@@ -67,7 +70,8 @@ class ShiftedNystrom {
 
   template <class Stored = T>
   bool supports(const Inputs<Stored>& in) const {
-    return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() && detail::same_masks(in);
+    return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() &&
+           detail::same_masks(in);
   }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
@@ -91,7 +95,8 @@ class ShiftedNystrom {
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(kName, in, out, dout, gradients);
     saved.pass.check(kName, kernel_, in, landmarks_, shift_);
-    if (saved.nystrom.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
+    if (saved.nystrom.exact)
+      return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
     detail::shifted_backward<T>(kernel_, landmarks_, shift_.iterations, in, saved, out, dout, gradients, context);
   }
 
@@ -108,7 +113,8 @@ class ShiftedNystrom {
       saved->reset(in.q.rows(), exact);
     }
     if (exact) {
-      detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr}, context);
+      detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr},
+                                  context);
     } else {
       shift(in, out, context, saved);
     }
@@ -129,8 +135,8 @@ class ShiftedNystrom {
     const detail::ShiftPanels<T> panels(factors, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
     if (shift_.mode == ShiftMode::row) {
-      return detail::add_row_shift(detail::fit_gate(probes, in, factors, panels, context), in, factors, panels, out, saved,
-                                   context);
+      return detail::add_row_shift(detail::fit_gate(probes, in, factors, panels, context), in, factors, panels, out,
+                                   saved, context);
     }
     const T delta = detail::probed_shift(probes, in, factors, panels, context);
     factors.values *= 1 - delta;
@@ -149,7 +155,8 @@ class ShiftedNystrom {
     if (!detail::same_masks(in)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");
     detail::check_kernel<T>(kName, kernel_, in.q.cols());
     const double scale = score_parameters(kernel_, in.q.cols()).scale;
-    if (shift_.mode == ShiftMode::row) detail::check_held<T>(kName, "scale", scale, std::sqrt(2 * detail::kMostScore<T>));  // s^2 / 2
+    if (shift_.mode == ShiftMode::row)
+      detail::check_held<T>(kName, "scale", scale, std::sqrt(2 * detail::kMostScore<T>));  // s^2 / 2
     detail::check_landmarks(kName, landmarks_);
     shift_.check(kName);
   }

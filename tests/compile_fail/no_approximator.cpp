@@ -7,4 +7,6 @@ struct NoForward {
   bool supports(const attn::Inputs<float>&) const { return true; }
 };
 
-attn::Matrix<float> call(const attn::Matrix<float>& q) { return attn::attention(NoForward{}, q, q, q); }
+attn::Matrix<float> call(const attn::Matrix<float>& q) {
+  return attn::attention(NoForward{}, q, q, q);
+}

@@ -10,4 +10,6 @@ struct NoBackward {
   void forward(const attn::Inputs<float>& in, attn::MatrixRef<float> out, attn::Context&, Saved&) const { out = in.v; }
 };
 
-attn::Matrix<float> call(const attn::Matrix<float>& q) { return attn::attention(NoBackward{}, q, q, q); }
+attn::Matrix<float> call(const attn::Matrix<float>& q) {
+  return attn::attention(NoBackward{}, q, q, q);
+}

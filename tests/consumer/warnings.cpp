@@ -37,5 +37,7 @@ template void primitives(const attn::Inputs<double>&, attn::MatrixRef<double>, c
                          attn::Context&);
 
 #ifdef _OPENMP
-attn::Context on_two_threads() { return attn::Context{attn::OpenMP{.threads = 2}}; }
+attn::Context on_two_threads() {
+  return attn::Context{attn::OpenMP{.threads = 2}};
+}
 #endif

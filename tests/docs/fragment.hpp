@@ -1,5 +1,5 @@
-/// What a fragment of C++ in the documentation finds declared: 256 tokens of 32 features, room for a result and gradients,
-/// and a batch of two sequences of n tokens, with 8 query heads of 64 features and 4 key heads.
+/// What a fragment of C++ in the documentation finds declared: 256 tokens of 32 features, room for a result and
+/// gradients, and a batch of two sequences of n tokens, with 8 query heads of 64 features and 4 key heads.
 #pragma once
 
 #include <attn/attn.hpp>

@@ -1,5 +1,5 @@
-/// What key biases are counted from. A large bias would take the digits of the scores that it is added to, so biases are counted from
-/// the largest one that a query sees: what is far below that has no weight.
+/// What key biases are counted from. A large bias would take the digits of the scores that it is added to, so biases
+/// are counted from the largest one that a query sees: what is far below that has no weight.
 #pragma once
 
 #include <attn/context.hpp>
@@ -34,8 +34,8 @@ T largest_origin(const T* bias, Index count) {
   return largest.origin();
 }
 
-/// The largest finite bias that each query sees, 0 for one that sees none: of_queries (n_q) under a causal mask, else null, and all have
-/// the common one.
+/// The largest finite bias that each query sees, 0 for one that sees none: of_queries (n_q) under a causal mask, else
+/// null, and all have the common one.
 template <class T>
 struct BiasOrigins {
   T common = 0;

@@ -17,8 +17,9 @@ inline Index length_kept(Index n, std::span<const std::uint8_t> keep) {
   return n;
 }
 
-/// Query i sees the keys of rows up to of(i), which without a causal mask is beyond all. lower_right counts from the last query and the
-/// last key that the masks keep, so that padding behind them changes nothing; in front of them it moves both by what it adds.
+/// Query i sees the keys of rows up to of(i), which without a causal mask is beyond all. lower_right counts from the
+/// last query and the last key that the masks keep, so that padding behind them changes nothing; in front of them it
+/// moves both by what it adds.
 struct CausalLimits {
   static constexpr Index kNone = std::numeric_limits<Index>::max();
 

@@ -1,4 +1,5 @@
-/// The origin that tokens are measured from where a kernel depends on their distances alone: it changes none, but keeps digits.
+/// The origin that tokens are measured from where a kernel depends on their distances alone: it changes none, but keeps
+/// digits.
 #pragma once
 
 #include <attn/context.hpp>
@@ -21,8 +22,8 @@ T with_few_digits(T x) {
   return std::bit_cast<T>(std::bit_cast<BitsOf<T>>(x) & (~BitsOf<T>{0} << (std::numeric_limits<T>::digits / 2)));
 }
 
-/// Row 0 of count rows, a power of three, <- of each feature the median of medians of three rows ..., which reorders them
-/// (the remedian of P. J. Rousseeuw and G. W. Bassett, 1990).
+/// Row 0 of count rows, a power of three, <- of each feature the median of medians of three rows ..., which reorders
+/// them (the remedian of P. J. Rousseeuw and G. W. Bassett, 1990).
 template <class T>
 void reduce_to_medians(T* rows, Index count, Index stride) {
   for (; count > 1; count /= 3) {
@@ -36,9 +37,9 @@ void reduce_to_medians(T* rows, Index count, Index stride) {
   }
 }
 
-/// An origin amid the keys, d numbers: of each feature about the median over some kept keys that every query sees, which tokens far from
-/// all others do not move; or the first kept key, where no other is seen by all, as under a causal mask: results must not depend
-/// on later tokens.
+/// An origin amid the keys, d numbers: of each feature about the median over some kept keys that every query sees,
+/// which tokens far from all others do not move; or the first kept key, where no other is seen by all, as under a
+/// causal mask: results must not depend on later tokens.
 template <class T>
 const T* choose_center(const Sources<T>& in, Scratch& scratch) {
   constexpr Index kMost = 81, kFewQueries = 8, kMostForFew = 27;  // a few queries take no longer than many samples

@@ -21,8 +21,10 @@
 
 namespace attn::detail {
 
-/// Throws std::invalid_argument("<who>: <text>"), the text as printf formats it. A stream would do the same, but takes the compiler longer.
-[[noreturn, gnu::noinline, gnu::format(printf, 2, 3)]] inline void refuse(std::string_view who, const char* format, ...) {
+/// Throws std::invalid_argument("<who>: <text>"), the text as printf formats it. A stream would do the same, but takes
+/// the compiler longer.
+[[noreturn, gnu::noinline, gnu::format(printf, 2, 3)]] inline void refuse(std::string_view who, const char* format,
+                                                                          ...) {
   char text[1024];
   const int printed = std::snprintf(text, sizeof text, "%.*s: ", static_cast<int>(who.size()), who.data());
   const std::size_t used = std::min(sizeof text - 1, static_cast<std::size_t>(printed));
@@ -36,7 +38,8 @@ namespace attn::detail {
 /// A map of a wrong size has a negative one.
 template <class M>
 void check_not_empty(std::string_view who, const char* name, const M& m, Index fewest_rows = 1) {
-  if (m.rows() < 0 || m.cols() < 0) refuse(who, "%s is %td x %td, should be at least %td x 1", name, m.rows(), m.cols(), fewest_rows);
+  if (m.rows() < 0 || m.cols() < 0)
+    refuse(who, "%s is %td x %td, should be at least %td x 1", name, m.rows(), m.cols(), fewest_rows);
   if (m.rows() < fewest_rows || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
 }
 
@@ -61,12 +64,14 @@ void check_inputs(std::string_view who, const Inputs<T>& in, Index fewest_keys =
 
 template <class T>
 void check_shape(std::string_view who, const char* name, const MatrixRef<T>& m, Index rows, Index cols) {
-  if (m.rows() != rows || m.cols() != cols) refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
+  if (m.rows() != rows || m.cols() != cols)
+    refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
 }
 
 template <class T>
 void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>& m, Index rows, Index cols) {
-  if (m.rows() != rows || m.cols() != cols) refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
+  if (m.rows() != rows || m.cols() != cols)
+    refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
 }
 
 /// Whether two views share an element.
@@ -76,7 +81,8 @@ bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
 }
 
 /// What is written does not overlap what is read beside it.
-[[gnu::noinline]] inline void check_apart_from(std::string_view who, std::span<const Memory> results, std::span<const Memory> inputs) {
+[[gnu::noinline]] inline void check_apart_from(std::string_view who, std::span<const Memory> results,
+                                               std::span<const Memory> inputs) {
   for (const Memory& result : results) {
     for (const Memory& input : inputs) {
       if (result.overlaps(input)) refuse(who, "%s overlaps %s", result.name, input.name);
@@ -85,11 +91,13 @@ bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
 }
 
 /// Nor itself, nor what else is written.
-[[gnu::noinline]] inline void check_apart(std::string_view who, std::span<const Memory> results, std::span<const Memory> inputs) {
+[[gnu::noinline]] inline void check_apart(std::string_view who, std::span<const Memory> results,
+                                          std::span<const Memory> inputs) {
   for (std::size_t i = 0; i < results.size(); ++i) {
     const Memory& result = results[i];
     if (result.overlaps_itself()) {
-      refuse(who, "%s overlaps itself: its rows of %td bytes are %td bytes apart", result.name, result.run(), result.row_stride());
+      refuse(who, "%s overlaps itself: its rows of %td bytes are %td bytes apart", result.name, result.run(),
+             result.row_stride());
     }
     check_apart_from(who, {&result, 1}, inputs);
     check_apart_from(who, {&result, 1}, results.first(i));
@@ -107,11 +115,12 @@ std::array<Memory, 6> memory_of(const Inputs<T>& in) {
           Memory::of("keep_query", in.mask.keep_query)};
 }
 
-/// Shapes of a backward pass agree with those of its inputs, and what it writes, dbias included, overlaps nothing. lse and dbias may be
-/// empty; where T is narrow, lse is float and dbias may be.
+/// Shapes of a backward pass agree with those of its inputs, and what it writes, dbias included, overlaps nothing. lse
+/// and dbias may be empty; where T is narrow, lse is float and dbias may be.
 template <class T, class Bias = T>
-void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                    const Gradients<T>& gradients, std::span<const Arithmetic<T>> lse = {}, std::span<Bias> dbias = {}) {
+void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out,
+                    const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
+                    std::span<const Arithmetic<T>> lse = {}, std::span<Bias> dbias = {}) {
   check_inputs(who, in);
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
   check_shape(who, "dout", dout, in.q.rows(), in.v.cols());
@@ -120,15 +129,15 @@ void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrix
   check_shape(who, "dv", gradients.dv, in.v.rows(), in.v.cols());
   check_length(who, "lse", lse.size(), "q", in.q.rows());
   check_length(who, "dbias", dbias.size(), "k", in.k.rows());
-  const Memory results[] = {Memory::of("dq", gradients.dq), Memory::of("dk", gradients.dk), Memory::of("dv", gradients.dv),
-                            Memory::of("dbias", dbias)};
+  const Memory results[] = {Memory::of("dq", gradients.dq), Memory::of("dk", gradients.dk),
+                            Memory::of("dv", gradients.dv), Memory::of("dbias", dbias)};
   const Memory of_forward[] = {Memory::of("out", out), Memory::of("dout", dout), Memory::of("lse", lse)};
   check_apart(who, results, memory_of(in));
   check_apart_from(who, results, of_forward);
 }
 
-/// Shapes of inputs agree with one another, out has the shape of the result, lse is empty or has an entry for each of its rows, and
-/// both overlap nothing.
+/// Shapes of inputs agree with one another, out has the shape of the result, lse is empty or has an entry for each of
+/// its rows, and both overlap nothing.
 template <class T, class LogSum = T>
 void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
   check_inputs(who, in);
@@ -141,7 +150,8 @@ void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, s
 /// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.
 inline void check_saved(std::string_view who, const char* what, Index saved, Index expected) {
   if (saved != expected) {
-    refuse(who, "saved holds %td %s, should hold %td: it is not of a forward pass of these inputs", saved, what, expected);
+    refuse(who, "saved holds %td %s, should hold %td: it is not of a forward pass of these inputs", saved, what,
+           expected);
   }
 }
 
@@ -171,11 +181,13 @@ void check_landmarks(std::string_view who, const Landmarks& landmarks) {
   }
 }
 
-/// What a policy, perhaps a user's, gives as landmarks of a matrix of d features: at least so many, of as many features.
+/// What a policy, perhaps a user's, gives as landmarks of a matrix of d features: at least so many, of as many
+/// features.
 template <class T>
 void check_landmark_rows(std::string_view who, const char* of, const MatrixRef<T>& landmarks, Index least, Index d) {
   if (landmarks.rows() >= least && landmarks.cols() == d) return;
-  refuse(who, "landmarks of %s are %td x %td, should be at least %td x %td", of, landmarks.rows(), landmarks.cols(), least, d);
+  refuse(who, "landmarks of %s are %td x %td, should be at least %td x %td", of, landmarks.rows(), landmarks.cols(),
+         least, d);
 }
 
 /// What arithmetic with matrices of T is in: its limits are those of options.
@@ -185,16 +197,19 @@ using Computing = std::conditional_t<NarrowScalar<T>, float, T>;
 template <class T>
 inline constexpr const char* kComputingName = std::is_same_v<Computing<T>, float> ? "float" : "double";
 
-/// The largest parameter of a kernel that the computing type holds in units of log2. Small ones may vanish: with them all scores do.
+/// The largest parameter of a kernel that the computing type holds in units of log2. Small ones may vanish: with them
+/// all scores do.
 template <class T>
-inline constexpr double kMostScore = static_cast<double>(std::numeric_limits<Computing<T>>::max()) / std::numbers::log2e;
+inline constexpr double kMostScore =
+    static_cast<double>(std::numeric_limits<Computing<T>>::max()) / std::numbers::log2e;
 
 /// An option is a number of the type that computes, too.
 template <class T>
 void check_held(std::string_view who, const char* name, double value, double most) {
   check_finite(who, name, value);
   if (!(std::abs(value) <= most)) {
-    refuse(who, "%s is %g, should be at most %g in magnitude for arithmetic in %s", name, value, most, kComputingName<T>);
+    refuse(who, "%s is %g, should be at most %g in magnitude for arithmetic in %s", name, value, most,
+           kComputingName<T>);
   }
 }
 
@@ -207,8 +222,8 @@ void check_kernel(std::string_view who, const Kernel& kernel, Index d) {
     }
     const double scale = score_parameters(kernel, d).scale;
     if (scale <= kMostScore<T>) return;
-    refuse(who, "bandwidth is %g, should be at least %g for arithmetic in %s", kernel.bandwidth.value_or(0), std::sqrt(1 / kMostScore<T>),
-           kComputingName<T>);
+    refuse(who, "bandwidth is %g, should be at least %g for arithmetic in %s", kernel.bandwidth.value_or(0),
+           std::sqrt(1 / kMostScore<T>), kComputingName<T>);
   } else {
     const ScoreParameters parameters = score_parameters(kernel, d);
     check_held<T>(who, "scale", parameters.scale, kMostScore<T>);
@@ -216,7 +231,8 @@ void check_kernel(std::string_view who, const Kernel& kernel, Index d) {
   }
 }
 
-/// gamma, what is added to a matrix's diagonal: as far as its inverse, and that of sums of so large numbers, has all digits.
+/// gamma, what is added to a matrix's diagonal: as far as its inverse, and that of sums of so large numbers, has all
+/// digits.
 template <class T>
 void check_gamma(std::string_view who, double gamma) {
   using Limits = std::numeric_limits<Computing<T>>;

@@ -17,8 +17,8 @@
 
 namespace attn::detail {
 
-/// inverse <- L^-1 for the factor a = L L^T of one diagonal block, of which a's lower triangle is given. A pivot of at most tolerance
-/// makes its row and column 0. Returns the smallest pivot.
+/// inverse <- L^-1 for the factor a = L L^T of one diagonal block, of which a's lower triangle is given. A pivot of at
+/// most tolerance makes its row and column 0. Returns the smallest pivot.
 template <class T>
 T invert_factor(MatrixRef<T> a, T tolerance, MatrixRef<T> inverse) {
   const Index n = a.rows();
@@ -44,11 +44,13 @@ T invert_factor(MatrixRef<T> a, T tolerance, MatrixRef<T> inverse) {
   return smallest;
 }
 
-/// order <- the rows of a (m, m) in the order of a factorisation that takes the largest pivot left, first those that it takes: until what
-/// is left of the diagonal is at most tolerance, or no further above 0 than rounding has brought some of it below. Returns how many.
-/// Row i of factor (m, m) <- row i of the factor, without the rows' order. NaN counts as largest. m r^2 flops for r rows. Higham 1990.
+/// order <- the rows of a (m, m) in the order of a factorisation that takes the largest pivot left, first those that it
+/// takes: until what is left of the diagonal is at most tolerance, or no further above 0 than rounding has brought some
+/// of it below. Returns how many. Row i of factor (m, m) <- row i of the factor, without the rows' order. NaN counts as
+/// largest. m r^2 flops for r rows. Higham 1990.
 template <class T>
-Index choose_pivots(const ConstMatrixRef<T>& a, T tolerance, MatrixRef<T> factor, std::span<T> left, std::span<Index> order) {
+Index choose_pivots(const ConstMatrixRef<T>& a, T tolerance, MatrixRef<T> factor, std::span<T> left,
+                    std::span<Index> order) {
   const auto count = static_cast<Index>(order.size()), stride = factor.outerStride();
   const auto of = [&](Index i) -> T& { return left[static_cast<std::size_t>(i)]; };
   for (Index i = 0; i < count; ++i) of(order[static_cast<std::size_t>(i)] = i) = a(i, i);
@@ -71,9 +73,10 @@ Index choose_pivots(const ConstMatrixRef<T>& a, T tolerance, MatrixRef<T> factor
   return count;
 }
 
-/// Solves with a symmetric positive semidefinite matrix a = L L^T (m, m), factorised in place, left-looking in blocks of columns:
-/// m^3 / 3 flops. Golub and Van Loan 2013, section 4.2. Where a pivot comes near to what rounding leaves of 0, pivots are chosen by their
-/// size (section 4.2.8). Rows that then have none depend on the others but for rounding: they are left out, the result is 0 there.
+/// Solves with a symmetric positive semidefinite matrix a = L L^T (m, m), factorised in place, left-looking in blocks
+/// of columns: m^3 / 3 flops. Golub and Van Loan 2013, section 4.2. Where a pivot comes near to what rounding leaves of
+/// 0, pivots are chosen by their size (section 4.2.8). Rows that then have none depend on the others but for rounding:
+/// they are left out, the result is 0 there.
 template <class T>
 class Cholesky {
  public:
@@ -86,7 +89,8 @@ class Cholesky {
     MatrixRef<T> blocks = scratch.matrix<T>(a.rows(), kBlock);
     T largest = 0;
     for (Index j = 0; j < a.rows(); ++j) largest = std::max(largest, a(j, j));
-    for (Index j = 0; j < a.rows(); j += kBlock) set_scaled<T>(blocks.block(j, 0, width(j), width(j)), 1, diagonal_block(j));
+    for (Index j = 0; j < a.rows(); j += kBlock)
+      set_scaled<T>(blocks.block(j, 0, width(j), width(j)), 1, diagonal_block(j));
     const T tolerance = largest * static_cast<T>(a.rows()) * std::numeric_limits<T>::epsilon();
     if (factorise(tolerance) > kSafety * tolerance) return;
     restore(blocks);
@@ -120,7 +124,8 @@ class Cholesky {
     for (Index j = 0; j < rank_; j += kBlock) {
       const Index n = width(j), below = rank_ - j - n;
       if (j > 0) {
-        gemm<T>(-1, l_.block(j, 0, n + below, j), transposed(l_.block(j, 0, n, j)), 1, l_.block(j, j, n + below, n), context_);
+        gemm<T>(-1, l_.block(j, 0, n + below, j), transposed(l_.block(j, 0, n, j)), 1, l_.block(j, j, n + below, n),
+                context_);
       }
       smallest = std::min(smallest, invert_factor<T>(diagonal_block(j), tolerance, inverse(j)));
       MatrixRef<T> column = copy_.topLeftCorner(below, n);

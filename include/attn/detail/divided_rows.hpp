@@ -15,7 +15,8 @@
 
 namespace attn::detail {
 
-/// The divisor of a row of F [z z1 |z1|], whose last two columns these are: kept above 1e-6 of the sum of its terms' magnitudes.
+/// The divisor of a row of F [z z1 |z1|], whose last two columns these are: kept above 1e-6 of the sum of its terms'
+/// magnitudes.
 template <class T>
 T guarded_divisor(T sum, T magnitude) {
   return std::max(sum, T(1e-6) * magnitude);
@@ -23,8 +24,8 @@ T guarded_divisor(T sum, T magnitude) {
 
 /// Queries [rows] of a call, with their masks, on landmarks; bias: those of the landmarks, or empty.
 template <class T>
-Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values,
-                        std::span<const T> bias) {
+Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T>& land,
+                        const ConstMatrixRef<T>& values, std::span<const T> bias) {
   const Index count = rows.last - rows.first;
   Mask mask = queries_only(in.mask);
   if (!mask.keep_query.empty()) {
@@ -35,18 +36,20 @@ Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T
 
 inline constexpr Index kDividedRows = 4096;  ///< at a time, to keep the extra columns small
 
-/// out <- (F z) / max(F z1, 1e-6 F |z1|) for values = [z z1 |z1|], F = kappa(q, L) up to a factor of each row, which cancels: its rows are
-/// normalised, so that queries far from every landmark stay finite. bias: where given, landmark l weighs e^bias_l times as much.
+/// out <- (F z) / max(F z1, 1e-6 F |z1|) for values = [z z1 |z1|], F = kappa(q, L) up to a factor of each row, which
+/// cancels: its rows are normalised, so that queries far from every landmark stay finite. bias: where given, landmark l
+/// weighs e^bias_l times as much.
 template <class T>
-void divide_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& values,
-                 const ResultRows<T>& out, Context& context, std::type_identity_t<std::span<const T>> bias = {}) {
+void divide_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land,
+                 const MatrixRef<T>& values, const ResultRows<T>& out, Context& context,
+                 std::type_identity_t<std::span<const T>> bias = {}) {
   Scratch scratch = context.scratch();
   const Index d_v = out.cols();
   MatrixRef<T> parts = scratch.matrix<T>(std::min(kDividedRows, out.rows()), d_v + 2);
   for (Index first = 0; first < out.rows(); first += kDividedRows) {
     const Range rows{first, std::min(first + kDividedRows, out.rows())};
-    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values, bias), MatrixRef<T>(parts.topRows(rows.last - first)),
-                                nullptr, context);
+    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values, bias),
+                                MatrixRef<T>(parts.topRows(rows.last - first)), nullptr, context);
     for (Index i = first; i < rows.last; ++i) {
       auto part = parts.row(i - first);
       const T divisor = guarded_divisor(part(d_v), part(d_v + 1));
@@ -70,11 +73,12 @@ void divide_row_backward(const T* out, const T* dout, Index d_v, T* parts) {
   parts[d_v + 1] = sum >= floor ? T(0) : T(1e-6) * along;
 }
 
-/// The gradients of divide_rows: dq (n_q, d), dland (m, d), and dvalues (m, d_v + 1) by [z z1], where values hold no |z1| yet.
+/// The gradients of divide_rows: dq (n_q, d), dland (m, d), and dvalues (m, d_v + 1) by [z z1], where values hold no
+/// |z1| yet.
 template <class T>
 void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land,
-                          const MatrixRef<T>& solved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq,
-                          MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context,
+                          const MatrixRef<T>& solved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                          MatrixRef<T> dq, MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context,
                           std::type_identity_t<std::span<const T>> bias = {}) {
   Scratch scratch = context.scratch();
   const Index m = land.rows(), d_v = out.cols(), n = out.rows();

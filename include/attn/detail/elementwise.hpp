@@ -11,7 +11,8 @@ namespace attn::detail {
 
 /// to <- factor from.
 template <class T>
-void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor, const std::type_identity_t<ConstMatrixRef<T>>& from) {
+void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
+                const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
     scale_row(factor, from.data() + i * from.outerStride(), to.data() + i * to.outerStride(), to.cols());
   }
@@ -19,7 +20,8 @@ void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor, const st
 
 /// to <- factor from^T.
 template <class T>
-void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor, const std::type_identity_t<ConstMatrixRef<T>>& from) {
+void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
+                    const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
     T* row = to.data() + i * to.outerStride();
     for (Index j = 0; j < to.cols(); ++j) row[j] = factor * from.data()[j * from.outerStride() + i];

@@ -7,8 +7,8 @@
 
 namespace attn::detail {
 
-/// Coefficients of 2^r on [-1/2, 1/2], lowest degree first: minimax in relative error (Remez), but for the first, which is rounded
-/// to 1 so that 2^0 is exact; and the constants of the range reduction.
+/// Coefficients of 2^r on [-1/2, 1/2], lowest degree first: minimax in relative error (Remez), but for the first, which
+/// is rounded to 1 so that 2^0 is exact; and the constants of the range reduction.
 template <class T>
 struct Exp2;
 
@@ -48,8 +48,9 @@ inline Packet<T> polynomial(const T (&coefficients)[kCount], Packet<T> r) {
 
 /// exp2 where x is known to be at most 127 (float) or 1023 (double), as it is of every weight relative to a maximum.
 ///   n = round(x);  r = x - n in [-1/2, 1/2];  2^x = 2^n p(r)
-/// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into the
-/// exponent's place are 2^n; n = -kBias makes that 0. Only these sums' own rounding makes n whole, whatever the compiler may assume.
+/// Without instructions for that, adding kRound + kBias leaves n + kBias in the lowest mantissa bits, which moved into
+/// the exponent's place are 2^n; n = -kBias makes that 0. Only these sums' own rounding makes n whole, whatever the
+/// compiler may assume.
 template <class T>
 inline Packet<T> exp2_bounded(Packet<T> x) {
   using C = Exp2<T>;
@@ -64,9 +65,10 @@ inline Packet<T> exp2_bounded(Packet<T> x) {
   }
 }
 
-/// 2^x within 3 units in the last place (float) or 1 (double); infinite from 128 (1024) on, exactly 0 below -126.5 (-1022.5), at most
-/// the smallest normal number from there to -126 (-1022). NaN stays NaN. Subnormal weights would make products take many times as
-/// long. Above kBias, where 2^n may be infinite although 2^x is not, it is 2 2^(x - 1).
+/// 2^x within 3 units in the last place (float) or 1 (double); infinite from 128 (1024) on, exactly 0 below -126.5
+/// (-1022.5), at most the smallest normal number from there to -126 (-1022). NaN stays NaN. Subnormal weights would
+/// make products take many times as long. Above kBias, where 2^n may be infinite although 2^x is not, it is 2 2^(x -
+/// 1).
 template <class T>
 inline Packet<T> exp2(Packet<T> x) {
   if constexpr (kScalesExponents) {

@@ -5,8 +5,9 @@
 ///   near        : N_q and N_k large, log2 kappa > -(N_q + N_k) / 4
 ///   log2 kappa  = -bias |q - k|^2                          for near pairs: above, all digits would cancel
 ///
-/// Since N_q plus that would have lost its digits too, a query with a near key gets scores that are log2 kappa itself: they are
-/// relative to a base, 0 at first and then N_q, which its maximum follows. What is near depends on the pair alone.
+/// Since N_q plus that would have lost its digits too, a query with a near key gets scores that are log2 kappa itself:
+/// they are relative to a base, 0 at first and then N_q, which its maximum follows. What is near depends on the pair
+/// alone.
 #pragma once
 
 #include <attn/context.hpp>
@@ -65,11 +66,12 @@ class FarPairs {
         key_(scratch.elements<T>(in.k.cols())),
         needed_(scratch.elements<T>(kTileWidth<T>)) {}
 
-  /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to no base, with
-  /// what the tile says of key biases.
-  [[gnu::noinline]] void find_near(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* panel, T* base,
-                                   T* maximum) const {
-    for (Index i = 0; i < queries.lanes; ++i) needed_[i] = base[i] == 0 ? needed(queries.norm[i], queries.norm[i]) : kNever;
+  /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to
+  /// no base, with what the tile says of key biases.
+  [[gnu::noinline]] void find_near(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* panel,
+                                   T* base, T* maximum) const {
+    for (Index i = 0; i < queries.lanes; ++i)
+      needed_[i] = base[i] == 0 ? needed(queries.norm[i], queries.norm[i]) : kNever;
     for (Index j = 0; j < count; ++j, panel += queries.lanes) {
       const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
       if (!may_be_near(n_k, key_part, panel, queries.lanes)) continue;
@@ -84,7 +86,8 @@ class FarPairs {
   }
 
   /// panel: scores relative to no base -> relative to base, those of near pairs by their difference.
-  [[gnu::noinline]] void refine(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* base, T* panel) const {
+  [[gnu::noinline]] void refine(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* base,
+                                T* panel) const {
     for (Index i = 0; i < queries.lanes; ++i) needed_[i] = base[i] == 0 ? kNever : needed(queries.norm[i], T(0));
     for (Index j = 0; j < count; ++j, panel += queries.lanes) {
       for (Index p = 0; p < queries.lanes; p += kLanes<T>) store(panel + p, load(panel + p) - load(base + p));
@@ -103,7 +106,8 @@ class FarPairs {
   /// What a score is above for near pairs, but for the part of N_k: the score is log2 kappa + beyond.
   static T needed(T n_q, T beyond) { return n_q > kFarNorm<T> ? beyond - n_q / kNearRatio<T> : kNever; }
 
-  /// Whether a key is near to any lane whose needed_ is not kNever; scores may be of pairs that are hidden, at -infinity.
+  /// Whether a key is near to any lane whose needed_ is not kNever; scores may be of pairs that are hidden, at
+  /// -infinity.
   bool may_be_near(T n_k, T key_part, const T* scores, Index lanes) const {
     if (!(n_k > kFarNorm<T>)) return false;
     auto most = broadcast(std::numeric_limits<T>::lowest());

@@ -34,7 +34,8 @@ struct FewKeys {
   /// Below four queries a key, packing costs more than it saves.
   static bool suits(const Product<T>& product) {
     const Index n_q = product.in.q.rows(), n_k = product.in.k.rows();
-    return product.in.mask.causal == Causal::none && n_k <= kTileKeys<T> && n_k <= n_q / 4 && product.partition.splits == 1;
+    return product.in.mask.causal == Causal::none && n_k <= kTileKeys<T> && n_k <= n_q / 4 &&
+           product.partition.splits == 1;
   }
 
   static FewKeys pack(const Product<T>& product, Scratch& scratch) {
@@ -53,7 +54,8 @@ struct FewKeys {
   }
 };
 
-/// Computes rows of a product with few keys. One for each worker; all its memory comes from the scratch that it is made with.
+/// Computes rows of a product with few keys. One for each worker; all its memory comes from the scratch that it is made
+/// with.
 template <class T>
 class FewKeysRunner {
  public:
@@ -91,7 +93,8 @@ class FewKeysRunner {
     const Index count = rows.last - rows.first, d_v = out.cols();
     const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
                    results = Upcoming::of(out.memory(), rows);
-    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_}, next_queries);
+    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_},
+                       next_queries);
     weigh(rows);
     RowScales<T> scales;
     for (Index i = 0; i < count; ++i) query_bias_[i] += base_[i];
@@ -141,7 +144,8 @@ class FewKeysRunner {
     for (Index i = 0; i < rows.last - rows.first && product_.space.center != nullptr; ++i) {
       if (-query_bias_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, query_bias_[i], &base_[i]);
     }
-    for (Index i = 0; i < kTileWidth<T>; ++i) maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
+    for (Index i = 0; i < kTileWidth<T>; ++i)
+      maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
     for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
     for (Index i = 0; i < kTileWidth<T>; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
   }
@@ -153,12 +157,14 @@ class FewKeysRunner {
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
   T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -(query_bias_[i] + base_[i]); }
 
-  /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become relative to a base.
+  /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become
+  /// relative to a base.
   [[gnu::noinline]] void refine_row(Index query, T* scores, T query_bias, T* base) const {
     const KeyTile<T>& tile = few_.tile;
     const Index d = product_.in.q.cols();
     const auto near = [&](Index j) {
-      return is_near(scores[j] - tile.key_part_of(j) - (*base == 0 ? -query_bias : T(0)), -query_bias, -tile.norm_bias[j]);
+      return is_near(scores[j] - tile.key_part_of(j) - (*base == 0 ? -query_bias : T(0)), -query_bias,
+                     -tile.norm_bias[j]);
     };
     for (Index j = 0; j < tile.count && *base == 0; ++j) {
       if (near(j)) *base = -query_bias;

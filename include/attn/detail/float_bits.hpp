@@ -12,7 +12,8 @@ namespace attn::detail {
 template <class T>
 using BitsOf = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
 
-/// The bits of |x|, which are ordered as its values are: those of infinity are above any number's, those of NaN above infinity's.
+/// The bits of |x|, which are ordered as its values are: those of infinity are above any number's, those of NaN above
+/// infinity's.
 template <class T>
 constexpr BitsOf<T> magnitude_bits(T x) {
   return std::bit_cast<BitsOf<T>>(x) & (~BitsOf<T>{0} >> 1U);

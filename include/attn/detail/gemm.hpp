@@ -8,8 +8,8 @@
 
 namespace attn::detail {
 
-/// c <- keep c + scale a b; a and b may be transposed(...). c must not overlap a or b, and is not read where keep is 0. Sums run over
-/// at most 256 terms at a time.
+/// c <- keep c + scale a b; a and b may be transposed(...). c must not overlap a or b, and is not read where keep is 0.
+/// Sums run over at most 256 terms at a time.
 template <class T>
 void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T keep, const MatrixRef<T>& c, Context& context) {
   constexpr Index kBlockRows = 256, kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more

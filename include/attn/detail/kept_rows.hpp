@@ -21,7 +21,8 @@ struct KeptRows {
 
 template <class In>
 auto kept_keys(const In& in) {
-  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_key), data_or_null(in.key_bias)};
+  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_key),
+                                                              data_or_null(in.key_bias)};
 }
 
 template <class In>

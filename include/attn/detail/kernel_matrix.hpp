@@ -29,15 +29,16 @@ std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, T bias, 
   return norms;
 }
 
-/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest. For a Gaussian that is -bias |x_i - y_j|^2, and computed from a
-/// center amid y, or from that difference, see far_pairs.hpp.
+/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest. For a Gaussian that is -bias |x_i - y_j|^2,
+/// and computed from a center amid y, or from that difference, see far_pairs.hpp.
 template <class T>
 void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
                    Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
   const T* origin = bias != 0 && scale == 2 * bias ? choose_center(Sources<T>{x, y, y}, scratch) : nullptr;
-  const auto norms_from = copy_centered(x, origin, bias, from, scratch), norms_to = copy_centered(y, origin, bias, to, scratch);
+  const auto norms_from = copy_centered(x, origin, bias, from, scratch),
+             norms_to = copy_centered(y, origin, bias, to, scratch);
   gemm<T>(scale, from, transposed(to), 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
     T* row = out.data() + i * out.outerStride();

@@ -19,14 +19,16 @@
 
 namespace attn::detail {
 
-/// Keys in a tile: its weights for one strip of queries take half of a small L1 cache, and no sum in a register is longer than 256.
+/// Keys in a tile: its weights for one strip of queries take half of a small L1 cache, and no sum in a register is
+/// longer than 256.
 template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> * Index{sizeof(T)}));
 static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
 
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
-/// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2, and key_part, what the
-/// key biases are as counted from bias_origin. key_bias: these as they are. Each is null where there are none.
+/// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2,
+/// and key_part, what the key biases are as counted from bias_origin. key_bias: these as they are. Each is null where
+/// there are none.
 template <class T>
 struct KeyTile {
   const T *k, *v, *bias;
@@ -54,8 +56,8 @@ struct KeyTile {
   }
 };
 
-/// What all tiles of one call share: the origin that keys and queries are measured from (null: zero), which changes no distance but
-/// keeps digits, and the kernel in units of log2: log2 kappa = scale q.k - bias (|q|^2 + |k|^2) + a.
+/// What all tiles of one call share: the origin that keys and queries are measured from (null: zero), which changes no
+/// distance but keeps digits, and the kernel in units of log2: log2 kappa = scale q.k - bias (|q|^2 + |k|^2) + a.
 template <class T>
 struct KeySpace {
   const T* center = nullptr;
@@ -132,7 +134,8 @@ class KeyReader {
   void set_key_bias(KeyTile<T>& tile) const {
     T *const part = key_bias_ + kTileKeys<T>, *const bias = part + kTileKeys<T>;
     for (Index j = 0; j < tile.count; ++j) key_bias_[j] = in_.key_bias.data()[tile.row(j)];
-    tile.bias_origin = space_.bias_origins.of_queries == nullptr ? space_.bias_origins.common : largest_origin(key_bias_, tile.count);
+    tile.bias_origin =
+        space_.bias_origins.of_queries == nullptr ? space_.bias_origins.common : largest_origin(key_bias_, tile.count);
     for (Index j = 0; j < tile.count; ++j) {
       part[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
       bias[j] = norm_bias_ == nullptr ? part[j] : part[j] + norm_bias_[j];

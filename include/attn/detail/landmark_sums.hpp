@@ -25,8 +25,9 @@ inline GaussianKernel with_rows(const GaussianKernel& kernel, Rows rows) {
   return {.bandwidth = kernel.bandwidth, .rows = rows};
 }
 
-/// Key biases: the largest finite one of the kept keys (0 if there is none), and all of them relative to it, which overflows nowhere; those
-/// of -infinity stay so. Rows that are divided by their sums depend on the relative ones alone.
+/// Key biases: the largest finite one of the kept keys (0 if there is none), and all of them relative to it, which
+/// overflows nowhere; those of -infinity stay so. Rows that are divided by their sums depend on the relative ones
+/// alone.
 template <class T>
 struct KeyBias {
   T largest = 0;
@@ -49,12 +50,13 @@ KeyBias<T> relative_bias(const Sources<T>& in, Scratch& scratch) {
 template <class T>
 double common_exponent(const GaussianKernel& kernel, const KeyBias<T>& bias) {
   constexpr double kMost = 1e300;
-  return kernel.rows == Rows::raw ? std::numbers::log2e * std::clamp(static_cast<double>(bias.largest), -kMost, kMost) : 0;
+  return kernel.rows == Rows::raw ? std::numbers::log2e * std::clamp(static_cast<double>(bias.largest), -kMost, kMost)
+                                  : 0;
 }
 
-/// kappa(L, k) [v 1] (m, d_v + 1). Where T's exponents reach: 2^top times sums, top being 0 where the rows of the result are raw, so that
-/// normalized ones bear any common factor. Where they do not (spread): row l is 2^exponents_l times row l of sums. Without e^largest, that
-/// of the key biases, where rows are normalized.
+/// kappa(L, k) [v 1] (m, d_v + 1). Where T's exponents reach: 2^top times sums, top being 0 where the rows of the
+/// result are raw, so that normalized ones bear any common factor. Where they do not (spread): row l is 2^exponents_l
+/// times row l of sums. Without e^largest, that of the key biases, where rows are normalized.
 template <class T>
 struct LandmarkSums {
   MatrixRef<T> sums;
@@ -67,8 +69,8 @@ struct LandmarkSums {
 template <class T>
 inline constexpr auto kSafeExponent = static_cast<double>(Exp2<T>::kBias) / 2;
 
-/// Whether sums with such exponents, infinite for landmarks that see no key, leave T's range: where rows are normalized, relative to one
-/// another. common: log2 of the keys' common weight, which raw rows have on both sides.
+/// Whether sums with such exponents, infinite for landmarks that see no key, leave T's range: where rows are
+/// normalized, relative to one another. common: log2 of the keys' common weight, which raw rows have on both sides.
 template <class T>
 bool leaves_range(std::span<const double> exponents, Rows rows, double common) {
   double low = std::numeric_limits<double>::infinity(), high = -low;
@@ -83,8 +85,8 @@ bool leaves_range(std::span<const double> exponents, Rows rows, double common) {
 
 /// The sums of landmarks (m, d) over the keys of in, whose biases are given.
 template <class T>
-LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in, const KeyBias<T>& bias, const ConstMatrixRef<T>& land,
-                              Scratch& scratch, Context& context) {
+LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in, const KeyBias<T>& bias,
+                              const ConstMatrixRef<T>& land, Scratch& scratch, Context& context) {
   const Index m = land.rows(), d_v = in.v.cols();
   LandmarkSums<T> result{scratch.matrix<T>(m, d_v + 1), scratch.array<double>(m)};
   if (m == 0) return result;
@@ -93,7 +95,8 @@ LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in
   const double common = common_exponent(kernel, bias);
   for (std::size_t l = 0; l < states.sum.size(); ++l) {
     result.sums(static_cast<Index>(l), d_v) = states.sum[l];
-    result.exponents[l] = states.sum[l] == 0 ? -std::numeric_limits<double>::infinity() : static_cast<double>(states.maximum[l]) + common;
+    result.exponents[l] =
+        states.sum[l] == 0 ? -std::numeric_limits<double>::infinity() : static_cast<double>(states.maximum[l]) + common;
   }
   result.spread = leaves_range<T>(result.exponents, kernel.rows, common);
   if (result.spread) return result;
@@ -109,12 +112,13 @@ LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in
   return result;
 }
 
-/// The gradients of kappa(L, k) [v 1] for dsums (m, d_v + 1) by the landmarks (to.dq), k, v and the key bias: kernel, bias, sums and lse
-/// are as in kernel_matmul_backward.
+/// The gradients of kappa(L, k) [v 1] for dsums (m, d_v + 1) by the landmarks (to.dq), k, v and the key bias: kernel,
+/// bias, sums and lse are as in kernel_matmul_backward.
 template <class T>
-void sum_over_keys_backward(const GaussianKernel& kernel, const Inputs<T>& in, std::span<const T> bias, const ConstMatrixRef<T>& land,
-                            const ConstMatrixRef<T>& sums, std::span<const T> lse, const ConstMatrixRef<T>& dsums,
-                            const Gradients<T>& to, std::span<T> dbias, Context& context) {
+void sum_over_keys_backward(const GaussianKernel& kernel, const Inputs<T>& in, std::span<const T> bias,
+                            const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums, std::span<const T> lse,
+                            const ConstMatrixRef<T>& dsums, const Gradients<T>& to, std::span<T> dbias,
+                            Context& context) {
   Scratch scratch = context.scratch();
   const Index n = in.v.rows(), d_v = in.v.cols();
   MatrixRef<T> v = scratch.matrix<T>(n, d_v + 1), dv = scratch.matrix<T>(n, d_v + 1);

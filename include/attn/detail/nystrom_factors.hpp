@@ -1,4 +1,5 @@
-/// The landmark side of Nystromformer's product F C (B v), C a core in place of A^+, and its gradients. Nystrom and ShiftedNystrom share it.
+/// The landmark side of Nystromformer's product F C (B v), C a core in place of A^+, and its gradients. Nystrom and
+/// ShiftedNystrom share it.
 ///   F = softmax(s q k_land^T)    A = softmax(s q_land k_land^T)    B = softmax(s q_land k^T)
 #pragma once
 
@@ -22,8 +23,8 @@ struct NystromFactors {
   RowLog<T>* lse_land;
 };
 
-/// What a backward pass needs of the forward pass: copies of the factors, and lse, the log-sums of F's rows (n_q). exact: the method
-/// was exact attention, and lse are its log-sums.
+/// What a backward pass needs of the forward pass: copies of the factors, and lse, the log-sums of F's rows (n_q).
+/// exact: the method was exact attention, and lse are its log-sums.
 template <class T>
 struct NystromSaved {
   Matrix<T> q_land{}, k_land{}, sums{};
@@ -47,8 +48,8 @@ struct NystromSaved {
 
 /// a (m, m) <- A and its log-sums: A = A I, so that its gradients are those of any streamed product.
 template <ScoreKernel Kernel, class T>
-void landmark_matrix(const Kernel& kernel, const NystromSaved<T>& saved, const ConstMatrixRef<T>& identity, MatrixRef<T> a,
-                     std::span<RowLog<T>> lse, Context& context) {
+void landmark_matrix(const Kernel& kernel, const NystromSaved<T>& saved, const ConstMatrixRef<T>& identity,
+                     MatrixRef<T> a, std::span<RowLog<T>> lse, Context& context) {
   const Inputs<T> in{saved.q_land, saved.k_land, identity};
   multiply<Kernel, T>(kernel, sources(in), a, {nullptr, lse.data()}, context);
 }
@@ -62,7 +63,8 @@ MatrixRef<T> identity_matrix(Index m, Scratch& scratch) {
 
 /// values (m, d_v) <- C (B v).
 template <ScoreKernel Kernel, class T, class Inverse>
-void landmark_values(const Kernel& kernel, const Inverse& inverse, const NystromSaved<T>& saved, MatrixRef<T> values, Context& context) {
+void landmark_values(const Kernel& kernel, const Inverse& inverse, const NystromSaved<T>& saved, MatrixRef<T> values,
+                     Context& context) {
   Scratch scratch = context.scratch();
   MatrixRef<T> a = scratch.matrix<T>(saved.q_land.rows(), saved.k_land.rows());
   kernel_matrix<Kernel, T>(kernel, saved.q_land, saved.k_land, a, context);
@@ -81,23 +83,28 @@ void nystrom_backward(const Kernel& kernel, const Landmarks& landmarks, const In
   MatrixRef<T> values = scratch.matrix<T>(m, d_v), dvalues = scratch.matrix<T>(m, d_v);
   landmark_values<Kernel, T>(kernel, inverse, saved, values, context);
   multiply_backward<Kernel, T>(kernel, Inputs<T>{in.q, saved.k_land, values, queries_only(in.mask)}, out, lse, dout,
-                         {gradients.dq, dk_land, dvalues}, context);                                                    // F
+                               {gradients.dq, dk_land, dvalues}, context);  // F
   {
     Scratch core = scratch.nested();
-    MatrixRef<T> a = core.matrix<T>(m, m), kept = core.matrix<T>(m, m), da = core.matrix<T>(m, m), dunit = core.matrix<T>(m, m);
+    MatrixRef<T> a = core.matrix<T>(m, m), kept = core.matrix<T>(m, m), da = core.matrix<T>(m, m),
+                 dunit = core.matrix<T>(m, m);
     const MatrixRef<T> identity = identity_matrix<T>(m, core);
     const std::span<RowLog<T>> lse_a = core.array<RowLog<T>>(m);
     landmark_matrix<Kernel, T>(kernel, saved, identity, a, lse_a, context);
     kept = a;
     values = saved.sums;
-    inverse.backward(a, values, dvalues, da, context);                                                                  // C
-    multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da, {dq_land, added, dunit}, context);
+    inverse.backward(a, values, dvalues, da, context);  // C
+    multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, saved.k_land, identity}, kept, lse_a, da,
+                                 {dq_land, added, dunit}, context);
   }
   dk_land += added;
-  multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums, saved.lse_land, dvalues,
-                         {added, gradients.dk, gradients.dv}, context);                                                 // B
+  multiply_backward<Kernel, T>(kernel, Inputs<T>{saved.q_land, in.k, in.v, keys_only(in.mask)}, saved.sums,
+                               saved.lse_land, dvalues, {added, gradients.dk, gradients.dv}, context);  // B
   dq_land += added;
-  if constexpr (requires { landmarks.template scatter<T>(dq_land, [](Index) { return true; }, gradients.dq); }) {
+  if constexpr (requires {
+                  landmarks.template scatter<T>(
+                      dq_land, [](Index) { return true; }, gradients.dq);
+                }) {
     landmarks.template scatter<T>(dq_land, kept_queries(in), gradients.dq);
     landmarks.template scatter<T>(dk_land, kept_keys(in), gradients.dk);
   }

@@ -1,4 +1,5 @@
-/// Whether arrays in memory share a byte, whatever their types and strides: decided exactly, in few steps where their strides agree.
+/// Whether arrays in memory share a byte, whatever their types and strides: decided exactly, in few steps where their
+/// strides agree.
 #pragma once
 
 #include <Eigen/Core>
@@ -18,8 +19,9 @@ struct StrideTerm {
   Index stride = 0, first = 0, last = 0;
 };
 
-/// Whether a sum of one value of each term can lie in [least, most]. Strides are positive and descend. What the others reach leaves few
-/// x of the first one where they span no more than its stride, as in arrays whose rows, heads and items do not interleave.
+/// Whether a sum of one value of each term can lie in [least, most]. Strides are positive and descend. What the others
+/// reach leaves few x of the first one where they span no more than its stride, as in arrays whose rows, heads and
+/// items do not interleave.
 inline bool can_reach(std::span<const StrideTerm> terms, Index least, Index most) {
   if (terms.empty()) return least <= 0 && most >= 0;
   const auto [stride, first, last] = terms.front();
@@ -30,7 +32,8 @@ inline bool can_reach(std::span<const StrideTerm> terms, Index least, Index most
     lowest += other.first * other.stride;
     highest += other.last * other.stride;
   }
-  const Index from = std::max(first, -floor_of(highest - least, stride)), to = std::min(last, floor_of(most - lowest, stride));
+  const Index from = std::max(first, -floor_of(highest - least, stride)),
+              to = std::min(last, floor_of(most - lowest, stride));
   for (Index x = from; x <= to; ++x) {
     if (can_reach(others, least - x * stride, most - x * stride)) return true;
   }
@@ -42,12 +45,17 @@ struct MemoryStep {
   Index count = 1, stride = 0;
 };
 
-/// What an argument takes in memory: a run of bytes that lie side by side, and its repetitions along up to three strides.
+/// What an argument takes in memory: a run of bytes that lie side by side, and its repetitions along up to three
+/// strides.
 class Memory {
  public:
   /// A run of so many bytes at data, and its repetitions, strides in bytes. Empty where a count is 0.
   Memory(const char* argument, const void* data, Index run, const std::array<MemoryStep, 3>& steps)
-      : name(argument), run_(run), steps_(steps), first_(static_cast<Index>(reinterpret_cast<std::intptr_t>(data))), last_(first_ + run) {
+      : name(argument),
+        run_(run),
+        steps_(steps),
+        first_(static_cast<Index>(reinterpret_cast<std::intptr_t>(data))),
+        last_(first_ + run) {
     for (const auto& [count, stride] : steps_) {
       if (count <= 0) run_ = 0;
       (stride < 0 ? first_ : last_) += (count - 1) * stride;
@@ -87,8 +95,8 @@ class Memory {
   const char* name;  ///< of the argument
 
  private:
-  /// Its steps as terms of the bytes' addresses, longest strides first, so many times x of 0 to count - 1. What follows without a gap
-  /// prolongs the run, or the step before.
+  /// Its steps as terms of the bytes' addresses, longest strides first, so many times x of 0 to count - 1. What follows
+  /// without a gap prolongs the run, or the step before.
   struct Places {
     explicit Places(const Memory& memory) : run(memory.run_) {
       std::array<MemoryStep, 3> steps = memory.steps_;
@@ -125,7 +133,8 @@ class Memory {
     while (i < a.used || j < b.used) {
       const StrideTerm none{}, &mine = i < a.used ? a.terms[i] : none, &others = j < b.used ? b.terms[j] : none;
       const bool takes_mine = mine.stride >= others.stride, takes_others = others.stride >= mine.stride;
-      terms[count++] = {std::max(mine.stride, others.stride), takes_others ? -others.last : 0, takes_mine ? mine.last : 0};
+      terms[count++] = {std::max(mine.stride, others.stride), takes_others ? -others.last : 0,
+                        takes_mine ? mine.last : 0};
       i += takes_mine ? 1 : 0;
       j += takes_others ? 1 : 0;
     }

@@ -8,7 +8,8 @@
 
 namespace attn::detail {
 
-/// The count first elements of a packet from memory, fewer than it has lanes; fill in the others. Not inlined, and so compiled once.
+/// The count first elements of a packet from memory, fewer than it has lanes; fill in the others. Not inlined, and so
+/// compiled once.
 template <class T>
 [[gnu::noinline]] Packet<T> load_some(const T* from, Index count, T fill) {
   alignas(64) T lanes[kLanes<T>];
@@ -46,7 +47,8 @@ template <class T>
 [[gnu::noinline]] T dot_product(const T* a, const T* b, Index d) {
   auto products = broadcast(T(0));
   Index c = 0;
-  for (; c + kLanes<T> <= d; c += kLanes<T>) products = multiply_add(load_unaligned(a + c), load_unaligned(b + c), products);
+  for (; c + kLanes<T> <= d; c += kLanes<T>)
+    products = multiply_add(load_unaligned(a + c), load_unaligned(b + c), products);
   T total = sum(products);
   for (; c < d; ++c) total += a[c] * b[c];
   return total;
@@ -107,10 +109,11 @@ inline T squared_norm(const T* row, Index d) {
   return dot_product(row, row, d);
 }
 
-/// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are zeros.
-/// stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
+/// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are
+/// zeros. stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
 template <class T>
-[[gnu::noinline]] Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel, Index stride) {
+[[gnu::noinline]] Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel,
+                                      Index stride) {
   auto squares = broadcast(T(0));
   for (Index first = 0; first < d; first += kLanes<T>) {
     Packet<T> block[kLanes<T>];

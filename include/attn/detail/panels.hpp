@@ -58,11 +58,11 @@ template <class T>
   }
 }
 
-/// c <- keep c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is upcoming is fetched
-/// meanwhile.
+/// c <- keep c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is
+/// upcoming is fetched meanwhile.
 template <int kPackets, class T>
-[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T keep, MatrixRef<T> c,
-                                      const Upcoming& upcoming) {
+[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T keep,
+                                      MatrixRef<T> c, const Upcoming& upcoming) {
   constexpr int kRows = kPanelRows<kPackets>;
   constexpr Index kWidth = kPackets * kLanes<T>;
   alignas(64) T buffer[extent(kRows * kWidth)];
@@ -97,7 +97,8 @@ struct Panels {
     for (Index s = 0; s < panels.strips(); ++s) {
       const Range strip = panels.strip(s);
       for (Index p = strip.first; p < strip.last; ++p) {
-        pack_packet(b, p * kLanes<T>, panels.panel(strip) + (p - strip.first) * kLanes<T>, (strip.last - strip.first) * kLanes<T>);
+        pack_packet(b, p * kLanes<T>, panels.panel(strip) + (p - strip.first) * kLanes<T>,
+                    (strip.last - strip.first) * kLanes<T>);
       }
     }
     return panels;
@@ -106,8 +107,8 @@ struct Panels {
   /// Strips of at most kPanelPackets packets of columns.
   Index strips() const { return strips_of(packets, kPanelPackets); }
 
-  /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at most kDepth terms
-  /// at a time.
+  /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at
+  /// most kDepth terms at a time.
   [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
                                   Upcoming upcoming) const {
     for (Index s = 0; s < strips(); ++s) {
@@ -127,7 +128,8 @@ struct Panels {
       const Index last = std::min(depth, first + kDepth);
       const Operand<T> terms(a.data + first * a.column_step, a.rows, last - first, a.row_step, a.column_step);
       with_packets<kPanelPackets>(static_cast<int>(wide), [&](auto width) {
-        multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? keep : T(1), to, upcoming);
+        multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? keep : T(1), to,
+                                 upcoming);
       });
       first = last;
       upcoming = {};
@@ -147,7 +149,8 @@ struct Panels {
       return;
     }
     const T* rows[kLanes<T>];
-    for (Index i = 0; i < kLanes<T>; ++i) rows[i] = column + i < b.cols ? b.data + (column + i) * b.column_step : nullptr;
+    for (Index i = 0; i < kLanes<T>; ++i)
+      rows[i] = column + i < b.cols ? b.data + (column + i) * b.column_step : nullptr;
     pack_rows<T>(rows, b.rows, nullptr, T(1), to, stride);
   }
 };

@@ -19,9 +19,9 @@ inline Range nth_part(Index n, Index count, Index i) {
   return {n * i / count, n * (i + 1) / count};
 }
 
-/// Queries are cut into packets, strips of up to kTilePackets packets, and blocks of strips; where few queries make few blocks, keys
-/// are split too. Results do not depend on the number of workers: strips and splits depend on the shapes alone, and each strip is computed
-/// by itself, whatever block it is in.
+/// Queries are cut into packets, strips of up to kTilePackets packets, and blocks of strips; where few queries make few
+/// blocks, keys are split too. Results do not depend on the number of workers: strips and splits depend on the shapes
+/// alone, and each strip is computed by itself, whatever block it is in.
 struct Partition {
   Index packets, strips, blocks, splits;
 

@@ -10,7 +10,8 @@
 
 namespace attn::detail {
 
-/// Rows of a register tile; with kTilePackets columns of packets its accumulators, operands and a broadcast fit the registers.
+/// Rows of a register tile; with kTilePackets columns of packets its accumulators, operands and a broadcast fit the
+/// registers.
 inline constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 inline constexpr int kTilePackets = 3;
 
@@ -28,13 +29,14 @@ consteval std::size_t extent(Index n) {
   return static_cast<std::size_t>(n);
 }
 
-/// tile[r][p] += sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps. Element (r, l) of a is at
-/// a + r row_step + l step. b is a panel: row l holds kPackets packets, aligned, one row after another. Where a has fewer rows than the
-/// tile, its last one stands for those that are missing: one kernel serves the end of a matrix too. All loops over the tile are unrolled,
-/// here and where it is used, so that it lives in registers.
+/// tile[r][p] += sum_l a(r, l) b[l][p]: kRows scalars broadcast against kPackets packets at each of depth steps.
+/// Element (r, l) of a is at a + r row_step + l step. b is a panel: row l holds kPackets packets, aligned, one row
+/// after another. Where a has fewer rows than the tile, its last one stands for those that are missing: one kernel
+/// serves the end of a matrix too. All loops over the tile are unrolled, here and where it is used, so that it lives in
+/// registers.
 template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
-[[gnu::always_inline]] inline void add_product(const T* a, Index rows, Index row_step, Index step, const T* b, Index depth,
-                                               Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+[[gnu::always_inline]] inline void add_product(const T* a, Index rows, Index row_step, Index step, const T* b,
+                                               Index depth, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
   constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
   const T* row[kRowExtent];
 #pragma GCC unroll 8
@@ -55,14 +57,16 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 
 /// tile = the product of add_product.
 template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
-[[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b, Index depth,
-                                                 Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+[[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b,
+                                                 Index depth, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
 #pragma GCC unroll 32
-  for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i) tile[i / kPacketExtent][i % kPacketExtent] = broadcast(T(0));
+  for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i)
+    tile[i / kPacketExtent][i % kPacketExtent] = broadcast(T(0));
   add_product(a, rows, row_step, step, b, depth, tile);
 }
 
-/// How many packets so many columns are cut into: at least 2. A tile of one packet waits for its own sums, and would save a sixth at most.
+/// How many packets so many columns are cut into: at least 2. A tile of one packet waits for its own sums, and would
+/// save a sixth at most.
 template <class T>
 constexpr Index packets_of(Index columns) {
   return std::max<Index>(2, (columns + kLanes<T> - 1) / kLanes<T>);

@@ -57,12 +57,13 @@ struct PassInputs {
     check_saved(who, "columns of v", d_v, now.d_v);
     const char* other = nullptr;
     if (has_bias != now.has_bias) other = has_bias ? "key biases" : "no key biases";
-    if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal) other = "another mask";
+    if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal)
+      other = "another mask";
     if (other != nullptr) refuse(who, "saved is of a forward pass with %s", other);
     if (kernel.scale == now.kernel.scale && kernel.bias == now.kernel.bias && kernel.rows == now.kernel.rows) return;
     const auto name = [](Rows rows) { return rows == Rows::raw ? "raw" : "normalized"; };
-    refuse(who, "saved is of a forward pass with scale %g, bias %g and %s rows, should be of %g, %g and %s", kernel.scale, kernel.bias,
-           name(kernel.rows), now.kernel.scale, now.kernel.bias, name(now.kernel.rows));
+    refuse(who, "saved is of a forward pass with scale %g, bias %g and %s rows, should be of %g, %g and %s",
+           kernel.scale, kernel.bias, name(kernel.rows), now.kernel.scale, now.kernel.bias, name(now.kernel.rows));
   }
 };
 
@@ -81,8 +82,8 @@ struct SavedOption<Option> {
   std::optional<Option> kept{};
 };
 
-/// A forward pass of a method with a choice of landmarks and other options: what its backward pass relies on beside what is saved of the
-/// elements. Made anew before anything else is saved, so that a pass that throws leaves none.
+/// A forward pass of a method with a choice of landmarks and other options: what its backward pass relies on beside
+/// what is saved of the elements. Made anew before anything else is saved, so that a pass that throws leaves none.
 template <class Landmarks, class... Others>
 struct ForwardPass {
   template <ScoreKernel Kernel, class In>
@@ -95,7 +96,8 @@ struct ForwardPass {
 
   /// Throws std::invalid_argument unless it is of inputs and options like these.
   template <ScoreKernel Kernel, class In>
-  void check(std::string_view who, const Kernel& kernel, const In& in, const Landmarks& landmarks, const Others&... others) const {
+  void check(std::string_view who, const Kernel& kernel, const In& in, const Landmarks& landmarks,
+             const Others&... others) const {
     inputs.check(who, PassInputs::of(kernel, in));
     check_saved(who, "landmarks", num_landmarks, count(landmarks));
     const bool same_others = std::apply([&](const auto&... kept) { return (kept.same(others) && ...); }, options);

@@ -16,7 +16,8 @@
 
 namespace attn::detail {
 
-/// Probed rows floor((2 j + 1) n / (2 r)) of the n kept ones, and the exact attention of each: its output and its log-sum.
+/// Probed rows floor((2 j + 1) n / (2 r)) of the n kept ones, and the exact attention of each: its output and its
+/// log-sum.
 template <class T>
 struct ShiftProbes {
   std::span<const Index> ranks;
@@ -28,8 +29,8 @@ struct ShiftProbes {
 };
 
 template <class T>
-ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const Sources<T>& in, const ShiftFactors<T>& factors,
-                          Context& context, Scratch& scratch) {
+ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const Sources<T>& in,
+                          const ShiftFactors<T>& factors, Context& context, Scratch& scratch) {
   const auto n = static_cast<Index>(factors.rows.size()), r = std::min(num_probes, n);
   const std::span<Index> ranks = scratch.array<Index>(r);
   MatrixRef<T> queries = scratch.matrix<T>(r, in.q.cols());
@@ -39,14 +40,15 @@ ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const S
     ranks[static_cast<std::size_t>(j)] = rank;
     in.q.copy_row(factors.rows[static_cast<std::size_t>(rank)], queries.row(j).data());
   }
-  multiply<SoftmaxKernel, T>(kernel, {queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse.data(), context);
+  multiply<SoftmaxKernel, T>(kernel, {queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse.data(),
+                             context);
   return probes;
 }
 
 /// delta of the scalar mode: mean(s - g) / max(mean(rho - g), .05) over the probed rows.
 template <class T>
-T probed_shift(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
-               Context& context) {
+T probed_shift(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFactors<T>& factors,
+               const ShiftPanels<T>& panels, Context& context) {
   Scratch scratch = context.scratch();
   const ShiftedRows<T> found(in, factors, panels, probes.ranks, scratch);
   T wanted = 0, available = 0;
@@ -59,8 +61,8 @@ T probed_shift(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFa
   return std::clamp<T>(wanted / r / std::max<T>(available / r, T(0.05)), 0, 1);
 }
 
-/// What the probed rows allow the others in row mode: the step t, and the largest move, in units of 1 / unit, a power of two near the
-/// probed rows' largest magnitude: no result depends on the size of v.
+/// What the probed rows allow the others in row mode: the step t, and the largest move, in units of 1 / unit, a power
+/// of two near the probed rows' largest magnitude: no result depends on the size of v.
 template <class T>
 struct ShiftGate {
   T step, largest, unit;
@@ -109,8 +111,8 @@ struct StepSums {
   std::span<double> along, size;
 };
 
-/// On the probed rows, of the steps a = R - N v and what is wanted, b = S v - N v: the sums, and the largest |b|, for values times unit.
-/// In double, since they are squares of squares of values.
+/// On the probed rows, of the steps a = R - N v and what is wanted, b = S v - N v: the sums, and the largest |b|, for
+/// values times unit. In double, since they are squares of squares of values.
 template <class T>
 double set_row_sums(const ShiftedRows<T>& found, const ConstMatrixRef<T>& plain, const ConstMatrixRef<T>& exact,
                     const ConstMatrixRef<T>& v, T unit, const StepSums& sums) {
@@ -142,9 +144,9 @@ void set_diagonal_sums(const ShiftProbes<T>& probes, const ShiftedRows<T>& found
   }
 }
 
-/// The gate of the row mode: t = sum a.b / sum a.a over the probed rows, less one standard error; at most kAlone times what is left of
-/// it without any one of them, and at most kDiagonal times the same of the diagonal. No row moves by more than kReach times the largest
-/// |b|: what the probed rows do not show is not moved further than what they show.
+/// The gate of the row mode: t = sum a.b / sum a.a over the probed rows, less one standard error; at most kAlone times
+/// what is left of it without any one of them, and at most kDiagonal times the same of the diagonal. No row moves by
+/// more than kReach times the largest |b|: what the probed rows do not show is not moved further than what they show.
 template <class T>
 ShiftGate<T> fit_gate(const ShiftProbes<T>& probes, const Sources<T>& in, const ShiftFactors<T>& factors,
                       const ShiftPanels<T>& panels, Context& context) {

@@ -28,14 +28,16 @@ void set_rounded(const MatrixRef<T>& to, const MatrixRef<double>& m) {
   }
 }
 
-/// Z - delta Z Z, Z that of IterativePinv: the core of the paper mode, and of the others where delta is 0. delta is a constant. In double
-/// but where delta is 0: Z Z takes the rounding of Z, and delta divides by tr(I - Z A), which may be as small as what float rounds away.
-/// Its members are templates of that one type, so that only programs that call them compile the kernels for it.
+/// Z - delta Z Z, Z that of IterativePinv: the core of the paper mode, and of the others where delta is 0. delta is a
+/// constant. In double but where delta is 0: Z Z takes the rounding of Z, and delta divides by tr(I - Z A), which may
+/// be as small as what float rounds away. Its members are templates of that one type, so that only programs that call
+/// them compile the kernels for it.
 struct ShiftedPinv {
   int iterations;
   double delta;
 
-  /// x <- (Z - delta Z Z) x with delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is at most 1e-6 m, within [0, 1].
+  /// x <- (Z - delta Z Z) x with delta = tr((I - Z A) A) / tr(I - Z A), 0 where the divisor is at most 1e-6 m, within
+  /// [0, 1].
   template <std::same_as<double> T>
   static ShiftedPinv of_paper(const MatrixRef<T>& a, const MatrixRef<T>& x, int iterations, Context& context) {
     constexpr double kLeastTrace = 1e-6;
@@ -93,8 +95,7 @@ struct ShiftedPinv {
                      Context& context) const {
     Scratch scratch = context.scratch();
     MatrixRef<T> z = scratch.matrix<T>(a.rows(), a.rows()), dz = scratch.matrix<T>(a.rows(), a.rows());
-    MatrixRef<T> once = scratch.matrix<T>(x.rows(), x.cols()),
-                      donce = scratch.matrix<T>(x.rows(), x.cols());
+    MatrixRef<T> once = scratch.matrix<T>(x.rows(), x.cols()), donce = scratch.matrix<T>(x.rows(), x.cols());
     const IterativePinv pinv{.iterations = iterations};
     pinv.invert<T>(a, z, context);
     gemm<T>(1, z, x, 0, once, context);

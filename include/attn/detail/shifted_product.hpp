@@ -1,4 +1,5 @@
-/// How spectral shifting ends, whatever chose the shifts: out_i = scale_i (N v)_i + shift_i v_i over the kept rows; and its gradients.
+/// How spectral shifting ends, whatever chose the shifts: out_i = scale_i (N v)_i + shift_i v_i over the kept rows; and
+/// its gradients.
 #pragma once
 
 #include <attn/context.hpp>
@@ -29,7 +30,8 @@ bool same_masks(const In& in) {
   return true;
 }
 
-/// Beside what Nystrom saves (but lse): scale and shift of each row, 0 where it is dropped, and delta, N's core being Z - delta Z Z.
+/// Beside what Nystrom saves (but lse): scale and shift of each row, 0 where it is dropped, and delta, N's core being Z
+/// - delta Z Z.
 template <class T>
 struct ShiftSaved {
   NystromSaved<T> nystrom{};
@@ -65,7 +67,8 @@ void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const Shif
   Scratch scratch = context.scratch();
   MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   T* buffer = scratch.elements<T>(in.v.cols());
-  multiply<SoftmaxKernel, T>(kernel, {in.q, factors.k_land, factors.values, queries_only(in.mask)}, product, nullptr, context);
+  multiply<SoftmaxKernel, T>(kernel, {in.q, factors.k_land, factors.values, queries_only(in.mask)}, product, nullptr,
+                             context);
   for (const Index row : factors.rows) {
     add_row(delta, in.v.row(row, buffer), product.row(row).data(), product.cols());
     if (saved != nullptr) saved->set(row, scale, delta);
@@ -139,12 +142,14 @@ void shifted_backward(const SoftmaxKernel& kernel, const Landmarks& landmarks, i
   const std::span<RowLog<T>> lse = scratch.array<RowLog<T>>(out.rows());
   const ShiftedPinv inverse{iterations, saved.delta};
   landmark_values<SoftmaxKernel, T>(kernel, inverse, saved.nystrom, values, context);
-  multiply<SoftmaxKernel, T>(kernel, {in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain, {nullptr, lse.data()}, context);
+  multiply<SoftmaxKernel, T>(kernel, {in.q, saved.nystrom.k_land, values, queries_only(in.mask)}, plain,
+                             {nullptr, lse.data()}, context);
   dplain.setZero();
   for (Index i = 0; i < out.rows(); ++i) {
     if (keeps_query(in, i)) dplain.row(i) = saved.scale[static_cast<std::size_t>(i)] * dout.row(i);
   }
-  nystrom_backward<SoftmaxKernel, T>(kernel, landmarks, inverse, in, saved.nystrom, plain, lse, dplain, gradients, context);
+  nystrom_backward<SoftmaxKernel, T>(kernel, landmarks, inverse, in, saved.nystrom, plain, lse, dplain, gradients,
+                                     context);
   for (Index i = 0; i < out.rows(); ++i) {
     if (keeps_query(in, i)) MatrixRef<T>(gradients.dv).row(i) += saved.shift[static_cast<std::size_t>(i)] * dout.row(i);
   }

@@ -1,5 +1,5 @@
-/// What spectral shifting needs of Nystromformer's approximation N = F Z B beside N v: its diagonal, its row sums, and an estimate of the
-/// exact diagonal.
+/// What spectral shifting needs of Nystromformer's approximation N = F Z B beside N v: its diagonal, its row sums, and
+/// an estimate of the exact diagonal.
 #pragma once
 
 #include <attn/context.hpp>
@@ -117,7 +117,8 @@ struct ShiftPanels {
         z(Panels<T>::pack(factors.z, scratch)),
         values(Panels<T>::pack(factors.values, scratch)),
         lse(scratch.array<T>(factors.z.rows())) {
-    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(), [](const RowLog<T>& x) { return x.value * std::numbers::log2e_v<T>; });
+    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(),
+                   [](const RowLog<T>& x) { return x.value * std::numbers::log2e_v<T>; });
   }
 
   T scale, half_square;  ///< s and s^2 / 2, in units of log2, as all scores here
@@ -139,8 +140,8 @@ ConstMatrixRef<T> listed_rows(const TokenRows<T>& m, std::span<const Index> list
 template <class T>
 class ShiftedRows {
  public:
-  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels, std::span<const Index> ranks,
-              Scratch& scratch)
+  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
+              std::span<const Index> ranks, Scratch& scratch)
       : f(scratch.matrix<T>(static_cast<Index>(ranks.size()), factors.z.rows())),
         factors_(factors),
         panels_(panels),
@@ -162,7 +163,9 @@ class ShiftedRows {
   }
 
   /// to (c, d_v) <- factor times the rows of N v.
-  void multiply_values(const RowFactors<T>& factor, MatrixRef<T> to) const { panels_.values.multiply(factor, f, 0, to, {}); }
+  void multiply_values(const RowFactors<T>& factor, MatrixRef<T> to) const {
+    panels_.values.multiply(factor, f, 0, to, {});
+  }
 
   MatrixRef<T> f;               ///< (c, m)
   std::span<T> own_score;       ///< s q_i.k_i
@@ -172,9 +175,10 @@ class ShiftedRows {
   std::span<T> stretch, added;  ///< R_i = stretch_i (N v)_i + added_i v_i
 
  private:
-  /// R_i = (N v)_i + w (alpha ((N v)_i - g v_i) + s v_i - (N v)_i), alpha = (1 - s) / (rho - g): the part w of the way to a row whose
-  /// own weight is s and whose sum is 1, so that no row's sum is further from 1 than N's. w = 1 but where N has less than .1 beside its
-  /// diagonal to stretch, or alpha is above 2; there w falls to 0 with rho - g, and the part of N v in R_i stays at most 2.
+  /// R_i = (N v)_i + w (alpha ((N v)_i - g v_i) + s v_i - (N v)_i), alpha = (1 - s) / (rho - g): the part w of the way
+  /// to a row whose own weight is s and whose sum is 1, so that no row's sum is further from 1 than N's. w = 1 but
+  /// where N has less than .1 beside its diagonal to stretch, or alpha is above 2; there w falls to 0 with rho - g, and
+  /// the part of N v in R_i stays at most 2.
   void set_row(std::size_t i) {
     constexpr T kLeast = T(0.1), kMost = 2;
     const T s = exact_diagonal[i], others = row_sum[i] - diagonal[i], wanted = 1 - s;
@@ -207,7 +211,8 @@ class ShiftedRows {
       auto total = broadcast(T(0));
       for (Index j = 0; j < m; j += kLanes<T>) {
         // No weight is above 1 but for the rounding of large scores.
-        const auto weight = exp2_bounded(min(load_row(&b(i, 0), j, m) - load_row(panels_.lse.data(), j, m), broadcast(T(0))));
+        const auto weight =
+            exp2_bounded(min(load_row(&b(i, 0), j, m) - load_row(panels_.lse.data(), j, m), broadcast(T(0))));
         total = multiply_add(load_row(&fz(i, 0), j, m), weight, total);
       }
       diagonal[static_cast<std::size_t>(i)] = sum(total);
@@ -215,8 +220,9 @@ class ShiftedRows {
     }
   }
 
-  /// S_ii ~ e_i / (e_i + sum_c w_ic l_c exp(score_ic)): every segment of l_c keys stands for its mean and its variance, which scores hold
-  /// (in units of log2), but for the token itself, which is exact: w_ic = (l_c - 1) / l_c for its own segment.
+  /// S_ii ~ e_i / (e_i + sum_c w_ic l_c exp(score_ic)): every segment of l_c keys stands for its mean and its variance,
+  /// which scores hold (in units of log2), but for the token itself, which is exact: w_ic = (l_c - 1) / l_c for its own
+  /// segment.
   void estimate_diagonal(const ConstMatrixRef<T>& q, MatrixRef<T> scores, Scratch& temporary) {
     MatrixRef<T> squares = temporary.matrix<T>(q.rows(), q.cols());
     squares = q.array().square();
@@ -236,7 +242,8 @@ class ShiftedRows {
   T add_lengths(T* row, Index m) const {
     auto top = broadcast(std::numeric_limits<T>::lowest());
     for (Index c = 0; c < m; c += kLanes<T>) {
-      const auto sum = load_row(row, c, m, std::numeric_limits<T>::lowest()) + load_row(factors_.log_length.data(), c, m);
+      const auto sum =
+          load_row(row, c, m, std::numeric_limits<T>::lowest()) + load_row(factors_.log_length.data(), c, m);
       const auto x = min(sum, broadcast(std::numeric_limits<T>::max()));
       top = max(top, x);
       store_row(row, c, m, x);

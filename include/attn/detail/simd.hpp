@@ -1,5 +1,5 @@
-/// Packets of the widest vector unit that Eigen was compiled for: the only file that touches Eigen::internal. Which one that is,
-/// Eigen's macros say, not the compiler's: Eigen may be told to leave a unit alone.
+/// Packets of the widest vector unit that Eigen was compiled for: the only file that touches Eigen::internal. Which one
+/// that is, Eigen's macros say, not the compiler's: Eigen may be told to leave a unit alone.
 #pragma once
 
 #include <attn/detail/float_bits.hpp>
@@ -129,7 +129,8 @@ inline Packet<double> min(Packet<double> a, Packet<double> b) {
 }
 #endif
 
-/// x, of which the compiler no longer knows how it was computed: under -ffast-math it would take x + a - a for x. No instruction.
+/// x, of which the compiler no longer knows how it was computed: under -ffast-math it would take x + a - a for x. No
+/// instruction.
 template <class T>
 inline Packet<T> opaque(Packet<T> x) {
 #if defined(__SSE2__)
@@ -223,7 +224,8 @@ inline Packet<float> widen(const Eigen::half* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 inline void store_narrow(Eigen::half* p, Packet<float> x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
 inline Packet<float> widen(const Eigen::half* p) {
@@ -243,8 +245,10 @@ template <int kStep, class T, int... kLane>
 inline void exchange(Packet<T>& a, Packet<T>& b, std::integer_sequence<int, kLane...>) {
   const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
   constexpr int kCount = kLanes<T>;
-  a = std::bit_cast<Packet<T>>(__builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane - kStep : kLane)...));
-  b = std::bit_cast<Packet<T>>(__builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane : kLane + kStep)...));
+  a = std::bit_cast<Packet<T>>(
+      __builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane - kStep : kLane)...));
+  b = std::bit_cast<Packet<T>>(
+      __builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane : kLane + kStep)...));
 }
 
 template <int kStep, class T, int... kLane>

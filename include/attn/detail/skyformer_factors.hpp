@@ -21,7 +21,8 @@
 
 namespace attn::detail {
 
-/// The landmarks (m, d) of n_q queries and n_k keys, and what LandmarkSums has of them; exponents are empty unless the sums are spread.
+/// The landmarks (m, d) of n_q queries and n_k keys, and what LandmarkSums has of them; exponents are empty unless the
+/// sums are spread.
 template <class T>
 struct SkyformerSaved {
   Matrix<T> land{}, sums{};
@@ -45,18 +46,19 @@ void solve_landmarks(const GaussianKernel& kernel, const Inverse& inverse, const
   inverse.apply(a, values, context);
 }
 
-/// dq, dland and dvalues (m, d_v + 1) <- the gradients of kappa(q, L) values, its rows divided by their sums if normalized.
+/// dq, dland and dvalues (m, d_v + 1) <- the gradients of kappa(q, L) values, its rows divided by their sums if
+/// normalized.
 template <class T>
-void backward_queries(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved, const MatrixRef<T>& values,
-                      const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq, MatrixRef<T> dland,
-                      MatrixRef<T> dvalues, Context& context) {
+void backward_queries(const GaussianKernel& kernel, const Inputs<T>& in, const SkyformerSaved<T>& saved,
+                      const MatrixRef<T>& values, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                      MatrixRef<T> dq, MatrixRef<T> dland, MatrixRef<T> dvalues, Context& context) {
   const Index d_v = in.v.cols();
   if (kernel.rows == Rows::normalized) {
     return divide_rows_backward<T>(kernel, in, saved.land, values, out, dout, dq, dland, dvalues, context);
   }
   dvalues.col(d_v).setZero();
-  kernel_matmul_backward(kernel, Inputs<T>{in.q, saved.land, values.leftCols(d_v), queries_only(in.mask)}, out, {}, dout,
-                         {dq, dland, dvalues.leftCols(d_v)}, context);
+  kernel_matmul_backward(kernel, Inputs<T>{in.q, saved.land, values.leftCols(d_v), queries_only(in.mask)}, out, {},
+                         dout, {dq, dland, dvalues.leftCols(d_v)}, context);
 }
 
 /// dsums: the gradient by values -> that by sums; dland <- that by the landmarks within kappa(L, L).
@@ -77,8 +79,9 @@ void backward_core(const GaussianKernel& kernel, const Inverse& inverse, const S
 
 /// By the landmarks, k and v: dsums times e^largest of the key biases, or 2^-top, which the key biases take on.
 template <class T>
-void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const KeyBias<T>& bias, const SkyformerSaved<T>& saved,
-                   MatrixRef<T> dsums, const Gradients<T>& to, std::span<T> dbias, Context& context) {
+void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const KeyBias<T>& bias,
+                   const SkyformerSaved<T>& saved, MatrixRef<T> dsums, const Gradients<T>& to, std::span<T> dbias,
+                   Context& context) {
   const Index n = in.v.rows(), d_v = in.v.cols();
   if (kernel.rows == Rows::raw) {
     if (bias.largest != 0) dsums *= std::exp(bias.largest);
@@ -90,7 +93,8 @@ void backward_keys(const GaussianKernel& kernel, const Inputs<T>& in, const KeyB
   for (std::size_t j = 0; j < shifted.size(); ++j) {
     shifted[j] = (bias.relative.empty() ? T(0) : bias.relative[j]) - std::numbers::ln2_v<T> * saved.top;
   }
-  sum_over_keys_backward<T>(with_rows(kernel, Rows::raw), in, shifted, saved.land, saved.sums, {}, dsums, to, dbias, context);
+  sum_over_keys_backward<T>(with_rows(kernel, Rows::raw), in, shifted, saved.land, saved.sums, {}, dsums, to, dbias,
+                            context);
 }
 
 template <class T>
@@ -99,29 +103,32 @@ void set_zero(Gradients<T> gradients, std::span<T> dbias) {
   std::fill(dbias.begin(), dbias.end(), T(0));
 }
 
-/// to, dland (m, d) and dbias <- the gradients by q, k and v as far as they do not come from the landmarks, by these, and by the key bias.
+/// to, dland (m, d) and dbias <- the gradients by q, k and v as far as they do not come from the landmarks, by these,
+/// and by the key bias.
 template <class T, class Inverse>
-void multiply_backward(const GaussianKernel& kernel, const Inverse& inverse, const Inputs<T>& in, const KeyBias<T>& bias,
-                       const SkyformerSaved<T>& saved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                       const Gradients<T>& to, MatrixRef<T> dland, std::span<T> dbias, Context& context) {
+void multiply_backward(const GaussianKernel& kernel, const Inverse& inverse, const Inputs<T>& in,
+                       const KeyBias<T>& bias, const SkyformerSaved<T>& saved, const ConstMatrixRef<T>& out,
+                       const ConstMatrixRef<T>& dout, const Gradients<T>& to, MatrixRef<T> dland, std::span<T> dbias,
+                       Context& context) {
   Scratch scratch = context.scratch();
   const Index m = saved.land.rows(), columns = saved.sums.cols();
   MatrixRef<T> added = scratch.matrix<T>(m, dland.cols()), dsums = scratch.matrix<T>(m, columns);
   MatrixRef<T> a = scratch.matrix<T>(m, m), da = scratch.matrix<T>(m, m), values = scratch.matrix<T>(m, columns);
   solve_landmarks<T>(kernel, inverse, saved.land, saved.sums, a, values, context);
   backward_queries(kernel, in, saved, values, out, dout, to.dq, dland, dsums, context);  // kappa(q, L) values
-  backward_core(kernel, inverse, saved, a, values, dsums, da, added, context);           // (kappa(L, L) + gamma I)^-1 sums
+  backward_core(kernel, inverse, saved, a, values, dsums, da, added, context);  // (kappa(L, L) + gamma I)^-1 sums
   dland += added;
   backward_keys(kernel, in, bias, saved, dsums, {added, to.dk, to.dv}, dbias, context);  // kappa(L, k) [v 1]
   dland += added;
 }
 
-/// gradients <- those of Skyformer, out its result and dout the gradient by that; dbias (n_k), unless empty, <- the gradient by the key
-/// bias.
+/// gradients <- those of Skyformer, out its result and dout the gradient by that; dbias (n_k), unless empty, <- the
+/// gradient by the key bias.
 template <class T, class Landmarks, class Inverse>
-void skyformer_backward(const GaussianKernel& kernel, const Landmarks& landmarks, const Inverse& inverse, const Inputs<T>& in,
-                        const SkyformerSaved<T>& saved, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                        const Gradients<T>& gradients, std::span<T> dbias, Context& context) {
+void skyformer_backward(const GaussianKernel& kernel, const Landmarks& landmarks, const Inverse& inverse,
+                        const Inputs<T>& in, const SkyformerSaved<T>& saved, const ConstMatrixRef<T>& out,
+                        const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, std::span<T> dbias,
+                        Context& context) {
   const Gradients<T> to = gradients;
   if (saved.land.rows() == 0) return set_zero(to, dbias);
   Scratch scratch = context.scratch();
@@ -130,7 +137,8 @@ void skyformer_backward(const GaussianKernel& kernel, const Landmarks& landmarks
   if (saved.exponents.empty()) {
     multiply_backward(kernel, inverse, in, bias, saved, out, dout, to, dland, dbias, context);
   } else {
-    multiply_spread_backward<T>(kernel, inverse, in, bias, saved.land, saved.sums, saved.exponents, out, dout, to, dland, dbias, context);
+    multiply_spread_backward<T>(kernel, inverse, in, bias, saved.land, saved.sums, saved.exponents, out, dout, to,
+                                dland, dbias, context);
   }
   if constexpr (requires { landmarks.scatter(in, dland, to.dq, to.dk, scratch); }) {
     landmarks.scatter(in, dland, to.dq, to.dk, scratch);

@@ -1,6 +1,7 @@
-/// Skyformer where the landmarks' sums over the keys are further apart than T's exponents reach, as those of tokens far from one another
-/// are: what is between landmarks is then computed in double, and each landmark's values have an exponent of their own, which is its key
-/// bias as a key of the queries. Slower, and of the same result where T's exponents reach.
+/// Skyformer where the landmarks' sums over the keys are further apart than T's exponents reach, as those of tokens far
+/// from one another are: what is between landmarks is then computed in double, and each landmark's values have an
+/// exponent of their own, which is its key bias as a key of the queries. Slower, and of the same result where T's
+/// exponents reach.
 #pragma once
 
 #include <attn/context.hpp>
@@ -54,19 +55,22 @@ struct WideLandmarks {
   double top;
 
   template <class T>
-  WideLandmarks(const ConstMatrixRef<T>& landmarks, const ConstMatrixRef<T>& of_keys, std::span<const double> exponents, Scratch& scratch)
+  WideLandmarks(const ConstMatrixRef<T>& landmarks, const ConstMatrixRef<T>& of_keys, std::span<const double> exponents,
+                Scratch& scratch)
       : land(scratch.matrix<W>(landmarks.rows(), landmarks.cols())),
         sums(scratch.matrix<W>(of_keys.rows(), of_keys.cols())),
         top(*std::max_element(exponents.begin(), exponents.end())) {
     for (Index l = 0; l < land.rows(); ++l) {
       convert_scaled(1, row_of(landmarks, l), row_of(land, l), land.cols());
-      convert_scaled(std::exp2(exponents[static_cast<std::size_t>(l)] - top), row_of(of_keys, l), row_of(sums, l), sums.cols());
+      convert_scaled(std::exp2(exponents[static_cast<std::size_t>(l)] - top), row_of(of_keys, l), row_of(sums, l),
+                     sums.cols());
     }
   }
 };
 
-/// Rows [z z1 |z1|] of landmarks in T: row l of values, but for its last column, is unit_l times row l of rows, and unit_l is
-/// 2^exponent e^bias_l. The largest bias is 0; that of a row of zeros is -infinity, which removes the landmark.
+/// Rows [z z1 |z1|] of landmarks in T: row l of values, but for its last column, is unit_l times row l of rows, and
+/// unit_l is 2^exponent e^bias_l. The largest bias is 0; that of a row of zeros is -infinity, which removes the
+/// landmark.
 template <class T>
 struct SplitRows {
   MatrixRef<T> rows;
@@ -75,7 +79,8 @@ struct SplitRows {
   double exponent = 0;
 };
 
-/// What a row [z z1] is measured by: |z1|, or if z is larger by far, z, so that neither overflows; 0 for a row of zeros.
+/// What a row [z z1] is measured by: |z1|, or if z is larger by far, z, so that neither overflows; 0 for a row of
+/// zeros.
 template <class W>
 double magnitude_of(const W* row, Index d_v) {
   double largest = 0;
@@ -98,7 +103,8 @@ SplitRows<T> split_rows(const MatrixRef<W>& values, Scratch& scratch) {
   for (Index l = 0; l < m; ++l) {
     const auto at = static_cast<std::size_t>(l);
     T* const row = row_of(split.rows, l);
-    const double magnitude = magnitude_of(row_of(values, l), d_v), log = std::log(magnitude) - std::numbers::ln2 * split.exponent;
+    const double magnitude = magnitude_of(row_of(values, l), d_v),
+                 log = std::log(magnitude) - std::numbers::ln2 * split.exponent;
     split.bias[at] = static_cast<T>(log);
     split.unit[at] = magnitude > 0 ? magnitude * std::exp(static_cast<double>(split.bias[at]) - log) : 1;
     divide_row(split.unit[at], row_of(values, l), row, d_v + 1);
@@ -107,17 +113,20 @@ SplitRows<T> split_rows(const MatrixRef<W>& values, Scratch& scratch) {
   return split;
 }
 
-/// The rows, of tokens and d_v columns, times 2^exponent_i each, with infinities where results overflow and nowhere else.
+/// The rows, of tokens and d_v columns, times 2^exponent_i each, with infinities where results overflow and nowhere
+/// else.
 template <class T>
 void scale_by_exponent(double exponent, const T* row, T* to, Index d_v) {
   const double half = std::exp2(std::clamp(exponent, -2000.0, 2000.0) / 2);
   for (Index c = 0; c < d_v; ++c) to[c] = static_cast<T>(static_cast<double>(row[c]) * half * half);
 }
 
-/// out <- 2^exponent kappa(q, L) z for landmarks of such biases: each row relative to its largest weight until it is written.
+/// out <- 2^exponent kappa(q, L) z for landmarks of such biases: each row relative to its largest weight until it is
+/// written.
 template <class T>
-void raise_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& z,
-                std::span<const T> bias, double exponent, const ResultRows<T>& out, Context& context) {
+void raise_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land,
+                const MatrixRef<T>& z, std::span<const T> bias, double exponent, const ResultRows<T>& out,
+                Context& context) {
   Scratch scratch = context.scratch();
   const Index most = std::min(kDividedRows, out.rows());
   MatrixRef<T> parts = scratch.matrix<T>(most, out.cols());
@@ -129,7 +138,8 @@ void raise_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstM
     multiply_partial(kernel, some_queries<T>(in, rows, land, z, bias), states, context);
     for (Index i = first; i < rows.last; ++i) {
       T* const part = &parts(i - first, 0);
-      scale_by_exponent(static_cast<double>(maximum[static_cast<std::size_t>(i - first)]) + exponent, part, part, out.cols());
+      scale_by_exponent(static_cast<double>(maximum[static_cast<std::size_t>(i - first)]) + exponent, part, part,
+                        out.cols());
       out.set_row(i, part);
     }
   }
@@ -137,8 +147,9 @@ void raise_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstM
 
 /// out <- kappa(q, L) (kappa(L, L) + gamma I)^-1 sums for sums that are spread.
 template <class T, class Inverse>
-void multiply_spread(const GaussianKernel& kernel, const Inverse& inverse, const Sources<T>& in, const ConstMatrixRef<T>& land,
-                     const LandmarkSums<T>& sums, const ResultRows<T>& out, Context& context) {
+void multiply_spread(const GaussianKernel& kernel, const Inverse& inverse, const Sources<T>& in,
+                     const ConstMatrixRef<T>& land, const LandmarkSums<T>& sums, const ResultRows<T>& out,
+                     Context& context) {
   using W = WideScalar<T, Inverse>;
   Scratch scratch = context.scratch();
   const WideLandmarks<W> wide(land, ConstMatrixRef<T>(sums.sums), sums.exponents, scratch);
@@ -150,12 +161,12 @@ void multiply_spread(const GaussianKernel& kernel, const Inverse& inverse, const
   raise_rows<T>(kernel, in, land, split.rows.leftCols(out.cols()), split.bias, split.exponent + wide.top, out, context);
 }
 
-/// The gradients of raise_rows: dq, dland and dz. Rows are measured by their sums of weights, so that neither those nor what they
-/// are multiplied by overflows.
+/// The gradients of raise_rows: dq, dland and dz. Rows are measured by their sums of weights, so that neither those nor
+/// what they are multiplied by overflows.
 template <class T>
-void raise_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, const MatrixRef<T>& z,
-                         std::span<const T> bias, double exponent, const ConstMatrixRef<T>& dout, MatrixRef<T> dq, MatrixRef<T> dland,
-                         MatrixRef<T> dz, Context& context) {
+void raise_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land,
+                         const MatrixRef<T>& z, std::span<const T> bias, double exponent, const ConstMatrixRef<T>& dout,
+                         MatrixRef<T> dq, MatrixRef<T> dland, MatrixRef<T> dz, Context& context) {
   Scratch scratch = context.scratch();
   const Index n = dout.rows(), d_v = dout.cols();
   MatrixRef<T> scaled = scratch.matrix<T>(n, d_v), none = scratch.matrix<T>(n, d_v);
@@ -165,7 +176,8 @@ void raise_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, cons
   kernel_matmul(normalized, queries, none, lse, context);
   for (Index i = 0; i < n; ++i) {
     const double log_sum = static_cast<double>(lse[static_cast<std::size_t>(i)]);
-    scale_by_exponent(std::numbers::log2e * log_sum + exponent, dout.data() + i * dout.outerStride(), &scaled(i, 0), d_v);
+    scale_by_exponent(std::numbers::log2e * log_sum + exponent, dout.data() + i * dout.outerStride(), &scaled(i, 0),
+                      d_v);
   }
   set_zero(none);  // sums of weights are constants here
   kernel_matmul_backward(normalized, queries, none, lse, scaled, {dq, dland, dz}, context);
@@ -174,8 +186,8 @@ void raise_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, cons
 /// dland <- the gradient by landmarks (m, d) of kappa(L, L) = a, for its gradient da, which is overwritten:
 ///   2 b (S L - diag(S 1) L)    with S = da a + (da a)^T element by element and kappa = exp(-b |x - y|^2)
 template <class T, class W>
-void landmark_matrix_backward(const GaussianKernel& kernel, const MatrixRef<W>& land, const MatrixRef<W>& a, MatrixRef<W> da,
-                              MatrixRef<T> dland, Context& context) {
+void landmark_matrix_backward(const GaussianKernel& kernel, const MatrixRef<W>& land, const MatrixRef<W>& a,
+                              MatrixRef<W> da, MatrixRef<T> dland, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = land.rows();
   const W twice_b = static_cast<W>(2 * score_parameters(kernel, land.cols()).bias);
@@ -191,11 +203,12 @@ void landmark_matrix_backward(const GaussianKernel& kernel, const MatrixRef<W>& 
   }
 }
 
-/// The gradients of sum_over_keys for dsums, that by the sums relative to 2^top: each landmark's weights are measured by what they add up
-/// to, and so is its gradient.
+/// The gradients of sum_over_keys for dsums, that by the sums relative to 2^top: each landmark's weights are measured
+/// by what they add up to, and so is its gradient.
 template <class T, class W>
-void spread_sums_backward(const GaussianKernel& kernel, const Inputs<T>& in, const KeyBias<T>& bias, const ConstMatrixRef<T>& land,
-                          const ConstMatrixRef<T>& sums, std::span<const double> exponents, double top, const MatrixRef<W>& dsums,
+void spread_sums_backward(const GaussianKernel& kernel, const Inputs<T>& in, const KeyBias<T>& bias,
+                          const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums,
+                          std::span<const double> exponents, double top, const MatrixRef<W>& dsums,
                           const Gradients<T>& to, std::span<T> dbias, Context& context) {
   Scratch scratch = context.scratch();
   const Index m = land.rows(), d_v = in.v.cols();
@@ -210,27 +223,32 @@ void spread_sums_backward(const GaussianKernel& kernel, const Inputs<T>& in, con
     convert_scaled(factor, row_of(dsums, l), row_of(scaled, l), d_v + 1);
   }
   set_zero(none);  // sums of weights are constants here
-  sum_over_keys_backward<T>(with_rows(kernel, Rows::normalized), in, bias.relative, land, none, lse, scaled, to, dbias, context);
+  sum_over_keys_backward<T>(with_rows(kernel, Rows::normalized), in, bias.relative, land, none, lse, scaled, to, dbias,
+                            context);
 }
 
-/// dq, dland (m, d) and dz (m, d_v + 1) <- the gradients of kappa(q, L) [z z1], its rows divided by their sums if normalized.
+/// dq, dland (m, d) and dz (m, d_v + 1) <- the gradients of kappa(q, L) [z z1], its rows divided by their sums if
+/// normalized.
 template <class T>
-void spread_queries_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land, SplitRows<T> z,
-                             double top, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, MatrixRef<T> dq,
-                             MatrixRef<T> dland, MatrixRef<T> dz, Context& context) {
+void spread_queries_backward(const GaussianKernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& land,
+                             SplitRows<T> z, double top, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                             MatrixRef<T> dq, MatrixRef<T> dland, MatrixRef<T> dz, Context& context) {
   const Index d_v = dout.cols();
   if (kernel.rows == Rows::normalized) {
-    return divide_rows_backward<T>(kernel, in, land, z.rows.leftCols(d_v + 1), out, dout, dq, dland, dz, context, z.bias);
+    return divide_rows_backward<T>(kernel, in, land, z.rows.leftCols(d_v + 1), out, dout, dq, dland, dz, context,
+                                   z.bias);
   }
   dz.col(d_v).setZero();
-  raise_rows_backward<T>(kernel, in, land, z.rows.leftCols(d_v), z.bias, z.exponent + top, dout, dq, dland, dz.leftCols(d_v), context);
+  raise_rows_backward<T>(kernel, in, land, z.rows.leftCols(d_v), z.bias, z.exponent + top, dout, dq, dland,
+                         dz.leftCols(d_v), context);
 }
 
 /// to, dland and dbias <- the gradients of multiply_spread.
 template <class T, class Inverse>
-void multiply_spread_backward(const GaussianKernel& kernel, const Inverse& inverse, const Inputs<T>& in, const KeyBias<T>& bias,
-                              const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums, std::span<const double> exponents,
-                              const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout, const Gradients<T>& to, MatrixRef<T> dland,
+void multiply_spread_backward(const GaussianKernel& kernel, const Inverse& inverse, const Inputs<T>& in,
+                              const KeyBias<T>& bias, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& sums,
+                              std::span<const double> exponents, const ConstMatrixRef<T>& out,
+                              const ConstMatrixRef<T>& dout, const Gradients<T>& to, MatrixRef<T> dland,
                               std::span<T> dbias, Context& context) {
   using W = WideScalar<T, Inverse>;
   Scratch scratch = context.scratch();
@@ -245,7 +263,8 @@ void multiply_spread_backward(const GaussianKernel& kernel, const Inverse& inver
   inverse.apply(a, values, context);
   const SplitRows<T> z = split_rows<T>(values, scratch);
   spread_queries_backward(kernel, in, land, z, wide.top, out, dout, to.dq, dland, dz, context);
-  for (Index l = 0; l < m; ++l) divide_row(z.unit[static_cast<std::size_t>(l)], row_of(dz, l), row_of(dsums, l), columns);
+  for (Index l = 0; l < m; ++l)
+    divide_row(z.unit[static_cast<std::size_t>(l)], row_of(dz, l), row_of(dsums, l), columns);
   set_scaled(a, 1, kernel_of_land);
   inverse.backward(a, wide.sums, dsums, da, context);
   landmark_matrix_backward<T>(kernel, wide.land, kernel_of_land, da, added, context);

@@ -14,7 +14,8 @@ namespace attn::detail {
 
 template <class T>
 std::array<Memory, 3> memory_of(const RowStates<T>& states) {
-  return {Memory::of("weighted", states.weighted), Memory::of("maximum", states.maximum), Memory::of("sum", states.sum)};
+  return {Memory::of("weighted", states.weighted), Memory::of("maximum", states.maximum),
+          Memory::of("sum", states.sum)};
 }
 
 /// states are those of the rows of in, which may have no keys and be of a narrower type, and overlap nothing.
@@ -44,7 +45,8 @@ void check_finish(std::string_view who, const RowStates<S>& states, const Matrix
   const std::array<Memory, 3> read = memory_of(states);
   const Memory results[] = {Memory::of("out", out), Memory::of("lse", lse)};
   const bool same_rows = out.rows() == 1 || out.outerStride() == states.weighted.outerStride();
-  const bool in_place = std::is_same_v<T, S> && same_rows && static_cast<const void*>(out.data()) == states.weighted.data();
+  const bool in_place =
+      std::is_same_v<T, S> && same_rows && static_cast<const void*>(out.data()) == states.weighted.data();
   check_apart(who, results, std::span(read).subspan(in_place ? 1 : 0));
 }
 

@@ -36,14 +36,15 @@ class BlockRunner {
       strip.queries = scratch.elements<T>(kTileWidth<T> * d);
       strip.query_bias = scratch.elements<T>(2 * kTileWidth<T>);
       strip.norm = strip.query_bias + kTileWidth<T>;
-      strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
+      strip.bias_origin =
+          product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       strip.recent = LaneState<T>::make(d_v, scratch);
       strip.total = LaneState<T>::make(d_v, scratch);
     }
   }
 
-  /// Streams keys past the queries of a block. totals: where the states of all strips are kept, null for the runner's own.
-  /// to: where the rows will be written.
+  /// Streams keys past the queries of a block. totals: where the states of all strips are kept, null for the runner's
+  /// own. to: where the rows will be written.
   void stream(Index block, Range keys, const LaneState<T>* totals, const MemoryRows& to) {
     open(block, totals);
     const Index limit = product_.limits.of(strips_[count_ - 1].rows().last - 1);
@@ -62,7 +63,8 @@ class BlockRunner {
   void merge_splits(Index block, const LaneState<T>* parts) {
     open(block, parts);
     for (Index split = 1; split < product_.partition.splits; ++split) {
-      for (Index s = 0; s < count_; ++s) merge(strips_[s], parts[split * product_.partition.strips + strips_[s].number]);
+      for (Index s = 0; s < count_; ++s)
+        merge(strips_[s], parts[split * product_.partition.strips + strips_[s].number]);
     }
   }
 
@@ -99,8 +101,9 @@ class BlockRunner {
   /// Tiles that are added up before the result joins the total, which keeps chains of sums short.
   static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
 
-  /// A strip, the number-th of all, and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
-  /// query_bias: -bias |q|^2, what log2 kappa has beyond the score, but for the base of a state. bias_origin and far_queries: as in Strip.
+  /// A strip, the number-th of all, and its results: total ones, and recent ones of the current chunk of keys unless it
+  /// is the first. query_bias: -bias |q|^2, what log2 kappa has beyond the score, but for the base of a state.
+  /// bias_origin and far_queries: as in Strip.
   struct Lanes {
     T *queries, *query_bias, *bias_origin, *norm;
     FarQueries<T> far_queries;
@@ -133,14 +136,15 @@ class BlockRunner {
     merge_lanes(strip.total, from, strip.lanes(), product_.in.v.cols());
   }
 
-  /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or the next
-  /// keys, has fetched them for all; with the last tile come the rows of the results.
+  /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or
+  /// the next keys, has fetched them for all; with the last tile come the rows of the results.
   void stream_chunk(LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
     for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
       tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
       const KeyTile<T> read = reader_.read(tile.first, tile.last);
       const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};
-      std::array<Upcoming, 2> upcoming{Upcoming::of(product_.in.v.memory(), tile), Upcoming::of(product_.in.k.memory(), next)};
+      std::array<Upcoming, 2> upcoming{Upcoming::of(product_.in.v.memory(), tile),
+                                       Upcoming::of(product_.in.k.memory(), next)};
       for (Index s = 0; s < count_; ++s) {
         const Lanes& strip = strips_[s];
         if (tile.last == end) upcoming[1] = Upcoming::of(to, strip.rows());
@@ -168,8 +172,8 @@ class BlockRunner {
         const bool real = p + i < strip.count && keeps(strip, p + i);
         rows[i] = real ? product_.in.q.row(strip.first + p + i, rows_ + i * product_.in.q.cols()) : nullptr;
       }
-      const auto squares =
-          pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale, strip.queries + p, strip.lanes());
+      const auto squares = pack_rows(rows, product_.in.q.cols(), product_.space.center, product_.space.scale,
+                                     strip.queries + p, strip.lanes());
       store(strip.query_bias + p, broadcast(-product_.space.bias) * squares);
     }
     find_far(strip);
@@ -190,33 +194,37 @@ class BlockRunner {
 
   static bool is_far(const Lanes& strip, Index i) { return -strip.query_bias[i] > kFarNorm<T>; }
 
-  /// Where the maximum is fixed, weights are kappa itself, and what is far from the center has its base from the beginning.
+  /// Where the maximum is fixed, weights are kappa itself, and what is far from the center has its base from the
+  /// beginning.
   void reset(const Lanes& strip, const LaneState<T>& state) const {
     for (Index i = 0; i < strip.lanes(); ++i) {
       const bool fixed = product_.maximum == Maximum::fixed;
       state.base[i] = fixed && strip.far && is_far(strip, i) ? -strip.query_bias[i] : T(0);
       state.maximum[i] = !fixed ? kNoMaximum<T>
-                         : is_nan(strip.query_bias[i]) || state.base[i] != 0 ? T(0)  // NaN: its scores are where it sees a key
-                                                                                 : -strip.query_bias[i];
+                         : is_nan(strip.query_bias[i]) || state.base[i] != 0
+                             ? T(0)  // NaN: its scores are where it sees a key
+                             : -strip.query_bias[i];
     }
     std::fill_n(state.sum, strip.lanes(), T(0));
     std::fill_n(state.weighted, strip.lanes() * whole_tiles(product_.in.v.cols()), T(0));
   }
 
-  /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the weights are multiplied
-  /// by scale, so that they are relative to just that.
+  /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the
+  /// weights are multiplied by scale, so that they are relative to just that.
   T set_state_scale(const Lanes& strip, Index i, T sum, T* scale) const {
     *scale = 1;
     if (sum == 0) return kNoMaximum<T>;
     if (product_.maximum == Maximum::fixed) return 0;
     const auto bias = static_cast<double>(product_.space.bias_origins.of(strip.first + i));
-    const double origin = std::numbers::log2e * bias, rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
-    const double relative =
-        product_.kernel_maximum(strip.total.maximum[i], strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0);
+    const double origin = std::numbers::log2e * bias,
+                 rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
+    const double relative = product_.kernel_maximum(strip.total.maximum[i],
+                                                    strip.total.base[i] == 0 ? exact_query_bias(strip.first + i) : 0);
     constexpr auto kLargest = static_cast<double>(std::numeric_limits<T>::max());
     const auto rounded = static_cast<T>(std::clamp(origin, -kLargest, kLargest));
     if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
-      // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands for its origin.
+      // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands
+      // for its origin.
       *scale = static_cast<T>(std::exp2(std::clamp(relative, -kMostStateScale, kMostStateScale)));
       return rounded;
     }

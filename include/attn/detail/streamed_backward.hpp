@@ -1,4 +1,5 @@
-/// Gradients of a streamed product: a block of queries meets a range of keys once more, and every weight is computed anew.
+/// Gradients of a streamed product: a block of queries meets a range of keys once more, and every weight is computed
+/// anew.
 ///
 ///   for each key j of a tile:        score[j]  = scale q.k_j + bias_j             as in the forward pass
 ///                                    slope[j]  = dout.v_j
@@ -32,8 +33,8 @@
 
 namespace attn::detail {
 
-/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, LogSums::relative, empty for raw rows; dot, dout_i.out_i,
-/// which a normalised row's slopes are measured from, empty for raw rows.
+/// What the backward pass knows of each query: dout (n_q, d_v); log_sum, LogSums::relative, empty for raw rows; dot,
+/// dout_i.out_i, which a normalised row's slopes are measured from, empty for raw rows.
 template <class T>
 struct Seeds {
   ConstMatrixRef<T> dout;
@@ -41,7 +42,8 @@ struct Seeds {
   std::span<const T> dot;
 };
 
-/// Rows of a strip for the products that add to keys: slices of kSlicePackets packets of columns, each with one row a lane.
+/// Rows of a strip for the products that add to keys: slices of kSlicePackets packets of columns, each with one row a
+/// lane.
 inline constexpr int kSlicePackets = 2;
 template <class T>
 inline constexpr Index kSliceWidth = kSlicePackets * kLanes<T>;
@@ -52,12 +54,14 @@ inline Index slices_size(Index d, Index lanes) {
   return (d + kSliceWidth<T> - 1) / kSliceWidth<T> * kSliceWidth<T> * lanes;
 }
 
-/// Lane's row of slices <- scale (row - center), zeros beyond d; a null row and a null center are zeros. Returns whether all is finite.
+/// Lane's row of slices <- scale (row - center), zeros beyond d; a null row and a null center are zeros. Returns
+/// whether all is finite.
 template <class T>
 inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices, Index lanes, Index lane) {
   FiniteLanes<T> elements;
   for (Index c = 0; c < d; c += kLanes<T>) {
-    const auto x = row == nullptr ? broadcast(T(0)) : (load_row(row, c, d) - load_row_if(center, c, d)) * broadcast(scale);
+    const auto x =
+        row == nullptr ? broadcast(T(0)) : (load_row(row, c, d) - load_row_if(center, c, d)) * broadcast(scale);
     elements.add(x);
     store(slices + (c / kSliceWidth<T> * lanes + lane) * kSliceWidth<T> + c % kSliceWidth<T>, x);
   }
@@ -67,10 +71,11 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
   return elements.all();
 }
 
-/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. at_most_one: no weight exceeds 1, but
-/// for rounding.
+/// scores <- weights, slopes <- the loss's derivatives by the scores; panels of count keys. at_most_one: no weight
+/// exceeds 1, but for rounding.
 template <int kPackets, class T>
-[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot, bool at_most_one) {
+[[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot,
+                                    bool at_most_one) {
   Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) {
@@ -96,7 +101,8 @@ template <int kPackets, class T>
 
 /// to_j += sum over lanes i of panel[j][i] row_i, for the count keys j of a tile and rows given as slices.
 template <class T>
-[[gnu::noinline]] void add_to_keys(const T* panel, Index lanes, const T* slices, const KeyTile<T>& tile, Index count, MatrixRef<T> to) {
+[[gnu::noinline]] void add_to_keys(const T* panel, Index lanes, const T* slices, const KeyTile<T>& tile, Index count,
+                                   MatrixRef<T> to) {
   for (Index c = 0; c < to.cols(); c += kSliceWidth<T>, slices += lanes * kSliceWidth<T>) {
     for (Index j = 0; j < count; j += kTileRows) {
       Packet<T> added[extent(kTileRows)][extent(kSlicePackets)];
@@ -115,14 +121,16 @@ template <class T>
   }
 }
 
-/// Where a task of the backward pass adds up: dq (n_q, d) of its keys, dk (n_k, d), dv (n_k, d_v) and dbias (n_k) of its queries.
+/// Where a task of the backward pass adds up: dq (n_q, d) of its keys, dk (n_k, d), dv (n_k, d_v) and dbias (n_k) of
+/// its queries.
 template <class T>
 struct PartialGradients {
   MatrixRef<T> dq, dk, dv;
   std::span<T> dbias;
 };
 
-/// Runs tasks of a Product's backward pass. One for each worker; all its memory comes from the scratch that it is made with.
+/// Runs tasks of a Product's backward pass. One for each worker; all its memory comes from the scratch that it is made
+/// with.
 template <class T>
 class BackwardRunner {
  public:
@@ -141,7 +149,8 @@ class BackwardRunner {
     for (Lanes& strip : strips_) {
       for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kTileWidth<T> * whole_tiles(d));
       for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kTileWidth<T>);
-      strip.bias_origin = product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
+      strip.bias_origin =
+          product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
       for (T** row : {&strip.norm, &strip.base}) *row = scratch.elements<T>(kTileWidth<T>);
       strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
       strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
@@ -149,8 +158,8 @@ class BackwardRunner {
     }
   }
 
-  /// The queries of some strips meet some keys: their rows of to.dq are set, the keys' rows of to.dk, to.dv and to.dbias are set to
-  /// what these queries add to them.
+  /// The queries of some strips meet some keys: their rows of to.dq are set, the keys' rows of to.dk, to.dv and
+  /// to.dbias are set to what these queries add to them.
   void run(Range strips, Range keys, const PartialGradients<T>& to) {
     rows_of(to.dk, keys).setZero();
     rows_of(to.dv, keys).setZero();
@@ -219,7 +228,8 @@ class BackwardRunner {
     const auto row = static_cast<std::size_t>(strip.first + i);
     const bool real = i < strip.count && keeps_query(product_.in, strip.first + i);
     strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
-    if (strip.bias_origin != nullptr) strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : kInfinity;
+    if (strip.bias_origin != nullptr)
+      strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : kInfinity;
     const RowLog<T> log_sum = real ? log_sum_of(row, strip.norm[i]) : RowLog<T>{kInfinity, T(0)};
     strip.base[i] = log_sum.base;
     strip.log_divisor[i] = log_sum.value;
@@ -228,9 +238,11 @@ class BackwardRunner {
     strip.finite = strip.finite && is_finite(strip.dot[i]) && !is_nan(strip.log_divisor[i]);
   }
 
-  /// The log2 of what a query's weights are divided by, as they are counted, and their base: raw rows that are far from the center have one.
+  /// The log2 of what a query's weights are divided by, as they are counted, and their base: raw rows that are far from
+  /// the center have one.
   RowLog<T> log_sum_of(std::size_t row, T norm) const {
-    if (!seeds_.log_sum.empty()) return {std::numbers::log2e_v<T> * seeds_.log_sum[row].value, seeds_.log_sum[row].base};
+    if (!seeds_.log_sum.empty())
+      return {std::numbers::log2e_v<T> * seeds_.log_sum[row].value, seeds_.log_sum[row].base};
     const T base = product_.space.center != nullptr && norm > kFarNorm<T> ? norm : T(0);
     return {static_cast<T>(-product_.origin(static_cast<Index>(row), base - norm)), base};
   }
@@ -251,16 +263,23 @@ class BackwardRunner {
     if (count == 0) return;
     const Index seen_by_all = causal ? tile.visible(limit) : count;
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      const KeyTile<T> values{.k = tile.v, .v = nullptr, .bias = nullptr, .k_stride = tile.v_stride, .v_stride = 0,
-                              .rows = nullptr, .first = 0, .count = count};
+      const KeyTile<T> values{.k = tile.v,
+                              .v = nullptr,
+                              .bias = nullptr,
+                              .k_stride = tile.v_stride,
+                              .v_stride = 0,
+                              .rows = nullptr,
+                              .first = 0,
+                              .count = count};
       const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
       const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
       score_keys<packets>(scored, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
       if (strip.far) far_pairs_.refine({strip.norm, strip.first, strip.lanes()}, scored, count, strip.base, scores_);
       if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), scores_);
       score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      weigh_slopes<packets>(scores_, slopes_, count, partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile),
-                            strip.dot, weights_at_most_one());
+      weigh_slopes<packets>(scores_, slopes_, count,
+                            partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile), strip.dot,
+                            weights_at_most_one());
       if (partly_seen) {
         hide_future(strip, tile, seen_by_all, count, limit);
         if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);
@@ -309,9 +328,10 @@ class BackwardRunner {
     return true;
   }
 
-  /// The products pair by pair, for a tile that only some queries see and that holds, or meets, what is not finite: 0 times it
-  /// would be NaN where nothing should be.
-  void add_seen(const Lanes& strip, const KeyTile<T>& tile, Index count, Index limit, const PartialGradients<T>& to) const {
+  /// The products pair by pair, for a tile that only some queries see and that holds, or meets, what is not finite: 0
+  /// times it would be NaN where nothing should be.
+  void add_seen(const Lanes& strip, const KeyTile<T>& tile, Index count, Index limit,
+                const PartialGradients<T>& to) const {
     const Index d = product_.in.k.cols(), d_v = product_.in.v.cols(), lanes = strip.lanes();
     const auto sliced = [&](const T* slices, Index i, Index c) {
       return slices[(c / kSliceWidth<T> * lanes + i) * kSliceWidth<T> + c % kSliceWidth<T>];
@@ -320,8 +340,10 @@ class BackwardRunner {
       const Index row = tile.row(j);
       for (Index i = std::max<Index>(0, row - limit); i < strip.count; ++i) {
         const T weight = scores_[j * lanes + i], slope = slopes_[j * lanes + i];
-        for (Index c = 0; c < d_v; ++c) to.dv.data()[row * to.dv.outerStride() + c] += weight * sliced(strip.dout_rows, i, c);
-        for (Index c = 0; c < d; ++c) to.dk.data()[row * to.dk.outerStride() + c] += slope * sliced(strip.query_rows, i, c);
+        for (Index c = 0; c < d_v; ++c)
+          to.dv.data()[row * to.dv.outerStride() + c] += weight * sliced(strip.dout_rows, i, c);
+        for (Index c = 0; c < d; ++c)
+          to.dk.data()[row * to.dk.outerStride() + c] += slope * sliced(strip.query_rows, i, c);
         for (Index c = 0; c < d; ++c) strip.dq[c * lanes + i] += slope * tile.k[j * tile.k_stride + c];
         strip.slope_sum[i] += slope;
         if (!to.dbias.empty()) to.dbias[static_cast<std::size_t>(row)] += slope;
@@ -331,7 +353,8 @@ class BackwardRunner {
 
   /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i; dropped queries, and those that see no key, get zeros.
   void write_dq(const Lanes& strip, MatrixRef<T> dq) const {
-    const T scale = std::numbers::ln2_v<T> * product_.space.scale, twice_bias = 2 * std::numbers::ln2_v<T> * product_.space.bias;
+    const T scale = std::numbers::ln2_v<T> * product_.space.scale,
+            twice_bias = 2 * std::numbers::ln2_v<T> * product_.space.bias;
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
@@ -347,7 +370,8 @@ class BackwardRunner {
       } else if (has_bias() && strip.slope_sum[i] != 0) {
         const T* q = product_.in.q.data() + row * product_.in.q.outerStride();
         const T* center = product_.space.center;
-        for (Index c = 0; c < dq.cols(); ++c) to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));
+        for (Index c = 0; c < dq.cols(); ++c)
+          to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));
       }
     }
   }
@@ -362,14 +386,16 @@ class BackwardRunner {
   std::span<Lanes> strips_;
 };
 
-/// How the backward pass is cut into tasks, each some strips of queries and some keys. Where keys are cut, dq is added up from several
-/// partial ones, where queries are cut, dk and dv are: so not both in many parts. Depends on the shapes alone.
+/// How the backward pass is cut into tasks, each some strips of queries and some keys. Where keys are cut, dq is added
+/// up from several partial ones, where queries are cut, dk and dv are: so not both in many parts. Depends on the shapes
+/// alone.
 struct BackwardPartition {
   Index query_parts, key_parts;
 
   static BackwardPartition of(Index n_q, Index n_k) {
     const Index key_parts = std::clamp<Index>(n_k / kFewestKeys, 1, kMostParts);
-    const Index query_parts = key_parts >= kEnoughParts ? 1 : std::clamp<Index>(n_q / kFewestQueries, 1, kMostParts / key_parts);
+    const Index query_parts =
+        key_parts >= kEnoughParts ? 1 : std::clamp<Index>(n_q / kFewestQueries, 1, kMostParts / key_parts);
     return {query_parts, key_parts};
   }
 

@@ -1,17 +1,17 @@
 /// A strip of queries meets a tile of keys: the inner part of every streamed product.
 ///
-///   for each key j of the tile:                          in registers, 8 (or 4) keys by 3 packets of queries at a time
-///     score[j]  = scale q.k_j + bias_j                   queries lie along the lanes, so row statistics need no horizontal step
+///   for each key j of the tile:                  in registers, 8 (or 4) keys by 3 packets of queries at a time
+///     score[j]  = scale q.k_j + bias_j           queries lie along the lanes: their statistics need no horizontal step
 ///     maximum   = max(maximum, score[j])
 ///   correction  = 2^(old maximum - maximum)
 ///   for each key j:
 ///     weight[j] = 2^(score[j] - maximum)
 ///     sum       = correction sum + weight[j]
-///   for each column c of v:                              in registers, 8 (or 4) columns by 3 packets of queries at a time
+///   for each column c of v:                      in registers, 8 (or 4) columns by 3 packets of queries at a time
 ///     weighted[c] = correction weighted[c] + sum_j v[j][c] weight[j]
 ///
-/// Both products are register tiles: k row by row against the queries' panel, v column by column against the weights' panel. Neither k
-/// nor v is packed; scores and weights of a tile live in one panel that stays in L1.
+/// Both products are register tiles: k row by row against the queries' panel, v column by column against the weights'
+/// panel. Neither k nor v is packed; scores and weights of a tile live in one panel that stays in L1.
 #pragma once
 
 #include <attn/context.hpp>
@@ -34,8 +34,8 @@ namespace attn::detail {
 template <class T>
 inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
 
-/// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and weighted (d_v rows)
-/// add up. weighted has room for whole tiles. base: what scores are relative to, see far_pairs.hpp.
+/// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and
+/// weighted (d_v rows) add up. weighted has room for whole tiles. base: what scores are relative to, see far_pairs.hpp.
 template <class T>
 struct LaneState {
   T *maximum, *sum, *base, *weighted;
@@ -46,8 +46,9 @@ struct LaneState {
   }
 };
 
-/// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows. bias_origin: what the key biases of each
-/// query are counted from, or null where all are counted from the same. far: null if no query is far from the center.
+/// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows. bias_origin: what the key
+/// biases of each query are counted from, or null where all are counted from the same. far: null if no query is far
+/// from the center.
 template <class T>
 struct Strip {
   const T* panel;
@@ -72,7 +73,8 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 
 /// tile[r][p] += bias[r]; where there are fewer biases than rows, the last one stands for those that are missing.
 template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
-[[gnu::always_inline]] inline void add_to_rows(const T* bias, Index count, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+[[gnu::always_inline]] inline void add_to_rows(const T* bias, Index count,
+                                               Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
 #pragma GCC unroll 8
   for (int r = 0; r < static_cast<int>(kRowExtent); ++r) {
     const auto x = broadcast(bias[std::min<Index>(r, count - 1)]);
@@ -84,10 +86,11 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 /// Features that are summed up at once, which keeps chains of sums short.
 inline constexpr Index kFeaturesAtOnce = 256;
 
-/// panel <- the products of kTileRows keys, rows of them real, with the queries' features but for the last kFeaturesAtOnce at most; returns
-/// how many features that are.
+/// panel <- the products of kTileRows keys, rows of them real, with the queries' features but for the last
+/// kFeaturesAtOnce at most; returns how many features that are.
 template <int kPackets, class T>
-[[gnu::noinline]] Index score_first_features(const T* k, Index rows, Index k_stride, const T* queries, Index d, T* panel) {
+[[gnu::noinline]] Index score_first_features(const T* k, Index rows, Index k_stride, const T* queries, Index d,
+                                             T* panel) {
   constexpr Index kWidth = kPackets * kLanes<T>;
   Index first = 0;
   for (; d - first > kFeaturesAtOnce; first += kFeaturesAtOnce) {
@@ -102,8 +105,8 @@ template <int kPackets, class T>
   return first;
 }
 
-/// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum. What keys have as a bias is added
-/// to the products at last, for a sum that began with it would be rounded at its size all along.
+/// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum. What keys have
+/// as a bias is added to the products at last, for a sum that began with it would be rounded at its size all along.
 template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
                                   const Upcoming& upcoming) {
@@ -111,7 +114,8 @@ template <int kPackets, class T>
   for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
     upcoming.fetch(j, kTileRows, count);
     const T* const k = tile.k + j * tile.k_stride;
-    const Index first = d <= kFeaturesAtOnce ? 0 : score_first_features<kPackets>(k, count - j, tile.k_stride, queries, d, panel);
+    const Index first =
+        d <= kFeaturesAtOnce ? 0 : score_first_features<kPackets>(k, count - j, tile.k_stride, queries, d, panel);
     Packet<T> score[extent(kTileRows)][extent(kPackets)];
     multiply_tile(k + first, count - j, tile.k_stride, 1, queries + first * kPackets * kLanes<T>, d - first, score);
     if (first > 0) add_panel(panel, score);
@@ -129,8 +133,8 @@ template <int kPackets, class T>
   }
 }
 
-/// panel <- panel + the key biases of count keys, counted from each query's own origin. Those of keys that a query must not see may
-/// become any number.
+/// panel <- panel + the key biases of count keys, counted from each query's own origin. Those of keys that a query must
+/// not see may become any number.
 template <class T>
 [[gnu::noinline]] void add_key_bias(const KeyTile<T>& tile, Index count, const T* origin, Index lanes, T* panel) {
   for (Index j = 0; j < count; ++j, panel += lanes) {
@@ -141,7 +145,8 @@ template <class T>
   }
 }
 
-/// shift <- what a tile's biases, counted from tile_origin, lack to those counted from each query's own origin, in units of log2.
+/// shift <- what a tile's biases, counted from tile_origin, lack to those counted from each query's own origin, in
+/// units of log2.
 template <class T>
 void set_bias_shift(T tile_origin, const T* origin, Index lanes, T* shift) {
   for (Index i = 0; i < lanes; ++i) shift[i] = std::numbers::log2e_v<T> * (tile_origin - origin[i]);
@@ -156,8 +161,9 @@ T highest_exponent(Maximum maximum) {
   return maximum == Maximum::fixed ? T(0) : std::numeric_limits<T>::infinity();
 }
 
-/// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where the maximum is
-/// fixed, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their weights could be any numbers).
+/// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where
+/// the maximum is fixed, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
+/// weights could be any numbers).
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T limit, T* sum) {
   Packet<T> top[extent(kPackets)], total[extent(kPackets)];
@@ -180,8 +186,8 @@ template <int kPackets, class T>
 
 /// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
 template <int kPackets, class T>
-[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count, const T* correction,
-                                  T* weighted, const Upcoming& upcoming) {
+[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count,
+                                  const T* correction, T* weighted, const Upcoming& upcoming) {
   for (Index c = 0; c < d_v; c += kTileRows) {
     upcoming.fetch(c, kTileRows, d_v);
     Packet<T> tile[extent(kTileRows)][extent(kPackets)];
@@ -210,8 +216,9 @@ class StripKernel {
         shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
         finite_values_(scratch.elements<T>(kTileKeys<T> * d_v_)) {}
 
-  /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next query one more,
-  /// and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first product and during the second.
+  /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next
+  /// query one more, and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first
+  /// product and during the second.
   void add(const Strip<T>& strip, const KeyTile<T>& tile, Index limit, const std::array<Upcoming, 2>& upcoming) const {
     const Index count = limit == kNoLimit ? tile.count : tile.visible(limit + strip.count - 1);
     if (count == 0) return;
@@ -228,7 +235,8 @@ class StripKernel {
       hide_future(strip, tile, seen_by_all, count, limit);
     }
     if (partly_seen || strip.far != nullptr) set_tile_maximum(count, strip.lanes());
-    const T* const top = partly_seen || !own_origins ? raise_maximum(strip, tile_maximum_) : raise_shifted(strip, tile.bias_origin);
+    const T* const top =
+        partly_seen || !own_origins ? raise_maximum(strip, tile_maximum_) : raise_shifted(strip, tile.bias_origin);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       weigh<packets>(panel_, count, top, highest_exponent<T>(maximum_), strip.state.sum);
     });
@@ -263,7 +271,8 @@ class StripKernel {
     }
   }
 
-  /// maximum <- max(maximum, that of a tile); correction and sum follow. Returns what the tile's weights are relative to: the maximum.
+  /// maximum <- max(maximum, that of a tile); correction and sum follow. Returns what the tile's weights are relative
+  /// to: the maximum.
   const T* raise_maximum(const Strip<T>& strip, const T* of_tile) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       if (maximum_ == Maximum::fixed) {
@@ -279,8 +288,9 @@ class StripKernel {
     return strip.state.maximum;
   }
 
-  /// The same for a tile whose biases are counted from another origin than those of each query, which is no smaller. The weights are
-  /// relative to the maximum as counted from the tile's origin; where that is too far below to be told from it, to the tile's own.
+  /// The same for a tile whose biases are counted from another origin than those of each query, which is no smaller.
+  /// The weights are relative to the maximum as counted from the tile's origin; where that is too far below to be told
+  /// from it, to the tile's own.
   const T* raise_shifted(const Strip<T>& strip, T tile_origin) const {
     set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
     for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
@@ -307,8 +317,8 @@ class StripKernel {
     return values.all();
   }
 
-  /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see them.
-  /// A query that sees only finite ones gets the bits that it would get from add_values.
+  /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see
+  /// them. A query that sees only finite ones gets the bits that it would get from add_values.
   void add_seen_values(const Strip<T>& strip, const KeyTile<T>& tile, Index count, Index limit) const {
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {

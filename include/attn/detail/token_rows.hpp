@@ -1,4 +1,5 @@
-/// Rows of tokens as the kernels read and write them: in place, or, where memory holds a narrower type, converted a row at a time.
+/// Rows of tokens as the kernels read and write them: in place, or, where memory holds a narrower type, converted a row
+/// at a time.
 #pragma once
 
 #include <attn/context.hpp>

@@ -9,8 +9,9 @@
 
 namespace attn::detail {
 
-/// Rows of a matrix that will soon be read or written. Fetched into the cache a few at a time, between the steps of a loop whose
-/// arithmetic hides the wait: the processor's own prefetching stops at the end of each 4 KiB page, which is 16 rows of 64 floats.
+/// Rows of a matrix that will soon be read or written. Fetched into the cache a few at a time, between the steps of a
+/// loop whose arithmetic hides the wait: the processor's own prefetching stops at the end of each 4 KiB page, which is
+/// 16 rows of 64 floats.
 class Upcoming {
  public:
   Upcoming() = default;

@@ -45,7 +45,8 @@ class Rounded {
                 const Gradients<float>& gradients, Context& context) const {
     Scratch scratch = context.scratch();
     const Gradients<Narrow> to{like(gradients.dq, scratch), like(gradients.dk, scratch), like(gradients.dv, scratch)};
-    method_.backward(rounded(in, scratch, context), rounded(out, scratch, context), rounded(dout, scratch, context), saved, to, context);
+    method_.backward(rounded(in, scratch, context), rounded(out, scratch, context), rounded(dout, scratch, context),
+                     saved, to, context);
     convert<float, Narrow>(to.dq, gradients.dq, context);
     convert<float, Narrow>(to.dk, gradients.dk, context);
     convert<float, Narrow>(to.dv, gradients.dv, context);
@@ -53,7 +54,9 @@ class Rounded {
   /// @}
 
  private:
-  static MatrixRef<Narrow> like(const ConstMatrixRef<float>& m, Scratch& scratch) { return scratch.matrix<Narrow>(m.rows(), m.cols()); }
+  static MatrixRef<Narrow> like(const ConstMatrixRef<float>& m, Scratch& scratch) {
+    return scratch.matrix<Narrow>(m.rows(), m.cols());
+  }
 
   static MatrixRef<Narrow> rounded(const ConstMatrixRef<float>& m, Scratch& scratch, Context& context) {
     const MatrixRef<Narrow> copy = like(m, scratch);
@@ -64,7 +67,8 @@ class Rounded {
   static Inputs<Narrow> rounded(const Inputs<float>& in, Scratch& scratch, Context& context) {
     const std::span<Narrow> bias = scratch.array<Narrow>(static_cast<Index>(in.key_bias.size()));
     convert_row(in.key_bias.data(), bias.data(), static_cast<Index>(bias.size()));
-    return {rounded(in.q, scratch, context), rounded(in.k, scratch, context), rounded(in.v, scratch, context), in.mask, bias};
+    return {rounded(in.q, scratch, context), rounded(in.k, scratch, context), rounded(in.v, scratch, context), in.mask,
+            bias};
   }
 
   template <class Forward>
