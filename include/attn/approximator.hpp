@@ -2,7 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
+#include <attn/engine/checks.hpp>
 #include <attn/matrix.hpp>
 
 #include <concepts>

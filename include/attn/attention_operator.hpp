@@ -3,8 +3,8 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/detail/wide_method.hpp>
 #include <attn/kernel.hpp>

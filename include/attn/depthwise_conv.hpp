@@ -2,10 +2,10 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/partition.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 

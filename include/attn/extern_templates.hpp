@@ -8,8 +8,8 @@
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/kernel_matrix.hpp>
+#include <attn/engine/gemm.hpp>
+#include <attn/engine/kernel_matrix.hpp>
 #include <attn/exact.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>

@@ -2,17 +2,17 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/bias_origins.hpp>
-#include <attn/detail/causal.hpp>
-#include <attn/detail/center.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/few_keys.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/row_states.hpp>
-#include <attn/detail/state_checks.hpp>
-#include <attn/detail/streamed.hpp>
-#include <attn/detail/streamed_backward.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/bias_origins.hpp>
+#include <attn/engine/causal.hpp>
+#include <attn/engine/center.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/few_keys.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/row_states.hpp>
+#include <attn/engine/state_checks.hpp>
+#include <attn/engine/streamed.hpp>
+#include <attn/engine/streamed_backward.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

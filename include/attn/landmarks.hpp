@@ -2,12 +2,12 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/long_sums.hpp>
-#include <attn/detail/partition.hpp>
+#include <attn/engine/elementwise.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/long_sums.hpp>
+#include <attn/engine/partition.hpp>
 #include <attn/detail/split_mix64.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/upcoming.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -3,10 +3,10 @@
 
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/float_bits.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/float_bits.hpp>
 #include <attn/detail/landmark_sums.hpp>
-#include <attn/detail/panel.hpp>
+#include <attn/engine/panel.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>

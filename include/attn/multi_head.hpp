@@ -3,9 +3,9 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/overlap.hpp>
-#include <attn/detail/partition.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/overlap.hpp>
+#include <attn/engine/partition.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/detail/wide_method.hpp>
 #include <attn/mask.hpp>

@@ -3,8 +3,8 @@
 
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/kernel_matrix.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/kernel_matrix.hpp>
 #include <attn/detail/nystrom_factors.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>

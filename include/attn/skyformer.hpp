@@ -3,7 +3,7 @@
 
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
+#include <attn/engine/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
 #include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/saved.hpp>

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/bias_origins.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/row_states.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/bias_origins.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/row_states.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

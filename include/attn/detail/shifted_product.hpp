@@ -3,9 +3,9 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/key_tiles.hpp>
+#include <attn/engine/key_tiles.hpp>
 #include <attn/detail/nystrom_factors.hpp>
-#include <attn/detail/panel.hpp>
+#include <attn/engine/panel.hpp>
 #include <attn/detail/shift_probes.hpp>
 #include <attn/detail/shifted_pinv.hpp>
 #include <attn/detail/shifted_rows.hpp>

@@ -4,10 +4,10 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/kernel_matrix.hpp>
-#include <attn/detail/long_sums.hpp>
-#include <attn/detail/panels.hpp>
+#include <attn/engine/gemm.hpp>
+#include <attn/engine/kernel_matrix.hpp>
+#include <attn/engine/long_sums.hpp>
+#include <attn/engine/panels.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

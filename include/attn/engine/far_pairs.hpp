@@ -11,11 +11,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/simd.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/register_tile.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -2,13 +2,13 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/product.hpp>
-#include <attn/detail/row_states.hpp>
-#include <attn/detail/strip.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/partition.hpp>
+#include <attn/engine/product.hpp>
+#include <attn/engine/row_states.hpp>
+#include <attn/engine/strip.hpp>
+#include <attn/engine/upcoming.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

@@ -1,12 +1,12 @@
 /// One streamed product: what is multiplied, the kernel in units of log2, and how the work is cut.
 #pragma once
 
-#include <attn/detail/causal.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/row_states.hpp>
-#include <attn/detail/strip.hpp>
+#include <attn/engine/causal.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/partition.hpp>
+#include <attn/engine/row_states.hpp>
+#include <attn/engine/strip.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

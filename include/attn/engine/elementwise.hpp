@@ -1,7 +1,7 @@
 /// What is done to matrices element by element. Eigen would do the same, but takes the compiler ten times as long.
 #pragma once
 
-#include <attn/detail/panel.hpp>
+#include <attn/engine/panel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

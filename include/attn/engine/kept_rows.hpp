@@ -1,7 +1,7 @@
 /// Which tokens take part.
 #pragma once
 
-#include <attn/detail/float_bits.hpp>
+#include <attn/engine/float_bits.hpp>
 #include <attn/matrix.hpp>
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 /// Checks of arguments at public entry points: one std::invalid_argument that names the argument and the numbers.
 #pragma once
 
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/overlap.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/overlap.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

@@ -1,7 +1,7 @@
 /// The one product kernel: a small tile of a matrix product, held in registers.
 #pragma once
 
-#include <attn/detail/simd.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 /// How a streamed product is cut into tasks.
 #pragma once
 
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/simd.hpp>
+#include <attn/engine/register_tile.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/causal.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/kept_rows.hpp>
-#include <attn/detail/simd.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/causal.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/kept_rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

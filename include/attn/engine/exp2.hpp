@@ -1,7 +1,7 @@
 /// 2^x on packets: the library's own exponential.
 #pragma once
 
-#include <attn/detail/simd.hpp>
+#include <attn/engine/simd.hpp>
 
 #include <cstddef>
 

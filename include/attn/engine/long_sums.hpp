@@ -2,7 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/panel.hpp>
+#include <attn/engine/panel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

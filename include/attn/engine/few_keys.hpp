@@ -9,14 +9,14 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/panels.hpp>
-#include <attn/detail/product.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/panels.hpp>
+#include <attn/engine/product.hpp>
+#include <attn/engine/upcoming.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

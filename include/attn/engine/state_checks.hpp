@@ -1,8 +1,8 @@
 /// Checks of row states at public entry points.
 #pragma once
 
-#include <attn/detail/checks.hpp>
-#include <attn/detail/row_states.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/row_states.hpp>
 #include <attn/matrix.hpp>
 
 #include <array>

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/panel.hpp>
+#include <attn/engine/elementwise.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/gemm.hpp>
+#include <attn/engine/panel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

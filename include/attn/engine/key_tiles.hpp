@@ -2,13 +2,13 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/bias_origins.hpp>
-#include <attn/detail/kept_rows.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/simd.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/bias_origins.hpp>
+#include <attn/engine/kept_rows.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/register_tile.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/partition.hpp>
+#include <attn/engine/register_tile.hpp>
+#include <attn/engine/upcoming.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

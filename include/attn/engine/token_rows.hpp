@@ -3,8 +3,8 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/simd.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

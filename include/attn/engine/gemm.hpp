@@ -2,8 +2,8 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/panels.hpp>
-#include <attn/detail/partition.hpp>
+#include <attn/engine/panels.hpp>
+#include <attn/engine/partition.hpp>
 #include <attn/matrix.hpp>
 
 namespace attn::detail {

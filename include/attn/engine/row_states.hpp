@@ -1,9 +1,9 @@
 /// Row states: what is known of a row of weights after some of its keys, and how two such states make one.
 #pragma once
 
-#include <attn/detail/checks.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/strip.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/strip.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

@@ -2,7 +2,7 @@
 /// that is, Eigen's macros say, not the compiler's: Eigen may be told to leave a unit alone.
 #pragma once
 
-#include <attn/detail/float_bits.hpp>
+#include <attn/engine/float_bits.hpp>
 
 #include <Eigen/Core>
 

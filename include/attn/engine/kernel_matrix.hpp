@@ -2,10 +2,10 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/center.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/gemm.hpp>
+#include <attn/engine/center.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/gemm.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 

@@ -1,8 +1,8 @@
 /// Memory that is about to be used.
 #pragma once
 
-#include <attn/detail/partition.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/partition.hpp>
+#include <attn/engine/token_rows.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

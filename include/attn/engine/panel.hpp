@@ -1,7 +1,7 @@
 /// Panels: matrices transposed so that tokens lie along the lanes of packets.
 #pragma once
 
-#include <attn/detail/simd.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

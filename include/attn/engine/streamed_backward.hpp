@@ -13,16 +13,16 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/panels.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/streamed.hpp>
-#include <attn/detail/strip.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/float_bits.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/panel.hpp>
+#include <attn/engine/panels.hpp>
+#include <attn/engine/partition.hpp>
+#include <attn/engine/register_tile.hpp>
+#include <attn/engine/streamed.hpp>
+#include <attn/engine/strip.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
