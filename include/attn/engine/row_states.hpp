@@ -18,16 +18,6 @@
 
 namespace attn {
 
-/// States of n_q rows after some keys. With kappa_ij the kernel's entries (key bias included),
-///   sum_i = sum_j kappa_ij 2^-maximum_i     weighted_i = sum_j kappa_ij 2^-maximum_i v_j
-/// maximum (n_q), sum (n_q), weighted (n_q, d_v); a row that has seen no key has sum 0, and its maximum means nothing.
-/// States of disjoint sets of keys merge.
-template <class T>
-struct RowStates {
-  std::span<T> maximum, sum;
-  MatrixRef<T> weighted;
-};
-
 namespace detail {
 
 /// What a row of weights, relative to a maximum, is multiplied by at the end: first second. By itself 2^maximum may be
