@@ -4,7 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/detail/wide_method.hpp>
 #include <attn/kernel.hpp>

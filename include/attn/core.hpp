@@ -5,10 +5,10 @@
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/cholesky.hpp>
-#include <attn/engine/elementwise.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/gemm.hpp>
-#include <attn/engine/kernel_matrix.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

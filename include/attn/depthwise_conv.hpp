@@ -3,9 +3,9 @@
 
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/partition.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 

@@ -2,25 +2,15 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/bias_origins.hpp>
-#include <attn/engine/causal.hpp>
-#include <attn/engine/center.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/few_keys.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/row_states.hpp>
-#include <attn/engine/state_checks.hpp>
-#include <attn/engine/streamed.hpp>
-#include <attn/engine/streamed_backward.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/run.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <memory>
-#include <numbers>
+#include <cstddef>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -36,11 +26,6 @@ struct RowStates {
   std::span<T> maximum, sum;
   MatrixRef<T> weighted;
 };
-namespace detail {
-
-inline constexpr std::string_view kMatmulName = "kernel_matmul";
-
-}  // namespace detail
 
 /// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when
 /// shapes disagree, or into overlaps from or itself.

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/elementwise.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/engine/key_tiles.hpp>
-#include <attn/engine/long_sums.hpp>
-#include <attn/engine/partition.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/detail/split_mix64.hpp>
-#include <attn/engine/upcoming.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -4,9 +4,9 @@
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/float_bits.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/detail/landmark_sums.hpp>
-#include <attn/engine/panel.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>

@@ -4,7 +4,7 @@
 #include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/float_bits.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>
 

@@ -4,8 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/overlap.hpp>
-#include <attn/engine/partition.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/detail/wide_method.hpp>
 #include <attn/mask.hpp>

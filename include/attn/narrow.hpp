@@ -3,8 +3,8 @@
 
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/row_states.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>

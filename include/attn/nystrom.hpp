@@ -4,7 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/kernel_matrix.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/detail/nystrom_factors.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/kernel.hpp>

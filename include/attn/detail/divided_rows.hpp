@@ -2,7 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/partition.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/bias_origins.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/engine/exp2.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/row_states.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

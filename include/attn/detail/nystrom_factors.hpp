@@ -5,7 +5,7 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/engine/kernel_matrix.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/elementwise.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/detail/shifted_rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>

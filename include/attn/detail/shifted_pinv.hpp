@@ -3,7 +3,7 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/engine/gemm.hpp>
+#include <attn/engine/packed.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -5,7 +5,7 @@
 #include <attn/context.hpp>
 #include <attn/engine/key_tiles.hpp>
 #include <attn/detail/nystrom_factors.hpp>
-#include <attn/engine/panel.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/detail/shift_probes.hpp>
 #include <attn/detail/shifted_pinv.hpp>
 #include <attn/detail/shifted_rows.hpp>

@@ -4,10 +4,9 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/engine/gemm.hpp>
-#include <attn/engine/kernel_matrix.hpp>
-#include <attn/engine/long_sums.hpp>
-#include <attn/engine/panels.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/few_keys.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

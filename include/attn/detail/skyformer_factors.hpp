@@ -4,7 +4,7 @@
 #include <attn/context.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/divided_rows.hpp>
-#include <attn/engine/kernel_matrix.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/nystrom_factors.hpp>
 #include <attn/detail/spread_landmarks.hpp>

@@ -7,12 +7,11 @@
 #include <attn/context.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/divided_rows.hpp>
-#include <attn/engine/elementwise.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/gemm.hpp>
-#include <attn/engine/kernel_matrix.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/detail/landmark_sums.hpp>
-#include <attn/engine/panel.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

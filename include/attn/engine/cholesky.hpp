@@ -2,10 +2,9 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/elementwise.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/gemm.hpp>
-#include <attn/engine/panel.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

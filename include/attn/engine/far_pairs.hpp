@@ -12,10 +12,10 @@
 
 #include <attn/context.hpp>
 #include <attn/engine/key_tiles.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/register_tile.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -35,17 +35,6 @@ inline constexpr T kNearRatio = 4;
 template <class T>
 bool is_near(T log_kappa, T n_q, T n_k) {
   return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -kNearRatio<T>;
-}
-
-/// |a - b|^2 of rows of length d, in short chains of sums.
-template <class T>
-T squared_distance(const T* a, const T* b, Index d) {
-  auto total = broadcast(T(0));
-  for (Index c = 0; c < d; c += kLanes<T>) {
-    const auto x = load_row(a, c, d) - load_row(b, c, d);
-    total = multiply_add(x, x, total);
-  }
-  return sum(total);
 }
 
 /// The queries of a strip along so many lanes, from row first on, some of them far: norm, their N.

@@ -2,13 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/bias_origins.hpp>
-#include <attn/engine/kept_rows.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/register_tile.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
-#include <attn/engine/token_rows.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -54,15 +52,6 @@ struct KeyTile {
     if (rows != nullptr) return std::upper_bound(rows, rows + count, limit) - rows;
     return std::clamp<Index>(limit - first + 1, 0, count);
   }
-};
-
-/// What all tiles of one call share: the origin that keys and queries are measured from (null: zero), which changes no
-/// distance but keeps digits, and the kernel in units of log2: log2 kappa = scale q.k - bias (|q|^2 + |k|^2) + a.
-template <class T>
-struct KeySpace {
-  const T* center = nullptr;
-  T scale = 0, bias = 0;
-  BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
 };
 
 /// Reads tiles: in place where it can; a copy, of T, without the dropped keys, relative to the center, where it must.

@@ -2,13 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/float_bits.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/partition.hpp>
-#include <attn/engine/product.hpp>
-#include <attn/engine/row_states.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/engine/strip.hpp>
-#include <attn/engine/upcoming.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -83,8 +81,9 @@ class BlockRunner {
     }
   }
 
-  /// states <- those of the rows of the block.
-  void write_states(const RowStates<T>& states) const {
+  /// states, maximum, sum and weighted <- those of the rows of the block.
+  template <class States>
+  void write_states(const States& states) const {
     for (Index s = 0; s < count_; ++s) {
       const Lanes& strip = strips_[s];
       RowScales<T> scales;

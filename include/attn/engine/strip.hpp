@@ -17,11 +17,12 @@
 #include <attn/context.hpp>
 #include <attn/engine/exp2.hpp>
 #include <attn/engine/far_pairs.hpp>
-#include <attn/engine/float_bits.hpp>
 #include <attn/engine/key_tiles.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/register_tile.hpp>
-#include <attn/engine/upcoming.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 
 #include <algorithm>
 #include <array>
@@ -29,10 +30,6 @@
 #include <numbers>
 
 namespace attn::detail {
-
-/// The statistics of a row before it has seen a key.
-template <class T>
-inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
 
 /// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and
 /// weighted (d_v rows) add up. weighted has room for whole tiles. base: what scores are relative to, see far_pairs.hpp.
@@ -45,6 +42,33 @@ struct LaneState {
     return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>, rows + 3 * kTileWidth<T>};
   }
 };
+
+/// Where one of two states has a base, both get it.
+template <class T>
+void align_bases(const LaneState<T>& a, const LaneState<T>& b, Index lanes) {
+  for (Index i = 0; i < lanes; ++i) {
+    const T base = std::max(a.base[i], b.base[i]);
+    a.maximum[i] -= base - a.base[i];
+    b.maximum[i] -= base - b.base[i];
+    a.base[i] = b.base[i] = base;
+  }
+}
+
+/// total <- total and recent together, for lanes whose weighted has d_v rows.
+template <class T>
+inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, Index lanes, Index d_v) {
+  align_bases(total, recent, lanes);
+  for (Index p = 0; p < lanes; p += kLanes<T>) {
+    const auto a = load(total.maximum + p), b = load(recent.maximum + p), top = max(a, b);
+    const auto keep = exp2_bounded(a - top), add = exp2_bounded(b - top);
+    store(total.maximum + p, top);
+    store(total.sum + p, multiply_add(load(recent.sum + p), add, load(total.sum + p) * keep));
+    for (Index c = 0; c < d_v; ++c) {
+      T* to = total.weighted + c * lanes + p;
+      store(to, multiply_add(load(recent.weighted + c * lanes + p), add, load(to) * keep));
+    }
+  }
+}
 
 /// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows. bias_origin: what the key
 /// biases of each query are counted from, or null where all are counted from the same. far: null if no query is far
@@ -150,15 +174,6 @@ template <class T>
 template <class T>
 void set_bias_shift(T tile_origin, const T* origin, Index lanes, T* shift) {
   for (Index i = 0; i < lanes; ++i) shift[i] = std::numbers::log2e_v<T> * (tile_origin - origin[i]);
-}
-
-/// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
-enum class Maximum { running, fixed };
-
-/// What no exponent of a weight is above, but for rounding.
-template <class T>
-T highest_exponent(Maximum maximum) {
-  return maximum == Maximum::fixed ? T(0) : std::numeric_limits<T>::infinity();
 }
 
 /// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where

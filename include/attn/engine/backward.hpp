@@ -15,14 +15,14 @@
 #include <attn/context.hpp>
 #include <attn/engine/exp2.hpp>
 #include <attn/engine/far_pairs.hpp>
-#include <attn/engine/float_bits.hpp>
 #include <attn/engine/key_tiles.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/panels.hpp>
-#include <attn/engine/partition.hpp>
-#include <attn/engine/register_tile.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/engine/streamed.hpp>
 #include <attn/engine/strip.hpp>
+#include <attn/engine/tile.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -384,23 +384,6 @@ class BackwardRunner {
   FarPairs<T> far_pairs_;
   T *scores_, *slopes_, *ones_, *unused_;
   std::span<Lanes> strips_;
-};
-
-/// How the backward pass is cut into tasks, each some strips of queries and some keys. Where keys are cut, dq is added
-/// up from several partial ones, where queries are cut, dk and dv are: so not both in many parts. Depends on the shapes
-/// alone.
-struct BackwardPartition {
-  Index query_parts, key_parts;
-
-  static BackwardPartition of(Index n_q, Index n_k) {
-    const Index key_parts = std::clamp<Index>(n_k / kFewestKeys, 1, kMostParts);
-    const Index query_parts =
-        key_parts >= kEnoughParts ? 1 : std::clamp<Index>(n_q / kFewestQueries, 1, kMostParts / key_parts);
-    return {query_parts, key_parts};
-  }
-
- private:
-  static constexpr Index kFewestKeys = 512, kFewestQueries = 256, kMostParts = 8, kEnoughParts = 4;
 };
 
 }  // namespace attn::detail

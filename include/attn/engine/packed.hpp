@@ -2,15 +2,51 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/panel.hpp>
-#include <attn/engine/partition.hpp>
-#include <attn/engine/register_tile.hpp>
-#include <attn/engine/upcoming.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 
 namespace attn::detail {
+
+/// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are
+/// zeros. stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
+template <class T>
+[[gnu::noinline]] Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel,
+                                      Index stride) {
+  auto squares = broadcast(T(0));
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    const auto origin = load_row_if(center, first, d);
+    for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row_if(rows[i], first, d) - origin;
+    transpose(block);
+    const Index count = std::min<Index>(kLanes<T>, d - first);
+    auto of_block = broadcast(T(0));
+    for (Index c = 0; c < count; ++c) {
+      of_block = multiply_add(block[c], block[c], of_block);
+      store(panel + (first + c) * stride, block[c] * broadcast(alpha));
+    }
+    squares = squares + of_block;
+  }
+  return squares;
+}
+
+/// row_i[c] <- scale_i panel[c] of lane i: the way back. Null rows are skipped.
+template <class T>
+inline void unpack_rows(const T* panel, Index stride, Index d, Packet<T> scale, T* const (&rows)[kLanes<T>]) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    for (int c = 0; c < kLanes<T>; ++c) {
+      block[c] = first + c < d ? load(panel + (first + c) * stride) * scale : broadcast(T(0));
+    }
+    transpose(block);
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (rows[i] != nullptr) store_row(rows[i], first, d, block[i]);
+    }
+  }
+}
 
 /// A matrix or the transpose of one: element (i, j) at data + i row_step + j column_step, one of which is 1.
 template <class T>
@@ -154,5 +190,22 @@ struct Panels {
     pack_rows<T>(rows, b.rows, nullptr, T(1), to, stride);
   }
 };
+
+/// c <- keep c + scale a b; a and b may be transposed(...). c must not overlap a or b, and is not read where keep is 0.
+/// Sums run over at most 256 terms at a time.
+template <class T>
+void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T keep, const MatrixRef<T>& c, Context& context) {
+  constexpr Index kBlockRows = 256, kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
+  Scratch scratch = context.scratch();
+  const Panels<T> panels = Panels<T>::pack(b, scratch);
+  const Index blocks = (c.rows() + kBlockRows - 1) / kBlockRows, strips = panels.strips();
+  const auto multiply_item = [&](Index item, int) {
+    const Range rows = nth_part(c.rows(), blocks, item / strips);
+    panels.multiply_strip(item % strips, {&scale, 0}, a.some_rows(rows), keep, rows_of(c, rows), {});
+  };
+  const TaskRef multiply(multiply_item);
+  if (c.rows() * c.cols() * a.cols >= kWorthSharing) return context.for_each(blocks * strips, multiply);
+  for (Index item = 0; item < blocks * strips; ++item) multiply(item, 0);
+}
 
 }  // namespace attn::detail
