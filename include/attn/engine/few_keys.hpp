@@ -70,10 +70,8 @@ class FewKeysRunner {
         queries_(scratch.elements<T>(kTileWidth<T> * product.in.q.cols())),
         results_(scratch.elements<T>(kTileWidth<T> * product.in.v.cols())),
         lanes_(scratch.elements<T>(kTileWidth<T> * kLanes<T>)),
-        maximum_(scratch.elements<T>(3 * kTileWidth<T>)),
-        sum_(maximum_ + kTileWidth<T>),
-        query_bias_(sum_ + kTileWidth<T>),
-        base_(scratch.elements<T>(kTileWidth<T>)),
+        norm_(scratch.elements<T>(4 * kTileWidth<T>)),
+        rows_{norm_ + kTileWidth<T>, norm_ + 2 * kTileWidth<T>, norm_ + 3 * kTileWidth<T>},
         tokens_(scratch.elements<T>(2 * product.in.q.cols())) {
     std::fill_n(scores_, kTileWidth<T> * width_, T(0));
   }
@@ -100,8 +98,7 @@ class FewKeysRunner {
                        next_queries);
     weigh(rows);
     RowScales<T> scales;
-    for (Index i = 0; i < count; ++i) query_bias_[i] += base_[i];
-    product_.set_scales(rows.first, maximum_, sum_, query_bias_, kTileWidth<T>, &scales);
+    product_.set_scales(rows.first, rows_, norm_, kTileWidth<T>, &scales);
     const MatrixRef<T> to = out.in_place() ? rows_of(out.matrix(), rows) : MatrixRef<T>(results_, count, d_v, d_v);
     few_.values.multiply({scales.first, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
@@ -110,11 +107,11 @@ class FewKeysRunner {
       if (scales.twice) scale_row(scales.second[i], row, row, d_v);
       if (!keeps) std::fill_n(row, d_v, T(0));
       out.finish_row(rows.first + i, row);
-      product_.write_log_sums(logs, rows.first + i, maximum_[i], sum_[i], query_bias_[i], base_[i]);
     }
+    product_.write_log_sums(logs, rows.first, rows_, norm_, count);
   }
 
-  /// The queries, relative to the center; sets their bias.
+  /// The queries, relative to the center; sets their norms.
   Operand<T> read_queries(Range rows) {
     const TokenRows<T>& q = product_.in.q;
     const Index d = q.cols(), count = rows.last - rows.first;
@@ -124,9 +121,9 @@ class FewKeysRunner {
     } else {
       copy_queries(rows.first, count);
     }
-    std::fill_n(query_bias_, kTileWidth<T>, T(0));
+    std::fill_n(norm_, kTileWidth<T>, T(0));
     for (Index i = 0; i < count && product_.space.bias != 0; ++i) {
-      query_bias_[i] = -product_.space.bias * squared_norm(queries.data + i * queries.row_step, d);
+      norm_[i] = product_.space.bias * squared_norm(queries.data + i * queries.row_step, d);
     }
     return queries;
   }
@@ -143,14 +140,16 @@ class FewKeysRunner {
   /// Turns scores into weights relative to a maximum of each row, and sums them.
   void weigh(Range rows) {
     if (few_.bias != nullptr) add_bias();
-    std::fill_n(base_, kTileWidth<T>, T(0));
+    std::fill_n(rows_.base, kTileWidth<T>, T(0));
     for (Index i = 0; i < rows.last - rows.first && product_.space.center != nullptr; ++i) {
-      if (-query_bias_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, query_bias_[i], &base_[i]);
+      if (norm_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, norm_[i], &rows_.base[i]);
     }
-    for (Index i = 0; i < kTileWidth<T>; ++i)
-      maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
+    for (Index i = 0; i < kTileWidth<T>; ++i) {
+      rows_.maximum[i] =
+          product_.maximum == Maximum::fixed ? fixed_maximum(i) : row_maximum(scores_ + i * width_, width_);
+    }
     for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
-    for (Index i = 0; i < kTileWidth<T>; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
+    for (Index i = 0; i < kTileWidth<T>; ++i) rows_.sum[i] = sum(load(lanes_ + i * kLanes<T>));
   }
 
   void add_bias() {
@@ -158,19 +157,19 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -(query_bias_[i] + base_[i]); }
+  T fixed_maximum(Index i) const { return is_nan(norm_[i]) ? T(0) : norm_[i] - rows_.base[i]; }
 
   /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become
   /// relative to a base.
-  [[gnu::noinline]] void refine_row(Index query, T* scores, T query_bias, T* base) const {
+  [[gnu::noinline]] void refine_row(Index query, T* scores, T norm, T* base) const {
     const KeyTile<T>& tile = few_.tile;
     const Index d = product_.in.q.cols();
     const auto near = [&](Index j) {
-      return is_near(scores[j] - tile.key_part_of(j) - (*base == 0 ? -query_bias : T(0)), -query_bias,
-                     -tile.norm_bias[j]);
+      const T log_kappa = scores[j] - tile.key_part_of(j) - (*base == 0 ? norm : T(0));
+      return is_near(log_kappa, norm, -tile.norm_bias[j]);
     };
     for (Index j = 0; j < tile.count && *base == 0; ++j) {
-      if (near(j)) *base = -query_bias;
+      if (near(j)) *base = norm;
       if (*base != 0) add_to_row(-*base, scores, width_);
     }
     if (*base == 0) return;
@@ -180,12 +179,6 @@ class FewKeysRunner {
       const T* const k = product_.in.k.row(tile.row(j), tokens_ + d);
       scores[j] = tile.key_part_of(j) - product_.space.bias * squared_distance(q, k, d);
     }
-  }
-
-  T score_maximum(Index i) const {
-    auto top = broadcast(kNoMaximum<T>);
-    for (Index j = 0; j < width_; j += kLanes<T>) top = max(top, load(scores_ + i * width_ + j));
-    return largest(top);
   }
 
   /// kRows rows from the given one on, and the sums of each in lanes.
@@ -198,7 +191,7 @@ class FewKeysRunner {
     for (Index j = 0; j < width_; j += kLanes<T>) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
+        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(rows_.maximum[first + r]), limit));
         total[r] = total[r] + weight;
         store(row + r * width_ + j, weight);
       }
@@ -212,7 +205,8 @@ class FewKeysRunner {
   Index width_;  ///< elements between two rows of scores
   T *scores_, *queries_, *results_;
   T* lanes_;  ///< of each row, kLanes partial sums of its weights
-  T *maximum_, *sum_, *query_bias_, *base_;
+  T* norm_;   ///< bias |q|^2 of each query
+  RowStatistics<T> rows_;
   T* tokens_;  ///< a query and a key, where they are not in place
 };
 

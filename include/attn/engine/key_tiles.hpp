@@ -23,6 +23,13 @@ template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> * Index{sizeof(T)}));
 static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
 
+/// The keys of a tile that some queries see: the first count, of which all of them see the first by_all.
+struct SeenKeys {
+  Index count, by_all;
+
+  bool partly() const { return by_all < count; }
+};
+
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
 /// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2,
 /// and key_part, what the key biases are as counted from bias_origin. key_bias: these as they are. Each is null where
@@ -47,6 +54,35 @@ struct KeyTile {
 
   Index row(Index j) const { return rows != nullptr ? rows[j] : first + j; }
 
+  /// The values, to be multiplied as keys are.
+  KeyTile values() const {
+    return {.k = v,
+            .v = nullptr,
+            .bias = nullptr,
+            .k_stride = v_stride,
+            .v_stride = 0,
+            .rows = rows,
+            .first = first,
+            .count = count};
+  }
+
+  /// The keys that so many queries see, of which the first sees row numbers up to limit, the next one more, and so on;
+  /// all where limit is CausalLimits::kNone.
+  SeenKeys seen_by(Index queries, Index limit) const {
+    if (limit == CausalLimits::kNone) return {count, count};
+    return {visible(limit + queries - 1), visible(limit)};
+  }
+
+  /// Whether rows of d elements of k are finite, from key i on.
+  bool finite_keys(Index i, Index end, Index d) const {
+    FiniteLanes<T> elements;
+    for (; i < end; ++i) {
+      for (Index c = 0; c < d; c += kLanes<T>) elements.add(load_row(k + i * k_stride, c, d));
+    }
+    return elements.all();
+  }
+
+ private:
   /// How many of its keys have a row number of at most limit.
   Index visible(Index limit) const {
     if (rows != nullptr) return std::upper_bound(rows, rows + count, limit) - rows;

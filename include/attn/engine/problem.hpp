@@ -260,6 +260,13 @@ struct RowScales {
   }
 };
 
+/// What is known of rows of weights after some keys, one row a lane: the weights are 2^maximum times those that sum adds
+/// up. base: what scores are relative to, see far_pairs.hpp.
+template <class T>
+struct RowStatistics {
+  T *maximum, *sum, *base;
+};
+
 /// The maximum of two states together: a state of sum 0 has none.
 template <class T>
 T merged_maximum(T maximum, T sum, T other_maximum, T other_sum) {
@@ -279,7 +286,7 @@ inline T row_log_sum(T maximum, T sum) {
   return sum == 0 ? -std::numeric_limits<T>::infinity() : std::numbers::ln2_v<T> * (maximum + std::log2(sum));
 }
 
-/// in must outlive it. bounded: the kernel is at most 1.
+/// A kernel's product with inputs, which must outlive it. bounded: the kernel is at most 1.
 template <class T>
 struct Product {
   const Sources<T>& in;
@@ -297,29 +304,35 @@ struct Product {
   }
 
   /// What the weighted sums of so many queries, a multiple of kLanes, from the given one on, are multiplied by at the
-  /// end.
-  [[gnu::noinline]] void set_scales(Index query, const T* relative, const T* sum, const T* query_bias, Index lanes,
+  /// end. norm: bias |q|^2 of each.
+  [[gnu::noinline]] void set_scales(Index query, const RowStatistics<T>& of, const T* norm, Index lanes,
                                     RowScales<T>* scales) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {  // a row without keys has sum 0 and weighted 0, and stays 0
-      const auto divisor = max(load(sum + p), broadcast(std::numeric_limits<T>::min()));
+      const auto divisor = max(load(of.sum + p), broadcast(std::numeric_limits<T>::min()));
       store(scales->first + p, broadcast(T(1)) / (rows == Rows::normalized ? divisor : broadcast(T(1))));
     }
     if (rows == Rows::normalized || maximum == Maximum::fixed) return;
     for (Index i = 0; i < lanes && query + i < in.q.rows(); ++i) {
-      scales->set(i, row_scale(rows, absolute_maximum(query + i, relative[i], query_bias[i]), sum[i]));
+      const double maximum_of_kernel = kernel_maximum(of.maximum[i], static_cast<double>(of.base[i] - norm[i]));
+      scales->set(i, row_scale(rows, maximum_of_kernel + origin(query + i, T(0)), of.sum[i]));
     }
   }
 
-  /// Of a query, whose sum of weights is relative to a maximum.
-  [[gnu::noinline]] void write_log_sums(const LogSums<T>& to, Index query, T relative, T sum, T query_bias,
-                                        T base) const {
-    const bool keeps = keeps_query(in, query);
-    const T none = -std::numeric_limits<T>::infinity();
-    if (to.relative != nullptr) to.relative[query] = {keeps ? row_log_sum(relative, sum) : none, base};
-    if (to.absolute == nullptr) return;
-    const double log_sum =
-        row_log_sum(kernel_maximum(relative, static_cast<double>(query_bias)), static_cast<double>(sum));
-    to.absolute[query] = keeps ? static_cast<T>(log_sum + static_cast<double>(space.bias_origins.of(query))) : none;
+  /// Log-sums of so many queries from the given one on.
+  [[gnu::noinline]] void write_log_sums(const LogSums<T>& to, Index query, const RowStatistics<T>& of, const T* norm,
+                                        Index count) const {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    for (Index i = 0; i < count; ++i) {
+      const bool keeps = keeps_query(in, query + i);
+      if (to.relative != nullptr) {
+        to.relative[query + i] = {keeps ? row_log_sum(of.maximum[i], of.sum[i]) : kNone, of.base[i]};
+      }
+      if (to.absolute == nullptr) continue;
+      const double maximum_of_kernel = kernel_maximum(of.maximum[i], static_cast<double>(of.base[i] - norm[i]));
+      const double log_sum = row_log_sum(maximum_of_kernel, static_cast<double>(of.sum[i])) +
+                             static_cast<double>(space.bias_origins.of(query + i));
+      to.absolute[query + i] = keeps ? static_cast<T>(log_sum) : kNone;
+    }
   }
 
   /// log2 of the largest weight of a row but for the origin of key biases: not above 0 where the kernel is at most 1,
@@ -327,12 +340,6 @@ struct Product {
   double kernel_maximum(T relative, double query_bias) const {
     const double maximum_so_far = static_cast<double>(relative) + query_bias;
     return bounded ? std::min(maximum_so_far, 0.0) : maximum_so_far;
-  }
-
- private:
-  double absolute_maximum(Index query, T relative, T query_bias) const {
-    return kernel_maximum(relative, static_cast<double>(query_bias)) +
-           std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
   }
 };
 
