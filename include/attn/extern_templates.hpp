@@ -33,8 +33,8 @@ namespace attn {
   ATTN_TEMPLATE void detail::run(const detail::Product<T>&, const detail::ResultRows<T>&, const detail::LogSums<T>&, \
                                  Context&, Scratch&);                                                                \
   ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);        \
-  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&,   \
-                                          std::span<T>, Context&, Scratch&);                                         \
+  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::RowGradients<T>&,                 \
+                                          const Gradients<T>&, std::span<T>, Context&, Scratch&);                    \
   ATTN_TEMPLATE void detail::iterate_pinv(const ConstMatrixRef<T>&, MatrixRef<T>, int, Context&);                    \
   ATTN_TEMPLATE void detail::iterate_pinv_backward(const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, MatrixRef<T>, \
                                                    MatrixRef<T>, int, Context&);

@@ -303,7 +303,7 @@ struct SegmentMeans {
       Index found = 0;
       for (; found < kRowsAtOnce && count > 0; ++row) {
         if (!keeps(row)) continue;
-        detail::Upcoming::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
+        detail::Prefetch::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
         rows[found] = x.row(row, buffer + found * x.cols());
         ++found;
         --count;

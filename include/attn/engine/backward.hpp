@@ -35,7 +35,7 @@ namespace attn::detail {
 /// What the backward pass knows of each query: dout (n_q, d_v); log_sum, LogSums::relative, empty for raw rows; dot,
 /// dout_i.out_i, which a normalised row's slopes are measured from, empty for raw rows.
 template <class T>
-struct Seeds {
+struct RowGradients {
   ConstMatrixRef<T> dout;
   std::span<const RowLog<T>> log_sum;
   std::span<const T> dot;
@@ -75,7 +75,7 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot,
                                     bool at_most_one) {
-  Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
+  Packet<T> divisor[array_size(kPackets)], dots[array_size(kPackets)];
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
@@ -104,7 +104,7 @@ template <class T>
                                    MatrixRef<T> to) {
   for (Index c = 0; c < to.cols(); c += kSliceWidth<T>, slices += lanes * kSliceWidth<T>) {
     for (Index j = 0; j < count; j += kTileRows) {
-      Packet<T> added[extent(kTileRows)][extent(kSlicePackets)];
+      Packet<T> added[array_size(kTileRows)][array_size(kSlicePackets)];
       multiply_tile(panel + j * lanes, count - j, lanes, 1, slices, lanes, added);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
@@ -133,11 +133,11 @@ struct PartialGradients {
 template <class T>
 class BackwardRunner {
  public:
-  BackwardRunner(const Product<T>& product, const Seeds<T>& seeds, Scratch& scratch)
+  BackwardRunner(const Product<T>& product, const RowGradients<T>& rows, Scratch& scratch)
       : product_(product),
-        seeds_(seeds),
-        reader_(product.in, product.space, scratch),
-        far_pairs_(product.in, product.space.bias, scratch),
+        rows_(rows),
+        reader_(product.in, product.kernel, scratch),
+        far_pairs_(product.in, product.kernel.bias, scratch),
         scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         ones_(scratch.elements<T>(kTileWidth<T>)),
@@ -150,7 +150,7 @@ class BackwardRunner {
       for (T** row : {&strip.log_divisor, &strip.base, &strip.dot, &strip.slope_sum}) {
         *row = scratch.elements<T>(kTileWidth<T>);
       }
-      strip.dq = scratch.elements<T>(kTileWidth<T> * whole_tiles(d));
+      strip.dq = scratch.elements<T>(kTileWidth<T> * round_up_to_tiles(d));
       strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
       strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
       strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kTileWidth<T>));
@@ -186,7 +186,7 @@ class BackwardRunner {
     bool has_base;  ///< whether any base is not 0
   };
 
-  bool has_bias() const { return product_.space.bias != 0; }
+  bool has_bias() const { return product_.kernel.bias != 0; }
 
   bool weights_at_most_one() const {
     return product_.rows == Rows::normalized || (product_.bounded && product_.in.key_bias.empty());
@@ -199,33 +199,33 @@ class BackwardRunner {
     const QueryStrip<T>& queries = strip.queries;
     for (Index p = 0; p < queries.lanes(); p += kLanes<T>) load_rows(strip, p);
     for (Index i = 0; i < queries.lanes(); ++i) set_statistics(strip, i);
-    std::fill_n(strip.dq, queries.lanes() * whole_tiles(product_.in.q.cols()), T(0));
+    std::fill_n(strip.dq, queries.lanes() * round_up_to_tiles(product_.in.q.cols()), T(0));
     std::fill_n(strip.slope_sum, queries.lanes(), T(0));
   }
 
   /// The rows of kLanes queries, scaled as in the panel but in units of log, and of their dout.
   void load_rows(Lanes& strip, Index lane) const {
     const TokenRows<T>& q = product_.in.q;
-    const T scale = std::numbers::ln2_v<T> * product_.space.scale;
+    const T scale = std::numbers::ln2_v<T> * product_.kernel.scale;
     const T* dout[kLanes<T>];
     for (Index i = 0; i < kLanes<T>; ++i) {
       const Index row = strip.queries.first + lane + i;
       const bool real = strip.queries.holds(product_, lane + i);
-      dout[i] = real ? seeds_.dout.data() + row * seeds_.dout.outerStride() : nullptr;
-      const bool finite = slice_row(real ? q.row_or_null(row) : nullptr, q.cols(), product_.space.center, scale,
+      dout[i] = real ? rows_.dout.data() + row * rows_.dout.outerStride() : nullptr;
+      const bool finite = slice_row(real ? q.row_or_null(row) : nullptr, q.cols(), product_.kernel.center, scale,
                                     strip.query_rows, strip.queries.lanes(), lane + i);
       strip.finite &=
-          slice_row<T>(dout[i], seeds_.dout.cols(), nullptr, T(1), strip.dout_rows, strip.queries.lanes(), lane + i) &&
+          slice_row<T>(dout[i], rows_.dout.cols(), nullptr, T(1), strip.dout_rows, strip.queries.lanes(), lane + i) &&
           finite;
     }
-    pack_rows<T>(dout, seeds_.dout.cols(), nullptr, T(1), strip.douts + lane, strip.queries.lanes());
+    pack_rows<T>(dout, rows_.dout.cols(), nullptr, T(1), strip.douts + lane, strip.queries.lanes());
   }
 
   /// A lane without a query, and a row that saw no key, have no weights.
   void set_statistics(Lanes& strip, Index i) const {
     const auto row = static_cast<std::size_t>(strip.queries.first + i);
     const bool real = strip.queries.holds(product_, i);
-    strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
+    strip.dot[i] = real && !rows_.dot.empty() ? rows_.dot[row] : T(0);
     const RowLog<T> log_sum = real ? log_sum_of(row, strip.queries.norm[i]) : RowLog<T>{kInfinity, T(0)};
     strip.base[i] = log_sum.base;
     strip.log_divisor[i] = log_sum.value;
@@ -237,9 +237,8 @@ class BackwardRunner {
   /// The log2 of what a query's weights are divided by, as they are counted, and their base: raw rows that are far from
   /// the center have one.
   RowLog<T> log_sum_of(std::size_t row, T norm) const {
-    if (!seeds_.log_sum.empty())
-      return {std::numbers::log2e_v<T> * seeds_.log_sum[row].value, seeds_.log_sum[row].base};
-    const T base = product_.space.center != nullptr && norm > kFarNorm<T> ? norm : T(0);
+    if (!rows_.log_sum.empty()) return {std::numbers::log2e_v<T> * rows_.log_sum[row].value, rows_.log_sum[row].base};
+    const T base = product_.kernel.center != nullptr && norm > kFarNorm<T> ? norm : T(0);
     return {static_cast<T>(-product_.origin(static_cast<Index>(row), base - norm)), base};
   }
 
@@ -334,8 +333,8 @@ class BackwardRunner {
 
   /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i; dropped queries, and those that see no key, get zeros.
   void write_dq(const Lanes& strip, MatrixRef<T> dq) const {
-    const T scale = std::numbers::ln2_v<T> * product_.space.scale,
-            twice_bias = 2 * std::numbers::ln2_v<T> * product_.space.bias;
+    const T scale = std::numbers::ln2_v<T> * product_.kernel.scale,
+            twice_bias = 2 * std::numbers::ln2_v<T> * product_.kernel.bias;
     for (Index p = 0; p < strip.queries.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
@@ -350,7 +349,7 @@ class BackwardRunner {
         std::fill_n(to, dq.cols(), T(0));
       } else if (has_bias() && strip.slope_sum[i] != 0) {
         const T* q = product_.in.q.data() + row * product_.in.q.outerStride();
-        const T* center = product_.space.center;
+        const T* center = product_.kernel.center;
         for (Index c = 0; c < dq.cols(); ++c)
           to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));
       }
@@ -360,7 +359,7 @@ class BackwardRunner {
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
   const Product<T>& product_;
-  const Seeds<T>& seeds_;
+  const RowGradients<T>& rows_;
   KeyReader<T> reader_;
   FarPairs<T> far_pairs_;
   T *scores_, *slopes_, *ones_, *unused_;

@@ -42,7 +42,7 @@ struct FewKeys {
   }
 
   static FewKeys pack(const Product<T>& product, Scratch& scratch) {
-    const KeyReader<T> reader(product.in, product.space, scratch);
+    const KeyReader<T> reader(product.in, product.kernel, scratch);
     const KeyTile<T> tile = reader.read(0, product.in.k.rows());
     const ConstMatrixRef<T> k(tile.k, tile.count, product.in.k.cols(), tile.k_stride),
         v(tile.v, tile.count, product.in.v.cols(), tile.v_stride);
@@ -92,9 +92,9 @@ class FewKeysRunner {
 
   void finish_rows(Range rows, const ResultRows<T>& out, const LogSums<T>& logs) {
     const Index count = rows.last - rows.first, d_v = out.cols();
-    const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
-                   results = Upcoming::of(out.memory(), rows);
-    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_},
+    const Prefetch next_queries = Prefetch::of(product_.in.q.memory(), {rows.last, rows.last + count}),
+                   results = Prefetch::of(out.memory(), rows);
+    few_.keys.multiply({&product_.kernel.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_},
                        next_queries);
     weigh(rows);
     RowScales<T> scales;
@@ -116,14 +116,14 @@ class FewKeysRunner {
     const TokenRows<T>& q = product_.in.q;
     const Index d = q.cols(), count = rows.last - rows.first;
     Operand<T> queries(queries_, count, d, d, 1);
-    if (q.in_place() && product_.space.center == nullptr) {
+    if (q.in_place() && product_.kernel.center == nullptr) {
       queries = {q.data() + rows.first * q.outerStride(), count, d, q.outerStride(), 1};
     } else {
       copy_queries(rows.first, count);
     }
     std::fill_n(norm_, kTileWidth<T>, T(0));
-    for (Index i = 0; i < count && product_.space.bias != 0; ++i) {
-      norm_[i] = product_.space.bias * squared_norm(queries.data + i * queries.row_step, d);
+    for (Index i = 0; i < count && product_.kernel.bias != 0; ++i) {
+      norm_[i] = product_.kernel.bias * squared_norm(queries.data + i * queries.row_step, d);
     }
     return queries;
   }
@@ -133,7 +133,7 @@ class FewKeysRunner {
     for (Index i = 0; i < count; ++i) {
       T* to = queries_ + i * d;
       product_.in.q.copy_row(first + i, to);
-      if (product_.space.center != nullptr) add_row(T(-1), product_.space.center, to, d);
+      if (product_.kernel.center != nullptr) add_row(T(-1), product_.kernel.center, to, d);
     }
   }
 
@@ -141,12 +141,11 @@ class FewKeysRunner {
   void weigh(Range rows) {
     if (few_.bias != nullptr) add_bias();
     std::fill_n(rows_.base, kTileWidth<T>, T(0));
-    for (Index i = 0; i < rows.last - rows.first && product_.space.center != nullptr; ++i) {
+    for (Index i = 0; i < rows.last - rows.first && product_.kernel.center != nullptr; ++i) {
       if (norm_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, norm_[i], &rows_.base[i]);
     }
     for (Index i = 0; i < kTileWidth<T>; ++i) {
-      rows_.maximum[i] =
-          product_.maximum == Maximum::fixed ? fixed_maximum(i) : row_maximum(scores_ + i * width_, width_);
+      rows_.maximum[i] = product_.maximum == Maximum::none ? kappa_unit(i) : row_maximum(scores_ + i * width_, width_);
     }
     for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
     for (Index i = 0; i < kTileWidth<T>; ++i) rows_.sum[i] = sum(load(lanes_ + i * kLanes<T>));
@@ -157,7 +156,7 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  T fixed_maximum(Index i) const { return is_nan(norm_[i]) ? T(0) : norm_[i] - rows_.base[i]; }
+  T kappa_unit(Index i) const { return is_nan(norm_[i]) ? T(0) : norm_[i] - rows_.base[i]; }
 
   /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become
   /// relative to a base.
@@ -177,14 +176,14 @@ class FewKeysRunner {
     for (Index j = 0; j < tile.count; ++j) {
       if (!near(j)) continue;
       const T* const k = product_.in.k.row(tile.row(j), tokens_ + d);
-      scores[j] = tile.key_part_of(j) - product_.space.bias * squared_distance(q, k, d);
+      scores[j] = tile.key_part_of(j) - product_.kernel.bias * squared_distance(q, k, d);
     }
   }
 
   /// kRows rows from the given one on, and the sums of each in lanes.
   void weigh_rows(Index first) {
     const auto limit = broadcast(highest_exponent<T>(product_.maximum));
-    Packet<T> total[extent(kRows)];
+    Packet<T> total[array_size(kRows)];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) total[r] = broadcast(T(0));
     T* row = scores_ + first * width_;

@@ -21,7 +21,8 @@ namespace attn::detail {
 /// longer than 256.
 template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> * Index{sizeof(T)}));
-static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
+static_assert(round_up_to_tiles(kTileKeys<float>) == kTileKeys<float> &&
+              round_up_to_tiles(kTileKeys<double>) == kTileKeys<double>);
 
 /// The keys of a tile that some queries see: the first count, of which all of them see the first by_all.
 struct SeenKeys {
@@ -94,14 +95,14 @@ struct KeyTile {
 template <class T>
 class KeyReader {
  public:
-  [[gnu::noinline]] KeyReader(const Sources<T>& in, const KeySpace<T>& space, Scratch& scratch)
+  [[gnu::noinline]] KeyReader(const Sources<T>& in, const LogKernel<T>& kernel, Scratch& scratch)
       : in_(in),
-        space_(space),
+        kernel_(kernel),
         drops_keys_(!in.mask.keep_key.empty() || !in.key_bias.empty()),
-        k_(drops_keys_ || space.center != nullptr || !in.k.in_place() ? scratch.elements<T>(kTileKeys<T> * in.k.cols())
-                                                                      : nullptr),
+        k_(drops_keys_ || kernel.center != nullptr || !in.k.in_place() ? scratch.elements<T>(kTileKeys<T> * in.k.cols())
+                                                                       : nullptr),
         v_(drops_keys_ || !in.v.in_place() ? scratch.elements<T>(kTileKeys<T> * in.v.cols()) : nullptr),
-        norm_bias_(space.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
+        norm_bias_(kernel.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
         key_bias_(in.key_bias.empty() ? nullptr : scratch.elements<T>(3 * kTileKeys<T>)),
         rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
@@ -142,7 +143,7 @@ class KeyReader {
     for (Index j = 0; j < tile.count; ++j) {
       T* to = k_ + j * d;
       in_.k.copy_row(tile.row(j), to);
-      if (space_.center != nullptr) add_row(T(-1), space_.center, to, d);
+      if (kernel_.center != nullptr) add_row(T(-1), kernel_.center, to, d);
     }
     tile.k = k_;
     tile.k_stride = d;
@@ -150,7 +151,7 @@ class KeyReader {
 
   void set_norm_bias(KeyTile<T>& tile) const {
     for (Index j = 0; j < tile.count; ++j) {
-      norm_bias_[j] = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
+      norm_bias_[j] = -kernel_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
     }
     tile.bias = tile.norm_bias = norm_bias_;
   }
@@ -159,8 +160,8 @@ class KeyReader {
   void set_key_bias(KeyTile<T>& tile) const {
     T *const part = key_bias_ + kTileKeys<T>, *const bias = part + kTileKeys<T>;
     for (Index j = 0; j < tile.count; ++j) key_bias_[j] = in_.key_bias.data()[tile.row(j)];
-    tile.bias_origin =
-        space_.bias_origins.of_queries == nullptr ? space_.bias_origins.common : largest_origin(key_bias_, tile.count);
+    tile.bias_origin = kernel_.bias_origins.of_queries == nullptr ? kernel_.bias_origins.common
+                                                                  : largest_origin(key_bias_, tile.count);
     for (Index j = 0; j < tile.count; ++j) {
       part[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
       bias[j] = norm_bias_ == nullptr ? part[j] : part[j] + norm_bias_[j];
@@ -171,7 +172,7 @@ class KeyReader {
   }
 
   const Sources<T>& in_;
-  KeySpace<T> space_;
+  LogKernel<T> kernel_;
   bool drops_keys_;
   T *k_, *v_, *norm_bias_, *key_bias_;
   Index* rows_;

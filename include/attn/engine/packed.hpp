@@ -95,21 +95,21 @@ template <class T>
 }
 
 /// c <- keep c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is
-/// upcoming is fetched meanwhile.
+/// prefetch is fetched meanwhile.
 template <int kPackets, class T>
 [[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T keep,
-                                      MatrixRef<T> c, const Upcoming& upcoming) {
+                                      MatrixRef<T> c, const Prefetch& prefetch) {
   constexpr int kRows = kPanelRows<kPackets>;
   constexpr Index kWidth = kPackets * kLanes<T>;
-  alignas(64) T buffer[extent(kRows * kWidth)];
+  alignas(64) T buffer[array_size(kRows * kWidth)];
   for (Index i = 0; i < a.rows; i += kRows) {
     const Index rows = std::min<Index>(kRows, a.rows - i);
     const bool stores = keep == 0 && c.cols() == kWidth && rows == kRows;
     T* const to = c.data() + i * c.outerStride();
     T* const out = stores ? to : buffer;
     const Index out_stride = stores ? c.outerStride() : kWidth;
-    upcoming.fetch(i, kRows, a.rows);
-    Packet<T> tile[extent(kRows)][extent(kPackets)];
+    prefetch.fetch(i, kRows, a.rows);
+    Packet<T> tile[array_size(kRows)][array_size(kPackets)];
     multiply_tile(a.data + i * a.row_step, rows, a.row_step, a.column_step, panel, a.cols, tile);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -128,7 +128,7 @@ struct Panels {
   Index depth, packets;
 
   static Panels pack(const Operand<T>& b, Scratch& scratch) {
-    const Index packets = packets_of<T>(b.cols);
+    const Index packets = packet_count<T>(b.cols);
     const Panels panels{scratch.elements<T>(b.rows * packets * kLanes<T>), b.rows, packets};
     for (Index s = 0; s < panels.strips(); ++s) {
       const Range strip = panels.strip(s);
@@ -141,21 +141,21 @@ struct Panels {
   }
 
   /// Strips of at most kPanelPackets packets of columns.
-  Index strips() const { return strips_of(packets, kPanelPackets); }
+  Index strips() const { return strip_count(packets, kPanelPackets); }
 
-  /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at
+  /// c <- keep c + diag(factor) a b, as far as c has columns. What is prefetch is fetched meanwhile. Sums run over at
   /// most kDepth terms at a time.
   [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
-                                  Upcoming upcoming) const {
+                                  Prefetch prefetch) const {
     for (Index s = 0; s < strips(); ++s) {
-      multiply_strip(s, factor, a, keep, c, upcoming);
-      upcoming = {};
+      multiply_strip(s, factor, a, keep, c, prefetch);
+      prefetch = {};
     }
   }
 
   /// The same for the columns of one strip.
   void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
-                      Upcoming upcoming) const {
+                      Prefetch prefetch) const {
     const Range strip = this->strip(s);
     const Index wide = strip.last - strip.first, column = strip.first * kLanes<T>;
     const MatrixRef<T> to(c.data() + column, c.rows(), std::min(c.cols() - column, wide * kLanes<T>), c.outerStride());
@@ -165,10 +165,10 @@ struct Panels {
       const Operand<T> terms(a.data + first * a.column_step, a.rows, last - first, a.row_step, a.column_step);
       with_packets<kPanelPackets>(static_cast<int>(wide), [&](auto width) {
         multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? keep : T(1), to,
-                                 upcoming);
+                                 prefetch);
       });
       first = last;
-      upcoming = {};
+      prefetch = {};
     } while (first < depth);
   }
 

@@ -152,19 +152,19 @@ const T* choose_center(const Sources<T>& in, Scratch& scratch) {
 /// What all tiles of one call share: the origin that keys and queries are measured from (null: zero), which changes no
 /// distance but keeps digits, and the kernel in units of log2: log2 kappa = scale q.k - bias (|q|^2 + |k|^2) + a.
 template <class T>
-struct KeySpace {
+struct LogKernel {
   const T* center = nullptr;
   T scale = 0, bias = 0;
   BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
 };
 
-/// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
-enum class Maximum { running, fixed };
+/// What weights are relative to: the largest score so far, or nothing where no weight is above 1: they are kappa itself.
+enum class Maximum { running, none };
 
 /// What no exponent of a weight is above, but for rounding.
 template <class T>
 T highest_exponent(Maximum maximum) {
-  return maximum == Maximum::fixed ? T(0) : std::numeric_limits<T>::infinity();
+  return maximum == Maximum::none ? T(0) : std::numeric_limits<T>::infinity();
 }
 
 /// The statistics of a row before it has seen a key.
@@ -179,7 +179,7 @@ struct Partition {
 
   template <class T>
   static Partition of(Index n_q, Index n_k, Index d, Index d_v, Index workers) {
-    const Index packets = packets_of<T>(n_q), strips = strips_of(packets, kTilePackets);
+    const Index packets = packet_count<T>(n_q), strips = strip_count(packets, kTilePackets);
     const Index strip_bytes = (d + 2 * d_v) * kTileWidth<T> * Index{sizeof(T)};
     const Index strips_a_block = std::clamp<Index>(kBlockBytes / strip_bytes, kFewestStrips, kMostStrips);
     Index blocks = (strips + strips_a_block - 1) / strips_a_block;
@@ -250,7 +250,7 @@ RowScale<T> row_scale(Rows rows, std::type_identity_t<double> maximum, T sum) {
 /// Those of a strip.
 template <class T>
 struct RowScales {
-  alignas(64) T first[extent(kTileWidth<T>)], second[extent(kTileWidth<T>)];
+  alignas(64) T first[array_size(kTileWidth<T>)], second[array_size(kTileWidth<T>)];
   bool twice = false;  ///< whether any second_i is not 1
 
   void set(Index i, const RowScale<T>& scale) {
@@ -290,7 +290,7 @@ inline T row_log_sum(T maximum, T sum) {
 template <class T>
 struct Product {
   const Sources<T>& in;
-  KeySpace<T> space;
+  LogKernel<T> kernel;
   CausalLimits limits;
   Rows rows;
   bool bounded;
@@ -300,7 +300,7 @@ struct Product {
   /// log2 of what a query's weights are multiplied by in kappa: they are relative to its origin. query_bias: -bias
   /// |q|^2, what log2 kappa has beyond the score, plus the base of that.
   double origin(Index query, T query_bias) const {
-    return static_cast<double>(query_bias) + std::numbers::log2e * static_cast<double>(space.bias_origins.of(query));
+    return static_cast<double>(query_bias) + std::numbers::log2e * static_cast<double>(kernel.bias_origins.of(query));
   }
 
   /// What the weighted sums of so many queries, a multiple of kLanes, from the given one on, are multiplied by at the
@@ -311,7 +311,7 @@ struct Product {
       const auto divisor = max(load(of.sum + p), broadcast(std::numeric_limits<T>::min()));
       store(scales->first + p, broadcast(T(1)) / (rows == Rows::normalized ? divisor : broadcast(T(1))));
     }
-    if (rows == Rows::normalized || maximum == Maximum::fixed) return;
+    if (rows == Rows::normalized || maximum == Maximum::none) return;
     for (Index i = 0; i < lanes && query + i < in.q.rows(); ++i) {
       const double maximum_of_kernel = kernel_maximum(of.maximum[i], static_cast<double>(of.base[i] - norm[i]));
       scales->set(i, row_scale(rows, maximum_of_kernel + origin(query + i, T(0)), of.sum[i]));
@@ -330,7 +330,7 @@ struct Product {
       if (to.absolute == nullptr) continue;
       const double maximum_of_kernel = kernel_maximum(of.maximum[i], static_cast<double>(of.base[i] - norm[i]));
       const double log_sum = row_log_sum(maximum_of_kernel, static_cast<double>(of.sum[i])) +
-                             static_cast<double>(space.bias_origins.of(query + i));
+                             static_cast<double>(kernel.bias_origins.of(query + i));
       to.absolute[query + i] = keeps ? static_cast<T>(log_sum) : kNone;
     }
   }
@@ -358,10 +358,10 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
     if (is_gaussian) center = choose_center(in, scratch);
   }
   return {.in = in,
-          .space = {.center = center,
-                    .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
-                    .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
-                    .bias_origins = BiasOrigins<T>::of_inputs(in, scratch)},
+          .kernel = {.center = center,
+                     .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
+                     .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
+                     .bias_origins = BiasOrigins<T>::of_inputs(in, scratch)},
           .limits = CausalLimits::of_inputs(in),
           .rows = parameters.rows,
           .bounded = parameters.bounded(),

@@ -33,7 +33,7 @@ struct QueryStrip {
   static QueryStrip make(const Product<T>& product, Scratch& scratch) {
     T* const panel = scratch.elements<T>(kTileWidth<T> * product.in.q.cols());
     T* const norm = scratch.elements<T>(kTileWidth<T>);
-    const bool own_origins = product.space.bias_origins.of_queries != nullptr;
+    const bool own_origins = product.kernel.bias_origins.of_queries != nullptr;
     return {panel, norm, own_origins ? scratch.elements<T>(kTileWidth<T>) : nullptr, 0, 0, 0, 0, false};
   }
 
@@ -56,9 +56,9 @@ struct QueryStrip {
     for (Index i = 0; i < lanes(); ++i) {
       const bool held = holds(product, i);
       if (!held) norm[i] = 0;
-      far = far || (product.space.center != nullptr && norm[i] > kFarNorm<T>);
+      far = far || (product.kernel.center != nullptr && norm[i] > kFarNorm<T>);
       if (bias_origin == nullptr) continue;
-      bias_origin[i] = held ? product.space.bias_origins.of(first + i) : std::numeric_limits<T>::infinity();
+      bias_origin[i] = held ? product.kernel.bias_origins.of(first + i) : std::numeric_limits<T>::infinity();
     }
   }
 
@@ -70,8 +70,8 @@ struct QueryStrip {
     for (int i = 0; i < kLanes<T>; ++i) {
       rows[i] = holds(product, lane + i) ? q.row(first + lane + i, buffer + i * step) : nullptr;
     }
-    const auto squares = pack_rows(rows, d, product.space.center, product.space.scale, panel + lane, lanes());
-    store(norm + lane, broadcast(product.space.bias) * squares);
+    const auto squares = pack_rows(rows, d, product.kernel.center, product.kernel.scale, panel + lane, lanes());
+    store(norm + lane, broadcast(product.kernel.bias) * squares);
   }
 };
 

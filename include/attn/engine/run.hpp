@@ -75,8 +75,8 @@ void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& o
               Context& context) {
   Scratch scratch = context.scratch();
   const bool sums = logs.absolute != nullptr || logs.relative != nullptr;
-  run(make_product(kernel, in, sums ? Maximum::running : Maximum::fixed, context.workers(), scratch), out, logs,
-      context, scratch);
+  run(make_product(kernel, in, sums ? Maximum::running : Maximum::none, context.workers(), scratch), out, logs, context,
+      scratch);
 }
 
 /// The same; lse, unless null, are absolute.
@@ -116,8 +116,8 @@ void add_parts(MatrixRef<T> to, std::span<const MatrixRef<T>> parts, Context& co
 
 /// gradients and dbias <- those of a product, from partial ones for each part of the keys and of the queries.
 template <class T>
-void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradients<T>& gradients, std::span<T> dbias,
-                  Context& context, Scratch& scratch) {
+void run_backward(const Product<T>& product, const RowGradients<T>& rows, const Gradients<T>& gradients,
+                  std::span<T> dbias, Context& context, Scratch& scratch) {
   const Sources<T>& in = product.in;
   const BackwardPartition partition = BackwardPartition::of(in.q.rows(), in.k.rows());
   const Index query_parts = partition.query_parts, key_parts = partition.key_parts;
@@ -134,7 +134,7 @@ void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradie
     std::construct_at(&dv[p], scratch.matrix<T>(in.v.rows(), in.v.cols()));
     std::construct_at(&bias[p], scratch.matrix<T>(bias_column.rows(), 1));
   }
-  BackwardRunner<T>* const runners = scratch.make<BackwardRunner<T>>(context.workers(), product, seeds, scratch);
+  BackwardRunner<T>* const runners = scratch.make<BackwardRunner<T>>(context.workers(), product, rows, scratch);
   context.for_each(key_parts * query_parts, [&](Index item, int worker) {
     const auto key = static_cast<std::size_t>(item / query_parts), query = static_cast<std::size_t>(item % query_parts);
     runners[worker].run(nth_part(product.partition.strips, query_parts, item % query_parts),
@@ -151,14 +151,14 @@ void run_backward(const Product<T>& product, const Seeds<T>& seeds, const Gradie
 /// anything, and have no gradient.
 template <class T>
 void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias, MatrixRef<T> dk) {
-  const T twice_bias = 2 * std::numbers::ln2_v<T> * product.space.bias;
+  const T twice_bias = 2 * std::numbers::ln2_v<T> * product.kernel.bias;
   for (Index j = 0; j < dk.rows(); ++j) {
     if (dbias[static_cast<std::size_t>(j)] == 0) continue;
     const T* k = product.in.k.data() + j * product.in.k.outerStride();
     T* to = dk.data() + j * dk.outerStride();
     const T factor = twice_bias * dbias[static_cast<std::size_t>(j)];
     for (Index c = 0; c < dk.cols(); ++c)
-      to[c] -= factor * (k[c] - (product.space.center == nullptr ? T(0) : product.space.center[c]));
+      to[c] -= factor * (k[c] - (product.kernel.center == nullptr ? T(0) : product.kernel.center[c]));
   }
 }
 
@@ -171,11 +171,11 @@ void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMat
   const Sources<T> sources = detail::sources(in);
   const Product<T> product = make_product(kernel, sources, Maximum::running, context.workers(), scratch);
   const bool normalized = product.rows == Rows::normalized;
-  const Seeds<T> seeds{dout, normalized ? lse : std::span<const RowLog<T>>{},
-                       normalized ? row_dots<T>(out, dout, scratch) : std::span<const T>{}};
-  if (product.space.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
-  run_backward(product, seeds, gradients, dbias, context, scratch);
-  if (product.space.bias != 0) subtract_norm_gradient<T>(product, dbias, gradients.dk);
+  const RowGradients<T> rows{dout, normalized ? lse : std::span<const RowLog<T>>{},
+                             normalized ? row_dots<T>(out, dout, scratch) : std::span<const T>{}};
+  if (product.kernel.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
+  run_backward(product, rows, gradients, dbias, context, scratch);
+  if (product.kernel.bias != 0) subtract_norm_gradient<T>(product, dbias, gradients.dk);
 }
 
 /// What absolute log-sums have beyond relative ones, Product::origin in units of log, for each query; 0 for dropped
@@ -188,8 +188,8 @@ std::span<const double> log_origins(const Kernel& kernel, const Sources<T>& in, 
   T* const row = temporary.elements<T>(in.q.cols());
   for (Index i = 0; i < in.q.rows(); ++i) {
     in.q.copy_row(i, row);
-    if (product.space.center != nullptr) add_row(T(-1), product.space.center, row, in.q.cols());
-    const T query_bias = product.space.bias == 0 ? T(0) : -product.space.bias * squared_norm(row, in.q.cols());
+    if (product.kernel.center != nullptr) add_row(T(-1), product.kernel.center, row, in.q.cols());
+    const T query_bias = product.kernel.bias == 0 ? T(0) : -product.kernel.bias * squared_norm(row, in.q.cols());
     origins[static_cast<std::size_t>(i)] = keeps_query(in, i) ? std::numbers::ln2 * product.origin(i, query_bias) : 0;
   }
   return origins;

@@ -24,8 +24,8 @@ class BlockRunner {
  public:
   BlockRunner(const Product<T>& product, Scratch& scratch)
       : product_(product),
-        reader_(product.in, product.space, scratch),
-        kernel_(product.in, product.space.bias, product.maximum, scratch),
+        reader_(product.in, product.kernel, scratch),
+        kernel_(product.in, product.kernel.bias, product.maximum, scratch),
         rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
         strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
     for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
@@ -119,29 +119,29 @@ class BlockRunner {
       tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
       const KeyTile<T> read = reader_.read(tile.first, tile.last);
       const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};
-      std::array<Upcoming, 2> upcoming{Upcoming::of(product_.in.v.memory(), tile),
-                                       Upcoming::of(product_.in.k.memory(), next)};
+      std::array<Prefetch, 2> prefetch{Prefetch::of(product_.in.v.memory(), tile),
+                                       Prefetch::of(product_.in.k.memory(), next)};
       for (Index s = 0; s < count_; ++s) {
         const QueryStrip<T>& queries = strips_[s].queries;
-        if (tile.last == end) upcoming[1] = Upcoming::of(to, queries.rows());
-        kernel_.add(queries, strips_[s].*state, read, product_.limits.of(queries.first), upcoming);
-        upcoming = {};
+        if (tile.last == end) prefetch[1] = Prefetch::of(to, queries.rows());
+        kernel_.add(queries, strips_[s].*state, read, product_.limits.of(queries.first), prefetch);
+        prefetch = {};
       }
     }
   }
 
-  /// Where the maximum is fixed, weights are kappa itself, and what is far from the center has its base from the
+  /// Without a maximum, weights are kappa itself, and what is far from the center has its base from the
   /// beginning. A norm that is NaN makes scores NaN, where the query sees a key.
   void reset(const Lanes& strip, const LaneState<T>& state) const {
     const QueryStrip<T>& queries = strip.queries;
-    const bool fixed = product_.maximum == Maximum::fixed;
+    const bool no_maximum = product_.maximum == Maximum::none;
     for (Index i = 0; i < queries.lanes(); ++i) {
-      const bool far = fixed && queries.far && queries.norm[i] > kFarNorm<T>;
+      const bool far = no_maximum && queries.far && queries.norm[i] > kFarNorm<T>;
       state.base[i] = far ? queries.norm[i] : T(0);
-      state.maximum[i] = !fixed ? kNoMaximum<T> : far || is_nan(queries.norm[i]) ? T(0) : queries.norm[i];
+      state.maximum[i] = !no_maximum ? kNoMaximum<T> : far || is_nan(queries.norm[i]) ? T(0) : queries.norm[i];
     }
     std::fill_n(state.sum, queries.lanes(), T(0));
-    std::fill_n(state.weighted, queries.lanes() * whole_tiles(product_.in.v.cols()), T(0));
+    std::fill_n(state.weighted, queries.lanes() * round_up_to_tiles(product_.in.v.cols()), T(0));
   }
 
   /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the
@@ -149,8 +149,8 @@ class BlockRunner {
   T set_state_scale(const Lanes& strip, Index i, T sum, T* scale) const {
     *scale = 1;
     if (sum == 0) return kNoMaximum<T>;
-    if (product_.maximum == Maximum::fixed) return 0;
-    const auto bias = static_cast<double>(product_.space.bias_origins.of(strip.queries.first + i));
+    if (product_.maximum == Maximum::none) return 0;
+    const auto bias = static_cast<double>(product_.kernel.bias_origins.of(strip.queries.first + i));
     const double origin = std::numbers::log2e * bias,
                  rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
     const double relative = product_.kernel_maximum(
@@ -173,15 +173,15 @@ class BlockRunner {
 
   /// -bias |q|^2, in double: states of other keys, whose center may be another, are compared by it.
   double exact_query_bias(Index query) const {
-    if (product_.space.bias == 0) return 0;
+    if (product_.kernel.bias == 0) return 0;
     double squares = 0;
     const T* const q = product_.in.q.row(query, rows_);
-    const T* const center = product_.space.center;
+    const T* const center = product_.kernel.center;
     for (Index c = 0; c < product_.in.q.cols(); ++c) {
       const auto x = static_cast<double>(center == nullptr ? q[c] : q[c] - center[c]);
       squares += x * x;
     }
-    return -static_cast<double>(product_.space.bias) * squares;
+    return -static_cast<double>(product_.kernel.bias) * squares;
   }
 
   /// to <- scales times the rows of a strip; dropped queries become 0.

@@ -39,7 +39,7 @@ struct LaneState : RowStatistics<T> {
   T* weighted;
 
   [[gnu::noinline]] static LaneState make(Index d_v, Scratch& scratch) {
-    T* const rows = scratch.elements<T>(kTileWidth<T> * (3 + whole_tiles(d_v)));
+    T* const rows = scratch.elements<T>(kTileWidth<T> * (3 + round_up_to_tiles(d_v)));
     return {{rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>}, rows + 3 * kTileWidth<T>};
   }
 };
@@ -61,12 +61,12 @@ inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, I
   align_bases(total, recent, lanes);
   for (Index p = 0; p < lanes; p += kLanes<T>) {
     const auto a = load(total.maximum + p), b = load(recent.maximum + p), top = max(a, b);
-    const auto keep = exp2_bounded(a - top), add = exp2_bounded(b - top);
+    const auto of_total = exp2_bounded(a - top), of_recent = exp2_bounded(b - top);
     store(total.maximum + p, top);
-    store(total.sum + p, multiply_add(load(recent.sum + p), add, load(total.sum + p) * keep));
+    store(total.sum + p, multiply_add(load(recent.sum + p), of_recent, load(total.sum + p) * of_total));
     for (Index c = 0; c < d_v; ++c) {
       T* to = total.weighted + c * lanes + p;
-      store(to, multiply_add(load(recent.weighted + c * lanes + p), add, load(to) * keep));
+      store(to, multiply_add(load(recent.weighted + c * lanes + p), of_recent, load(to) * of_total));
     }
   }
 }
@@ -104,7 +104,7 @@ template <int kPackets, class T>
   constexpr Index kWidth = kPackets * kLanes<T>;
   Index first = 0;
   for (; d - first > kFeaturesAtOnce; first += kFeaturesAtOnce) {
-    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(k + first, rows, k_stride, 1, queries + first * kWidth, kFeaturesAtOnce, score);
 #pragma GCC unroll 32
     for (int i = 0; i < kTileRows * kPackets; ++i) {
@@ -119,14 +119,14 @@ template <int kPackets, class T>
 /// as a bias is added to the products at last, for a sum that began with it would be rounded at its size all along.
 template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
-                                  const Upcoming& upcoming) {
+                                  const Prefetch& prefetch) {
   std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
   for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
-    upcoming.fetch(j, kTileRows, count);
+    prefetch.fetch(j, kTileRows, count);
     const T* const k = tile.k + j * tile.k_stride;
     const Index first =
         d <= kFeaturesAtOnce ? 0 : score_first_features<kPackets>(k, count - j, tile.k_stride, queries, d, panel);
-    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(k + first, count - j, tile.k_stride, 1, queries + first * kPackets * kLanes<T>, d - first, score);
     if (first > 0) add_panel(panel, score);
     if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
@@ -172,11 +172,11 @@ void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hi
 }
 
 /// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where
-/// the maximum is fixed, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
+/// there is no maximum, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
 /// weights could be any numbers).
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T limit, T* sum) {
-  Packet<T> top[extent(kPackets)], total[extent(kPackets)];
+  Packet<T> top[array_size(kPackets)], total[array_size(kPackets)];
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) {
     top[p] = load(maximum + p * kLanes<T>);
@@ -197,10 +197,10 @@ template <int kPackets, class T>
 /// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
 template <int kPackets, class T>
 [[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count,
-                                  const T* correction, T* weighted, const Upcoming& upcoming) {
+                                  const T* correction, T* weighted, const Prefetch& prefetch) {
   for (Index c = 0; c < d_v; c += kTileRows) {
-    upcoming.fetch(c, kTileRows, d_v);
-    Packet<T> tile[extent(kTileRows)][extent(kPackets)];
+    prefetch.fetch(c, kTileRows, d_v);
+    Packet<T> tile[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(v + c, d_v - c, 1, v_stride, weights, count, tile);
 #pragma GCC unroll 32
     for (int i = 0; i < kTileRows * kPackets; ++i, weighted += kLanes<T>) {
@@ -227,15 +227,15 @@ class StripKernel {
         finite_values_(scratch.elements<T>(kTileKeys<T> * d_v_)) {}
 
   /// Adds the keys of a tile to the state of a strip, whose first query sees row numbers up to limit, as in
-  /// KeyTile::seen_by. upcoming: what is used next, fetched during the first product and during the second.
+  /// KeyTile::seen_by. prefetch: what is used next, fetched during the first product and during the second.
   void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
-           const std::array<Upcoming, 2>& upcoming) const {
+           const std::array<Prefetch, 2>& prefetch) const {
     const SeenKeys seen = tile.seen_by(strip.count, limit);
     if (seen.count == 0) return;
     const bool own_origins = strip.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      score_keys<packets>(scored, seen.count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
+      score_keys<packets>(scored, seen.count, strip.panel, d_, panel_, tile_maximum_, prefetch[0]);
     });
     hide(strip, tile, seen, limit);
     if (strip.far) refine(strip, state, scored, seen.count);
@@ -253,7 +253,7 @@ class StripKernel {
     if (seen.partly() && !tile.values().finite_keys(seen.by_all, seen.count, d_v_)) {
       return add_seen_values(strip, state, tile, seen.count, limit);
     }
-    add_weighted(strip, state, tile.v, tile.v_stride, seen.count, upcoming[1]);
+    add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
   }
 
  private:
@@ -281,7 +281,7 @@ class StripKernel {
   /// to: the maximum.
   const T* raise_maximum(const QueryStrip<T>& strip, const LaneState<T>& state, const T* of_tile) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
-      if (maximum_ == Maximum::fixed) {
+      if (maximum_ == Maximum::none) {
         store(correction_ + p, broadcast(T(1)));
         continue;
       }
@@ -308,9 +308,9 @@ class StripKernel {
   }
 
   void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const T* v, Index v_stride, Index count,
-                    const Upcoming& upcoming) const {
+                    const Prefetch& prefetch) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      add_values<packets>(v, v_stride, d_v_, panel_, count, correction_, state.weighted, upcoming);
+      add_values<packets>(v, v_stride, d_v_, panel_, count, correction_, state.weighted, prefetch);
     });
   }
 

@@ -211,16 +211,16 @@ Index count_kept(Index n, const Keeps& keeps) {
 /// Rows of a matrix that will soon be read or written. Fetched into the cache a few at a time, between the steps of a
 /// loop whose arithmetic hides the wait: the processor's own prefetching stops at the end of each 4 KiB page, which is
 /// 16 rows of 64 floats.
-class Upcoming {
+class Prefetch {
  public:
-  Upcoming() = default;
+  Prefetch() = default;
 
   /// The given rows of m, as far as m has them.
-  [[gnu::noinline]] static Upcoming of(const MemoryRows& m, Range rows) {
-    Upcoming upcoming;
-    if (rows.first >= std::min(rows.last, m.rows)) return upcoming;
-    upcoming.memory_ = {m.row(rows.first), std::min(rows.last, m.rows) - rows.first, m.row_bytes, m.stride_bytes};
-    return upcoming;
+  [[gnu::noinline]] static Prefetch of(const MemoryRows& m, Range rows) {
+    Prefetch prefetch;
+    if (rows.first >= std::min(rows.last, m.rows)) return prefetch;
+    prefetch.memory_ = {m.row(rows.first), std::min(rows.last, m.rows) - rows.first, m.row_bytes, m.stride_bytes};
+    return prefetch;
   }
 
   /// The share of all rows that falls to steps [first, first + count) of a loop of so many steps.
