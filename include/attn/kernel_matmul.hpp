@@ -79,7 +79,7 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
                               context);
 }
 
-/// The same without log-sums.
+/// kernel_matmul without log-sums.
 template <ScoreKernel Kernel, class T>
   requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,

@@ -247,7 +247,7 @@ RowScale<T> row_scale(Rows rows, std::type_identity_t<double> maximum, T sum) {
   return {static_cast<T>(std::exp2(once)), static_cast<T>(std::exp2(again))};
 }
 
-/// Those of a strip.
+/// What the rows of a strip are multiplied by.
 template <class T>
 struct RowScales {
   alignas(64) T first[array_size(kTileWidth<T>)], second[array_size(kTileWidth<T>)];

@@ -48,7 +48,7 @@ inline Packet<T> load_row(const T* row, Index first, Index d, T fill = 0) {
   return first + kLanes<T> <= d ? load_unaligned(row + first) : load_some(row + first, d - first, fill);
 }
 
-/// The same of a row that may be null, which is all zeros.
+/// load_row of a row that may be null, which is all zeros.
 template <class T>
 inline Packet<T> load_row_if(const T* row, Index first, Index d) {
   return row == nullptr ? broadcast(T(0)) : load_row(row, first, d);

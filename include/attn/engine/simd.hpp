@@ -149,7 +149,7 @@ inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
 }
 
 #if defined(EIGEN_VECTORIZE_AVX512)
-// Of all lanes, by a mask: without one GCC 12 warns of its own header.
+// By a mask of all lanes: without one GCC 12 warns of its own header.
 inline Packet<float> max(Packet<float> a, Packet<float> b) {
   return {_mm512_mask_max_ps(a.raw, 0xFFFF, b.raw, a.raw)};
 }

@@ -294,7 +294,7 @@ class StripKernel {
     return state.maximum;
   }
 
-  /// The same for a tile whose biases are counted from another origin than those of each query, which is no smaller.
+  /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no smaller.
   /// The weights are relative to the maximum as counted from the tile's origin; where that is too far below to be told
   /// from it, to the tile's own.
   const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
