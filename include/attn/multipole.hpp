@@ -44,8 +44,7 @@ class Multipole {
     for (Index first = 0; first < groups.groups.count(); first += wave) {
       const Range some{first, std::min(first + wave, groups.groups.count())};
       summaries.look_from(groups, some, product.kernel.scale);
-      context.for_each(keys.clusters.count(),
-                       [&](Index c, int worker) { clusters[worker].summarize(c, summaries); });
+      context.for_each(keys.clusters.count(), [&](Index c, int worker) { clusters[worker].summarize(c, summaries); });
       context.for_each(some.last - some.first, [&](Index lane, int worker) {
         const Range range = groups.groups.range(some.first + lane);
         const Index blocks = (range.last - range.first + kTileWidth<T> - 1) / kTileWidth<T>;

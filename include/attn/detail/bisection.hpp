@@ -2,14 +2,17 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/engine/packed.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <span>
 #include <utility>
@@ -24,6 +27,26 @@ struct ClusteredRows {
   Index count() const { return static_cast<Index>(starts.size()) - 1; }
   Range range(Index c) const { return {starts.data()[c], starts.data()[c + 1]}; }
 };
+
+/// to <- the sum of factor_i row_i, of so many rows of width elements, one after another; a multiple of kLanes.
+template <class T>
+void add_scaled_rows(const T* factors, Index count, const T* rows, Index width, T* to) {
+  constexpr int kAtOnce = 4;  // chains of sums that do not wait for one another
+  for (Index c = 0; c < width; c += kAtOnce * kLanes<T>) {
+    Packet<T> total[array_size(kAtOnce)];
+    const Index packets = std::min<Index>(kAtOnce, (width - c) / kLanes<T>);
+    for (int p = 0; p < kAtOnce; ++p) total[p] = broadcast(T(0));
+    for (Index i = 0; i < count; ++i) {
+      const auto factor = broadcast(factors[i]);
+#pragma GCC unroll 4
+      for (int p = 0; p < kAtOnce; ++p) {
+        const Index at = c + std::min<Index>(p, packets - 1) * kLanes<T>;
+        total[p] = multiply_add(factor, load(rows + i * width + at), total[p]);
+      }
+    }
+    for (int p = 0; p < packets; ++p) store(to + c + p * kLanes<T>, total[p]);
+  }
+}
 
 /// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w floor(p / 2) / p)
 /// rows and the others, by their order along the direction of largest variance; ties go by row number. One for each
@@ -59,8 +82,8 @@ class Bisection {
   }
 
  private:
-  static constexpr Index kSample = 64;  ///< rows that a direction is found from
-  static constexpr int kSteps = 4;      ///< power iterations
+  static constexpr Index kSample = 128;  ///< rows that a direction is found from
+  static constexpr int kSteps = 8;       ///< power iterations
 
   /// Rows, and which parts they become.
   struct Node {
@@ -73,82 +96,119 @@ class Bisection {
     Node second_half() const { return {{middle(), rows.last}, {middle_part(), parts.last}}; }
   };
 
-  struct Place {
-    T along;
-    Index row;
-
-    bool operator<(const Place& other) const {
-      return along < other.along || (along == other.along && row < other.row);
-    }
-  };
+  /// Where a row lies along a direction, as a number that is ordered as float is, and below it which row it is: ties go
+  /// by row number. A NaN lies beyond all.
+  static std::uint64_t place(T along, Index row) {
+    const auto x = is_nan(along) ? std::numeric_limits<float>::infinity() : static_cast<float>(along);
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000U;
+    return std::uint64_t{ordered} << 32 | static_cast<std::uint32_t>(row);
+  }
 
   Bisection(const TokenRows<T>& x, const ClusteredRows& clusters, Index workers, Scratch& scratch)
       : x_(x),
         clusters_(clusters),
-        places_(scratch.elements<Place>(static_cast<Index>(clusters.rows.size()))),
-        sorted_(scratch.elements<Place>(static_cast<Index>(clusters.rows.size()))),
-        memory_(scratch.elements<T>(workers * (kSample + 4) * x.cols())) {}
+        places_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()))),
+        sorted_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()))),
+        sample_size_(round_up(kSample) * (x.cols() + 1)),
+        row_size_(round_up(x.cols())),
+        memory_(scratch.elements<T>(workers * memory_size())) {}
+
+  static Index round_up(Index n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+
+  /// A direction, the next one, a row, and the sample: as rows, and transposed with a row of products.
+  Index memory_size() const { return 3 * row_size_ + kSample * row_size_ + sample_size_; }
 
   void split(const Node& node, int worker) const {
     if (node.size() <= 1) return;
     clusters_.starts.data()[node.middle_part()] = node.middle();
-    T* const memory = memory_ + worker * (kSample + 4) * x_.cols();
-    T *const direction = memory, *const buffer = memory + x_.cols();
-    set_direction(node.rows, direction, buffer);
+    T *const direction = memory_ + worker * memory_size(), *const buffer = direction + row_size_;
+    set_direction(node.rows, direction);
     Index* const rows = clusters_.rows.data();
-    for (Index i = node.rows.first; i < node.rows.last; ++i) {
-      const T along = dot_product(x_.row(rows[i], buffer), direction, x_.cols());
-      places_[i] = sorted_[i] = {is_nan(along) ? std::numeric_limits<T>::infinity() : along, rows[i]};
+    for (Index first = node.rows.first; first < node.rows.last; first += kLanes<T>) {
+      const T* some[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        some[i] = first + i < node.rows.last ? x_.row(rows[first + i], buffer + i * row_size_) : nullptr;
+      }
+      alignas(64) T along[array_size(kLanes<T>)];
+      store(along, dot_products<T>(some, direction, x_.cols()));
+      for (Index i = first; i < std::min(first + kLanes<T>, node.rows.last); ++i) {
+        places_[i] = sorted_[i] = place(along[i - first], rows[i]);
+      }
     }
     const Index middle = node.middle();
     std::nth_element(sorted_ + node.rows.first, sorted_ + middle, sorted_ + node.rows.last);
     Index first = node.rows.first, second = middle;
     for (Index i = node.rows.first; i < node.rows.last; ++i) {
-      rows[places_[i] < sorted_[middle] ? first++ : second++] = places_[i].row;
+      rows[places_[i] < sorted_[middle] ? first++ : second++] = static_cast<Index>(places_[i] & 0xffffffffU);
     }
   }
 
-  /// direction <- about the principal direction of a sample of the rows.
-  void set_direction(Range node, T* direction, T* memory) const {
-    const Index d = x_.cols(), width = node.last - node.first, count = std::min(kSample, width);
-    T *const mean = memory, *const next = memory + d, *const sample = memory + 2 * d;
-    std::fill_n(mean, d, T(0));
-    for (Index i = 0; i < count; ++i) {
-      x_.copy_row(clusters_.rows.data()[node.first + (2 * i + 1) * width / (2 * count)], sample + i * d);
-      add_row(1 / static_cast<T>(count), sample + i * d, mean, d);
+  /// direction (d, memory beyond it) <- about the principal direction of a sample of the rows: power iterations from
+  /// the coordinate of largest variance. Rows that are not finite do not count.
+  void set_direction(Range node, T* direction) const {
+    const Index d = x_.cols(), width = node.last - node.first, most = std::min(kSample, width);
+    T *const next = direction + row_size_, *const mean = next + row_size_, *const rows = mean + row_size_;
+    T *const panel = rows + kSample * row_size_, *const products = panel + round_up(kSample) * d;
+    std::fill_n(mean, row_size_, T(0));
+    Index count = 0;
+    for (Index i = 0; i < most; ++i) {
+      T* const row = rows + count * row_size_;
+      x_.copy_row(clusters_.rows.data()[node.first + (2 * i + 1) * width / (2 * most)], row);
+      if (!is_finite(squared_norm(row, d))) continue;
+      add_row(T(1), row, mean, d);
+      ++count;
     }
-    std::fill_n(next, d, T(0));
-    for (Index i = 0; i < count; ++i) {
-      add_row(T(-1), mean, sample + i * d, d);
-      add_square(sample + i * d, next, d);
-    }
+    std::fill_n(direction, row_size_, T(0));
+    direction[0] = 1;
+    if (count == 0) return;
+    scale_row(1 / static_cast<T>(count), mean, mean, d);
+    for (Index i = 0; i < count; ++i) std::fill_n(rows + i * row_size_ + d, row_size_ - d, T(0));
+    const Index lanes = round_up(count);
+    const auto widest = center_sample(rows, count, mean, panel, lanes);
     std::fill_n(direction, d, T(0));
-    direction[std::max_element(next, next + d) - next] = 1;
+    direction[widest] = 1;
     for (int step = 0; step < kSteps; ++step) {
-      std::fill_n(next, d, T(0));
-      for (Index i = 0; i < count; ++i) {
-        add_row(dot_product(sample + i * d, direction, d), sample + i * d, next, d);
-      }
+      add_scaled_rows(direction, d, panel, lanes, products);
+      add_scaled_rows(products, count, rows, row_size_, next);
       const T norm = std::sqrt(squared_norm(next, d));
       if (!(norm > 0) || !is_finite(norm)) return;
       scale_row(1 / norm, next, direction, d);
     }
   }
 
-  static void add_square(const T* row, T* to, Index d) {
-    for (Index c = 0; c < d; ++c) to[c] += row[c] * row[c];
+  /// Rows relative to their mean, in place and as a panel of so many lanes. Returns the coordinate of largest variance.
+  Index center_sample(T* rows, Index count, const T* mean, T* panel, Index lanes) const {
+    const Index d = x_.cols();
+    for (Index lane = 0; lane < lanes; lane += kLanes<T>) {
+      const T* some[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) some[i] = lane + i < count ? rows + (lane + i) * row_size_ : nullptr;
+      pack_rows<T>(some, d, mean, T(1), panel + lane, lanes);
+    }
+    for (Index i = 0; i < count; ++i) add_row(T(-1), mean, rows + i * row_size_, d);
+    Index widest = 0;
+    T most = -1;
+    for (Index c = 0; c < d; ++c) {
+      for (Index i = count; i < lanes; ++i) panel[c * lanes + i] = 0;
+      const T variance = squared_norm(panel + c * lanes, lanes);
+      if (variance > most) {
+        most = variance;
+        widest = c;
+      }
+    }
+    return widest;
   }
 
   const TokenRows<T>& x_;
   ClusteredRows clusters_;
-  Place *places_, *sorted_;
+  std::uint64_t *places_, *sorted_;
+  Index sample_size_, row_size_;
   T* memory_;
 };
 
 /// The rows that keeps keeps, in at most parts clusters.
 template <class T, class Keeps>
-ClusteredRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, Context& context,
-                           Scratch& scratch) {
+ClusteredRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, Context& context, Scratch& scratch) {
   const Index kept = count_kept(x.rows(), keeps);
   const ClusteredRows clusters{scratch.array<Index>(kept), scratch.array<Index>(std::min(parts, kept) + 1)};
   for (Index row = 0, i = 0; row < x.rows(); ++row) {

@@ -55,8 +55,12 @@ struct KeyClusters {
   static KeyClusters make(const Sources<T>& in, const LogKernel<T>& kernel, Index parts, Context& context,
                           Scratch& scratch) {
     const Index d = in.k.cols(), d_v = in.v.cols();
-    KeyClusters keys{cluster_rows(in.k, kept_keys(in), parts, context, scratch), {nullptr, 0, 0, 0}, nullptr,
-                     {nullptr, 0, 0, 0}, nullptr, d};
+    KeyClusters keys{cluster_rows(in.k, kept_keys(in), parts, context, scratch),
+                     {nullptr, 0, 0, 0},
+                     nullptr,
+                     {nullptr, 0, 0, 0},
+                     nullptr,
+                     d};
     const Index n = static_cast<Index>(keys.clusters.rows.size()), m = keys.clusters.count();
     std::construct_at(&keys.tokens, scratch.matrix<T>(n, d + d_v));
     std::construct_at(&keys.key_variance, scratch.matrix<T>(m, d));
@@ -95,8 +99,7 @@ struct KeyClusters {
 
   void set_bias(const Sources<T>& in, const LogKernel<T>& kernel, Index row, const T* key, T* to) const {
     *to = kernel.bias == 0 ? T(0) : -kernel.bias * squared_norm(key, d);
-    if (!in.key_bias.empty())
-      *to += std::numbers::log2e_v<T> * (in.key_bias.data()[row] - kernel.bias_origins.common);
+    if (!in.key_bias.empty()) *to += std::numbers::log2e_v<T> * (in.key_bias.data()[row] - kernel.bias_origins.common);
   }
 };
 
@@ -112,9 +115,8 @@ struct QueryGroups {
     const ClusteredRows groups = cluster_rows(in.q, kept_queries(in), parts, context, scratch);
     const QueryGroups made{groups, scratch.matrix<T>(groups.count(), d)};
     const auto buffers = scratch.matrix<T>(context.workers(), d);
-    context.for_each(groups.count(), [&](Index g, int worker) {
-      made.set_mean(in.q, kernel.center, g, buffers.data() + worker * d);
-    });
+    context.for_each(groups.count(),
+                     [&](Index g, int worker) { made.set_mean(in.q, kernel.center, g, buffers.data() + worker * d); });
     return made;
   }
 
@@ -204,9 +206,16 @@ class ClusterRunner {
       }
       unpack_rows(state_.weighted + p, lanes, width, broadcast(T(1)) / load(state_.sum + p), rows);
     }
+    alignas(64) T scores[array_size(kTileWidth<T>)];  // s l.k_c
+    for (Index p = 0; p < lanes; p += kLanes<T>) {
+      auto total = broadcast(T(0));
+      for (Index x = 0; x < keys_.d; ++x) {
+        total = multiply_add(load(to.landmarks.panel + x * lanes + p), load(state_.weighted + x * lanes + p), total);
+      }
+      store(scores + p, total / load(state_.sum + p));
+    }
     for (Index i = 0; i < to.landmarks.count; ++i) {
-      const T score = dot_product(to.scaled.data() + i * keys_.d, to.tokens.data() + (i * m + c) * width, keys_.d);
-      to.bias.data()[i * m + c] = state_.maximum[i] + std::log2(state_.sum[i]) - score;
+      to.bias.data()[i * m + c] = state_.maximum[i] + std::log2(state_.sum[i]) - scores[i];
     }
   }
 
@@ -286,8 +295,14 @@ class FieldRunner {
     for (Index c = 0; c < m; c += kTileKeys<T>) {
       const T* const tokens = summaries.tokens.data() + (block.lane * m + c) * width;
       const Index count = std::min(m - c, kTileKeys<T>);
-      const KeyTile<T> tile{.k = tokens, .v = nullptr, .bias = summaries.bias.data() + block.lane * m + c,
-                            .k_stride = width, .v_stride = 0, .rows = nullptr, .first = 0, .count = count};
+      const KeyTile<T> tile{.k = tokens,
+                            .v = nullptr,
+                            .bias = summaries.bias.data() + block.lane * m + c,
+                            .k_stride = width,
+                            .v_stride = 0,
+                            .rows = nullptr,
+                            .first = 0,
+                            .count = count};
       with_packets<kTilePackets>(strip_.packets, [&](auto packets) {
         score_keys<packets>(tile, count, strip_.panel, keys_.d, scores_ + c * lanes, maximum, {});
       });
@@ -309,14 +324,21 @@ class FieldRunner {
       share[i] = i < strip_.count && is_finite(state_.sum[i]) && state_.sum[i] > 0 ? 1 / state_.sum[i] : T(0);
     }
     set_displacement(block, summaries, share);
-    for (Index c = 0; c < m; ++c) {
-      auto total = broadcast(T(0));
-      for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {
-        total = multiply_add(load(scores_ + c * strip_.lanes() + p), load(share + p), total);
+    for (Index first = 0; first < m; first += kLanes<T>) {
+      const T* variances[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        variances[i] = first + i < m ? keys_.key_variance.data() + (first + i) * keys_.d : nullptr;
       }
-      const T spread = std::sqrt(dot_product(keys_.key_variance.data() + c * keys_.d, displacement_, keys_.d));
-      terms_[c] = sum(total) * spread * keys_.value_spread[c];
-      near_[c] = c;
+      alignas(64) T spread[array_size(kLanes<T>)];
+      store(spread, dot_products<T>(variances, displacement_, keys_.d));
+      for (Index c = first; c < std::min(first + kLanes<T>, m); ++c) {
+        auto total = broadcast(T(0));
+        for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {
+          total = multiply_add(load(scores_ + c * strip_.lanes() + p), load(share + p), total);
+        }
+        terms_[c] = sum(total) * std::sqrt(spread[c - first]) * keys_.value_spread[c];
+        near_[c] = c;
+      }
     }
     const auto errs_more = [&](Index a, Index b) { return terms_[a] > terms_[b] || (terms_[a] == terms_[b] && a < b); };
     std::nth_element(near_, near_ + count - 1, near_ + m, errs_more);
@@ -342,7 +364,7 @@ class FieldRunner {
   void add_far(const QueryBlock& block, const Summaries<T>& summaries, Index count) {
     const Index m = keys_.clusters.count(), lanes = strip_.lanes(), width = keys_.tokens.cols();
     for (Index i = 0; i < count; ++i) std::fill_n(scores_ + near_[i] * lanes, lanes, T(0));
-    T *const ones = statistics_ + 2 * kTileWidth<T>;
+    T* const ones = statistics_ + 2 * kTileWidth<T>;
     std::fill_n(ones, lanes, T(1));
     std::fill_n(state_.sum, lanes, T(0));
     for (Index c = 0; c < m; ++c) {

@@ -33,6 +33,20 @@ template <class T>
   return squares;
 }
 
+/// row_i.v in lane i, for kLanes rows of d elements; null rows are zeros.
+template <class T>
+[[gnu::noinline]] Packet<T> dot_products(const T* const (&rows)[kLanes<T>], const T* v, Index d) {
+  Packet<T> total[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) total[i] = broadcast(T(0));
+  for (Index c = 0; c < d; c += kLanes<T>) {
+    const auto x = load_row(v, c, d);
+    for (int i = 0; i < kLanes<T>; ++i) total[i] = multiply_add(x, load_row_if(rows[i], c, d), total[i]);
+  }
+  transpose(total);
+  for (int i = 1; i < kLanes<T>; ++i) total[0] = total[0] + total[i];
+  return total[0];
+}
+
 /// row_i[c] <- scale_i panel[c] of lane i: the way back. Null rows are skipped.
 template <class T>
 inline void unpack_rows(const T* panel, Index stride, Index d, Packet<T> scale, T* const (&rows)[kLanes<T>]) {
