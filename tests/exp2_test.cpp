@@ -1,4 +1,4 @@
-#include <attn/detail/exp2.hpp>
+#include <attn/engine/exp2.hpp>
 
 #include "inputs.hpp"
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/token_rows.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <concepts>

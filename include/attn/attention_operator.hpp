@@ -3,9 +3,9 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/token_rows.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

@@ -3,12 +3,12 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/cholesky.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/kernel_matrix.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/cholesky.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/token_rows.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <attn/approximator.hpp>
-#include <attn/detail/checks.hpp>
 #include <attn/detail/saved.hpp>
+#include <attn/engine/checks.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 

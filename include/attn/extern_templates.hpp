@@ -8,8 +8,8 @@
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/kernel_matrix.hpp>
+#include <attn/engine/few_keys.hpp>
+#include <attn/engine/packed.hpp>
 #include <attn/exact.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
@@ -33,8 +33,8 @@ namespace attn {
   ATTN_TEMPLATE void detail::run(const detail::Product<T>&, const detail::ResultRows<T>&, const detail::LogSums<T>&, \
                                  Context&, Scratch&);                                                                \
   ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);        \
-  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::Seeds<T>&, const Gradients<T>&,   \
-                                          std::span<T>, Context&, Scratch&);                                         \
+  ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::RowGradients<T>&,                 \
+                                          const Gradients<T>&, std::span<T>, Context&, Scratch&);                    \
   ATTN_TEMPLATE void detail::iterate_pinv(const ConstMatrixRef<T>&, MatrixRef<T>, int, Context&);                    \
   ATTN_TEMPLATE void detail::iterate_pinv_backward(const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, MatrixRef<T>, \
                                                    MatrixRef<T>, int, Context&);

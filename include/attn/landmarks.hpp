@@ -2,12 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/long_sums.hpp>
-#include <attn/detail/partition.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/detail/split_mix64.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -248,7 +247,7 @@ struct SegmentMeans {
     return select(x, keeps, scratch, serial);
   }
 
-  /// The same, segments in parallel.
+  /// select with segments in parallel.
   template <class T, class Keeps>
   MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch, Context& context) const {
     const Index n = detail::count_kept(x.rows(), keeps), buffer_size = kRowsAtOnce * x.cols();
@@ -304,7 +303,7 @@ struct SegmentMeans {
       Index found = 0;
       for (; found < kRowsAtOnce && count > 0; ++row) {
         if (!keeps(row)) continue;
-        detail::Upcoming::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
+        detail::Prefetch::of(x.memory(), {row + kRowsAhead, row + kRowsAhead + 1}).fetch();
         rows[found] = x.row(row, buffer + found * x.cols());
         ++found;
         --count;

@@ -3,11 +3,11 @@
 
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/float_bits.hpp>
 #include <attn/detail/landmark_sums.hpp>
-#include <attn/detail/panel.hpp>
 #include <attn/detail/saved.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/skyformer.hpp>

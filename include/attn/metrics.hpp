@@ -3,8 +3,8 @@
 
 #include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/float_bits.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>
 

@@ -3,10 +3,9 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/overlap.hpp>
-#include <attn/detail/partition.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 

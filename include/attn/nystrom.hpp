@@ -3,10 +3,10 @@
 
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/saved.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/few_keys.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

@@ -3,12 +3,12 @@
 
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/checks.hpp>
 #include <attn/detail/divided_rows.hpp>
-#include <attn/detail/elementwise.hpp>
 #include <attn/detail/landmark_sums.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <attn/approximator.hpp>
-#include <attn/detail/checks.hpp>
-#include <attn/detail/kernel_matrix.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/detail/shift.hpp>
 #include <attn/detail/shifted_rows.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

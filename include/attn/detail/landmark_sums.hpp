@@ -6,17 +6,15 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/bias_origins.hpp>
 #include <attn/detail/divided_rows.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/kernel_matrix.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/row_states.hpp>
-#include <attn/detail/token_rows.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/few_keys.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

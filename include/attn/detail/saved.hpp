@@ -1,10 +1,10 @@
 /// Whether what a forward pass saved is of the same inputs and options as a backward pass, which relies on it.
 #pragma once
 
-#include <attn/detail/checks.hpp>
-#include <attn/detail/key_tiles.hpp>
 #include <attn/detail/split_mix64.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>

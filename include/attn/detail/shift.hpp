@@ -4,12 +4,11 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/panel.hpp>
 #include <attn/detail/shifted_rows.hpp>
-#include <attn/detail/token_rows.hpp>
 #include <attn/detail/wide_copies.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>

@@ -4,15 +4,12 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/kernel_matrix.hpp>
-#include <attn/detail/long_sums.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/panels.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/few_keys.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>

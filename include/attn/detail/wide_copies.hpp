@@ -3,7 +3,7 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -11,21 +11,18 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/simd.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/query_strip.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 #include <limits>
 
 namespace attn::detail {
-
-/// The N from which on a token is far: below, sums of two of them are precise enough.
-template <class T>
-inline constexpr T kFarNorm = sizeof(T) == 4 ? 16 : 256;
 
 /// How many times smaller -log2 kappa is than the sum of two N where these cancel for the most part.
 template <class T>
@@ -36,24 +33,6 @@ template <class T>
 bool is_near(T log_kappa, T n_q, T n_k) {
   return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -kNearRatio<T>;
 }
-
-/// |a - b|^2 of rows of length d, in short chains of sums.
-template <class T>
-T squared_distance(const T* a, const T* b, Index d) {
-  auto total = broadcast(T(0));
-  for (Index c = 0; c < d; c += kLanes<T>) {
-    const auto x = load_row(a, c, d) - load_row(b, c, d);
-    total = multiply_add(x, x, total);
-  }
-  return sum(total);
-}
-
-/// The queries of a strip along so many lanes, from row first on, some of them far: norm, their N.
-template <class T>
-struct FarQueries {
-  const T* norm;
-  Index first, lanes;
-};
 
 /// Mends panels of scores. One for each worker.
 template <class T>
@@ -68,14 +47,14 @@ class FarPairs {
 
   /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to
   /// no base, with what the tile says of key biases.
-  [[gnu::noinline]] void find_near(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* panel,
+  [[gnu::noinline]] void find_near(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* panel,
                                    T* base, T* maximum) const {
-    for (Index i = 0; i < queries.lanes; ++i)
+    for (Index i = 0; i < queries.lanes(); ++i)
       needed_[i] = base[i] == 0 ? needed(queries.norm[i], queries.norm[i]) : kNever;
-    for (Index j = 0; j < count; ++j, panel += queries.lanes) {
+    for (Index j = 0; j < count; ++j, panel += queries.lanes()) {
       const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
-      if (!may_be_near(n_k, key_part, panel, queries.lanes)) continue;
-      for (Index i = 0; i < queries.lanes; ++i) {
+      if (!may_be_near(n_k, key_part, panel, queries.lanes())) continue;
+      for (Index i = 0; i < queries.lanes(); ++i) {
         const T n_q = queries.norm[i];
         if (base[i] != 0 || !is_near(panel[i] - key_part - n_q, n_q, n_k)) continue;
         base[i] = n_q;
@@ -86,14 +65,14 @@ class FarPairs {
   }
 
   /// panel: scores relative to no base -> relative to base, those of near pairs by their difference.
-  [[gnu::noinline]] void refine(const FarQueries<T>& queries, const KeyTile<T>& tile, Index count, const T* base,
+  [[gnu::noinline]] void refine(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* base,
                                 T* panel) const {
-    for (Index i = 0; i < queries.lanes; ++i) needed_[i] = base[i] == 0 ? kNever : needed(queries.norm[i], T(0));
-    for (Index j = 0; j < count; ++j, panel += queries.lanes) {
-      for (Index p = 0; p < queries.lanes; p += kLanes<T>) store(panel + p, load(panel + p) - load(base + p));
+    for (Index i = 0; i < queries.lanes(); ++i) needed_[i] = base[i] == 0 ? kNever : needed(queries.norm[i], T(0));
+    for (Index j = 0; j < count; ++j, panel += queries.lanes()) {
+      for (Index p = 0; p < queries.lanes(); p += kLanes<T>) store(panel + p, load(panel + p) - load(base + p));
       const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
-      if (!may_be_near(n_k, key_part, panel, queries.lanes)) continue;
-      for (Index i = 0; i < queries.lanes; ++i) {
+      if (!may_be_near(n_k, key_part, panel, queries.lanes())) continue;
+      for (Index i = 0; i < queries.lanes(); ++i) {
         if (base[i] == 0 || !is_near(panel[i] - key_part, queries.norm[i], n_k)) continue;
         panel[i] = key_part - bias_ * distance(queries.first + i, tile.row(j));
       }

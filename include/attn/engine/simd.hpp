@@ -2,8 +2,6 @@
 /// that is, Eigen's macros say, not the compiler's: Eigen may be told to leave a unit alone.
 #pragma once
 
-#include <attn/detail/float_bits.hpp>
-
 #include <Eigen/Core>
 
 #include <algorithm>
@@ -11,9 +9,46 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace attn::detail {
+
+/// An integer with as many bits as T.
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+
+/// The bits of |x|, which are ordered as its values are: those of infinity are above any number's, those of NaN above
+/// infinity's.
+template <class T>
+constexpr BitsOf<T> magnitude_bits(T x) {
+  return std::bit_cast<BitsOf<T>>(x) & (~BitsOf<T>{0} >> 1U);
+}
+
+template <class T>
+inline constexpr BitsOf<T> kInfinityBits = magnitude_bits(std::numeric_limits<T>::infinity());
+
+/// Whether x is neither infinite nor NaN.
+template <class T>
+constexpr bool is_finite(T x) {
+  return magnitude_bits(x) < kInfinityBits<T>;
+}
+
+template <class T>
+constexpr bool is_nan(T x) {
+  return magnitude_bits(x) > kInfinityBits<T>;
+}
+
+/// Whether x is -infinity; x may be of a narrow type.
+template <class T>
+constexpr bool is_negative_infinity(T x) {
+  if constexpr (sizeof(T) == 2) {
+    return is_negative_infinity(static_cast<float>(x));
+  } else {
+    return std::bit_cast<BitsOf<T>>(x) == std::bit_cast<BitsOf<T>>(-std::numeric_limits<T>::infinity());
+  }
+}
 
 /// One register of T. A struct rather than Eigen's own type, so that its template argument is T on every architecture.
 template <class T>
@@ -114,7 +149,7 @@ inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
 }
 
 #if defined(EIGEN_VECTORIZE_AVX512)
-// Of all lanes, by a mask: without one GCC 12 warns of its own header.
+// By a mask of all lanes: without one GCC 12 warns of its own header.
 inline Packet<float> max(Packet<float> a, Packet<float> b) {
   return {_mm512_mask_max_ps(a.raw, 0xFFFF, b.raw, a.raw)};
 }

@@ -13,16 +13,15 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/panels.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/streamed.hpp>
-#include <attn/detail/strip.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/strip.hpp>
+#include <attn/engine/tile.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -36,7 +35,7 @@ namespace attn::detail {
 /// What the backward pass knows of each query: dout (n_q, d_v); log_sum, LogSums::relative, empty for raw rows; dot,
 /// dout_i.out_i, which a normalised row's slopes are measured from, empty for raw rows.
 template <class T>
-struct Seeds {
+struct RowGradients {
   ConstMatrixRef<T> dout;
   std::span<const RowLog<T>> log_sum;
   std::span<const T> dot;
@@ -76,7 +75,7 @@ inline bool slice_row(const T* row, Index d, const T* center, T scale, T* slices
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh_slopes(T* scores, T* slopes, Index count, const T* log_divisor, const T* dot,
                                     bool at_most_one) {
-  Packet<T> divisor[extent(kPackets)], dots[extent(kPackets)];
+  Packet<T> divisor[array_size(kPackets)], dots[array_size(kPackets)];
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) {
     divisor[p] = load(log_divisor + p * kLanes<T>);
@@ -105,7 +104,7 @@ template <class T>
                                    MatrixRef<T> to) {
   for (Index c = 0; c < to.cols(); c += kSliceWidth<T>, slices += lanes * kSliceWidth<T>) {
     for (Index j = 0; j < count; j += kTileRows) {
-      Packet<T> added[extent(kTileRows)][extent(kSlicePackets)];
+      Packet<T> added[array_size(kTileRows)][array_size(kSlicePackets)];
       multiply_tile(panel + j * lanes, count - j, lanes, 1, slices, lanes, added);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
@@ -134,11 +133,11 @@ struct PartialGradients {
 template <class T>
 class BackwardRunner {
  public:
-  BackwardRunner(const Product<T>& product, const Seeds<T>& seeds, Scratch& scratch)
+  BackwardRunner(const Product<T>& product, const RowGradients<T>& rows, Scratch& scratch)
       : product_(product),
-        seeds_(seeds),
-        reader_(product.in, product.space, scratch),
-        far_pairs_(product.in, product.space.bias, scratch),
+        rows_(rows),
+        reader_(product.in, product.kernel, scratch),
+        far_pairs_(product.in, product.kernel.bias, scratch),
         scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         ones_(scratch.elements<T>(kTileWidth<T>)),
@@ -147,11 +146,11 @@ class BackwardRunner {
     std::fill_n(ones_, kTileWidth<T>, T(1));
     const Index d = product.in.q.cols(), d_v = product.in.v.cols();
     for (Lanes& strip : strips_) {
-      for (T** panel : {&strip.queries, &strip.dq}) *panel = scratch.elements<T>(kTileWidth<T> * whole_tiles(d));
-      for (T** row : {&strip.log_divisor, &strip.dot, &strip.slope_sum}) *row = scratch.elements<T>(kTileWidth<T>);
-      strip.bias_origin =
-          product.space.bias_origins.of_queries == nullptr ? nullptr : scratch.elements<T>(kTileWidth<T>);
-      for (T** row : {&strip.norm, &strip.base}) *row = scratch.elements<T>(kTileWidth<T>);
+      strip.queries = QueryStrip<T>::make(product, scratch);
+      for (T** row : {&strip.log_divisor, &strip.base, &strip.dot, &strip.slope_sum}) {
+        *row = scratch.elements<T>(kTileWidth<T>);
+      }
+      strip.dq = scratch.elements<T>(kTileWidth<T> * round_up_to_tiles(d));
       strip.douts = scratch.elements<T>(kTileWidth<T> * d_v);
       strip.query_rows = scratch.elements<T>(slices_size<T>(d, kTileWidth<T>));
       strip.dout_rows = scratch.elements<T>(slices_size<T>(d_v, kTileWidth<T>));
@@ -176,64 +175,61 @@ class BackwardRunner {
  private:
   static constexpr Index kBlockStrips = 4;
 
-  /// A strip of queries: transposed for the products that run over features, as rows for those that run over queries.
+  /// A strip of queries, and what it adds up: queries and dout transposed for the products that run over features, as
+  /// rows for those that run over queries.
   struct Lanes {
-    T *queries, *douts, *query_rows, *dout_rows;
-    T *log_divisor, *dot, *bias_origin;
-    T *norm, *base;  ///< as in FarQueries and LaneState
+    QueryStrip<T> queries;
+    T *douts, *query_rows, *dout_rows;
+    T *log_divisor, *base, *dot;  ///< base as in RowStatistics
     T *dq, *slope_sum;
-    int packets;
-    Index first, count;
-    bool finite, far;
-
-    Index lanes() const { return packets * kLanes<T>; }
+    bool finite;    ///< all of the above that is read
+    bool has_base;  ///< whether any base is not 0
   };
 
-  bool has_bias() const { return product_.space.bias != 0; }
+  bool has_bias() const { return product_.kernel.bias != 0; }
 
   bool weights_at_most_one() const {
     return product_.rows == Rows::normalized || (product_.bounded && product_.in.key_bias.empty());
   }
 
   void load_strip(Lanes& strip, Index s) const {
-    const Range packets = product_.partition.packets_of_strip(s);
-    strip.packets = static_cast<int>(packets.last - packets.first);
-    strip.first = packets.first * kLanes<T>;
-    strip.count = std::min(packets.last * kLanes<T>, product_.in.q.rows()) - strip.first;
+    strip.queries.load(product_, s, nullptr);
     strip.finite = true;
-    const Index d = product_.in.q.cols(), d_v = product_.in.v.cols(), lanes = strip.lanes();
-    const T scale = std::numbers::ln2_v<T> * product_.space.scale;
-    for (Index p = 0; p < lanes; p += kLanes<T>) {
-      const T *q[kLanes<T>], *dout[kLanes<T>];
-      for (Index i = 0; i < kLanes<T>; ++i) {
-        const Index row = strip.first + p + i;
-        const bool real = p + i < strip.count && keeps_query(product_.in, row);
-        q[i] = real ? product_.in.q.data() + row * product_.in.q.outerStride() : nullptr;
-        dout[i] = real ? seeds_.dout.data() + row * seeds_.dout.outerStride() : nullptr;
-        strip.finite &= slice_row(q[i], d, product_.space.center, scale, strip.query_rows, lanes, p + i);
-        strip.finite &= slice_row<T>(dout[i], d_v, nullptr, T(1), strip.dout_rows, lanes, p + i);
-      }
-      const auto squares = pack_rows(q, d, product_.space.center, product_.space.scale, strip.queries + p, lanes);
-      pack_rows<T>(dout, d_v, nullptr, T(1), strip.douts + p, lanes);
-      store(strip.norm + p, broadcast(product_.space.bias) * squares);
+    strip.has_base = false;
+    const QueryStrip<T>& queries = strip.queries;
+    for (Index p = 0; p < queries.lanes(); p += kLanes<T>) load_rows(strip, p);
+    for (Index i = 0; i < queries.lanes(); ++i) set_statistics(strip, i);
+    std::fill_n(strip.dq, queries.lanes() * round_up_to_tiles(product_.in.q.cols()), T(0));
+    std::fill_n(strip.slope_sum, queries.lanes(), T(0));
+  }
+
+  /// The rows of kLanes queries, scaled as in the panel but in units of log, and of their dout.
+  void load_rows(Lanes& strip, Index lane) const {
+    const TokenRows<T>& q = product_.in.q;
+    const T scale = std::numbers::ln2_v<T> * product_.kernel.scale;
+    const T* dout[kLanes<T>];
+    for (Index i = 0; i < kLanes<T>; ++i) {
+      const Index row = strip.queries.first + lane + i;
+      const bool real = strip.queries.holds(product_, lane + i);
+      dout[i] = real ? rows_.dout.data() + row * rows_.dout.outerStride() : nullptr;
+      const bool finite = slice_row(real ? q.row_or_null(row) : nullptr, q.cols(), product_.kernel.center, scale,
+                                    strip.query_rows, strip.queries.lanes(), lane + i);
+      strip.finite &=
+          slice_row<T>(dout[i], rows_.dout.cols(), nullptr, T(1), strip.dout_rows, strip.queries.lanes(), lane + i) &&
+          finite;
     }
-    strip.far = false;
-    for (Index i = 0; i < lanes; ++i) set_statistics(strip, i);
-    std::fill_n(strip.dq, lanes * whole_tiles(d), T(0));
-    std::fill_n(strip.slope_sum, lanes, T(0));
+    pack_rows<T>(dout, rows_.dout.cols(), nullptr, T(1), strip.douts + lane, strip.queries.lanes());
   }
 
   /// A lane without a query, and a row that saw no key, have no weights.
   void set_statistics(Lanes& strip, Index i) const {
-    const auto row = static_cast<std::size_t>(strip.first + i);
-    const bool real = i < strip.count && keeps_query(product_.in, strip.first + i);
-    strip.dot[i] = real && !seeds_.dot.empty() ? seeds_.dot[row] : T(0);
-    if (strip.bias_origin != nullptr)
-      strip.bias_origin[i] = real ? product_.space.bias_origins.of(strip.first + i) : kInfinity;
-    const RowLog<T> log_sum = real ? log_sum_of(row, strip.norm[i]) : RowLog<T>{kInfinity, T(0)};
+    const auto row = static_cast<std::size_t>(strip.queries.first + i);
+    const bool real = strip.queries.holds(product_, i);
+    strip.dot[i] = real && !rows_.dot.empty() ? rows_.dot[row] : T(0);
+    const RowLog<T> log_sum = real ? log_sum_of(row, strip.queries.norm[i]) : RowLog<T>{kInfinity, T(0)};
     strip.base[i] = log_sum.base;
     strip.log_divisor[i] = log_sum.value;
-    strip.far = strip.far || log_sum.base != 0;
+    strip.has_base = strip.has_base || log_sum.base != 0;
     if (!real || is_negative_infinity(strip.log_divisor[i])) strip.log_divisor[i] = kInfinity;
     strip.finite = strip.finite && is_finite(strip.dot[i]) && !is_nan(strip.log_divisor[i]);
   }
@@ -241,14 +237,13 @@ class BackwardRunner {
   /// The log2 of what a query's weights are divided by, as they are counted, and their base: raw rows that are far from
   /// the center have one.
   RowLog<T> log_sum_of(std::size_t row, T norm) const {
-    if (!seeds_.log_sum.empty())
-      return {std::numbers::log2e_v<T> * seeds_.log_sum[row].value, seeds_.log_sum[row].base};
-    const T base = product_.space.center != nullptr && norm > kFarNorm<T> ? norm : T(0);
+    if (!rows_.log_sum.empty()) return {std::numbers::log2e_v<T> * rows_.log_sum[row].value, rows_.log_sum[row].base};
+    const T base = product_.kernel.center != nullptr && norm > kFarNorm<T> ? norm : T(0);
     return {static_cast<T>(-product_.origin(static_cast<Index>(row), base - norm)), base};
   }
 
   void stream(std::span<Lanes> strips, Range keys, const PartialGradients<T>& to) {
-    const Index limit = product_.limits.of(strips.back().first + strips.back().count - 1);
+    const Index limit = product_.limits.of(strips.back().queries.rows().last - 1);
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
     for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
       const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
@@ -257,52 +252,46 @@ class BackwardRunner {
   }
 
   void add(const Lanes& strip, const KeyTile<T>& tile, const PartialGradients<T>& to) {
-    const Index limit = product_.limits.of(strip.first);
-    const bool causal = limit != StripKernel<T>::kNoLimit;
-    const Index count = causal ? tile.visible(limit + strip.count - 1) : tile.count;
-    if (count == 0) return;
-    const Index seen_by_all = causal ? tile.visible(limit) : count;
-    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      const KeyTile<T> values{.k = tile.v,
-                              .v = nullptr,
-                              .bias = nullptr,
-                              .k_stride = tile.v_stride,
-                              .v_stride = 0,
-                              .rows = nullptr,
-                              .first = 0,
-                              .count = count};
-      const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
-      const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
-      score_keys<packets>(scored, count, strip.queries, product_.in.q.cols(), scores_, unused_, {});
-      if (strip.far) far_pairs_.refine({strip.norm, strip.first, strip.lanes()}, scored, count, strip.base, scores_);
-      if (partly_seen && own_origins) add_key_bias(tile, count, strip.bias_origin, strip.lanes(), scores_);
-      score_keys<packets>(values, count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      weigh_slopes<packets>(scores_, slopes_, count,
-                            partly_seen || !own_origins ? strip.log_divisor : shifted_divisor(strip, tile), strip.dot,
-                            weights_at_most_one());
-      if (partly_seen) {
-        hide_future(strip, tile, seen_by_all, count, limit);
-        if (!strip.finite || !all_finite(tile, seen_by_all, count)) return add_seen(strip, tile, count, limit, to);
+    const QueryStrip<T>& queries = strip.queries;
+    const Index limit = product_.limits.of(queries.first), lanes = queries.lanes(), d = product_.in.k.cols();
+    const SeenKeys seen = tile.seen_by(queries.count, limit);
+    if (seen.count == 0) return;
+    set_slopes(strip, tile, seen);
+    if (seen.partly()) {
+      for (T* panel : {scores_, slopes_}) hide_future(tile, seen, limit, T(0), lanes, panel);
+      if (!strip.finite || !tile.finite_keys(seen.by_all, seen.count, d)) {
+        return add_seen(strip, tile, seen.count, limit, to);
       }
-      add_sums(strip, tile, count, to);
-      add_to_keys(scores_, strip.lanes(), strip.dout_rows, tile, count, to.dv);
-      add_to_keys(slopes_, strip.lanes(), strip.query_rows, tile, count, to.dk);
-      add_values<packets>(tile.k, tile.k_stride, product_.in.k.cols(), slopes_, count, ones_, strip.dq, {});
+    }
+    add_sums(strip, tile, seen.count, to);
+    add_to_keys(scores_, lanes, strip.dout_rows, tile, seen.count, to.dv);
+    add_to_keys(slopes_, lanes, strip.query_rows, tile, seen.count, to.dk);
+    with_packets<kTilePackets>(queries.packets, [&](auto packets) {
+      add_values<packets>(tile.k, tile.k_stride, d, slopes_, seen.count, ones_, strip.dq, {});
+    });
+  }
+
+  /// scores_ and slopes_ <- weights and derivatives by the scores, of the keys that any query of the strip sees.
+  void set_slopes(const Lanes& strip, const KeyTile<T>& tile, const SeenKeys& seen) const {
+    const QueryStrip<T>& queries = strip.queries;
+    const bool own_origins = queries.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
+    const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
+    with_packets<kTilePackets>(queries.packets, [&](auto packets) {
+      score_keys<packets>(scored, seen.count, queries.panel, product_.in.q.cols(), scores_, unused_, {});
+      if (strip.has_base) far_pairs_.refine(queries, scored, seen.count, strip.base, scores_);
+      if (adds_bias) add_key_bias(tile, seen.count, queries.bias_origin, queries.lanes(), scores_);
+      score_keys<packets>(tile.values(), seen.count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
+      const T* const divisor = own_origins && !seen.partly() ? shifted_divisor(strip, tile) : strip.log_divisor;
+      weigh_slopes<packets>(scores_, slopes_, seen.count, divisor, strip.dot, weights_at_most_one());
     });
   }
 
   /// log_divisor as counted from the origin of a tile's biases.
   const T* shifted_divisor(const Lanes& strip, const KeyTile<T>& tile) const {
-    set_bias_shift(tile.bias_origin, strip.bias_origin, strip.lanes(), unused_);
-    for (Index i = 0; i < strip.lanes(); ++i) unused_[i] = strip.log_divisor[i] - unused_[i];
+    const QueryStrip<T>& queries = strip.queries;
+    set_bias_shift(tile.bias_origin, queries.bias_origin, queries.lanes(), unused_);
+    for (Index i = 0; i < queries.lanes(); ++i) unused_[i] = strip.log_divisor[i] - unused_[i];
     return unused_;
-  }
-
-  void hide_future(const Lanes& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
-    for (Index j = first; j < count; ++j) {
-      const Index hidden = std::min(tile.row(j) - limit, strip.lanes());
-      for (T* panel : {scores_, slopes_}) std::fill_n(panel + j * strip.lanes(), hidden, T(0));
-    }
   }
 
   /// Sums of slopes: over the keys into slope_sum, over the queries into dbias.
@@ -310,8 +299,8 @@ class BackwardRunner {
     if (to.dbias.empty()) return;
     for (Index j = 0; j < count; ++j) {
       auto over_queries = broadcast(T(0));
-      for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
-        const auto slope = load(slopes_ + j * strip.lanes() + p);
+      for (Index p = 0; p < strip.queries.lanes(); p += kLanes<T>) {
+        const auto slope = load(slopes_ + j * strip.queries.lanes() + p);
         over_queries = over_queries + slope;
         store(strip.slope_sum + p, load(strip.slope_sum + p) + slope);
       }
@@ -319,26 +308,17 @@ class BackwardRunner {
     }
   }
 
-  bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
-    for (Index j = first; j < count; ++j) {
-      for (Index c = 0; c < product_.in.k.cols(); ++c) {
-        if (!is_finite(tile.k[j * tile.k_stride + c])) return false;
-      }
-    }
-    return true;
-  }
-
   /// The products pair by pair, for a tile that only some queries see and that holds, or meets, what is not finite: 0
   /// times it would be NaN where nothing should be.
   void add_seen(const Lanes& strip, const KeyTile<T>& tile, Index count, Index limit,
                 const PartialGradients<T>& to) const {
-    const Index d = product_.in.k.cols(), d_v = product_.in.v.cols(), lanes = strip.lanes();
+    const Index d = product_.in.k.cols(), d_v = product_.in.v.cols(), lanes = strip.queries.lanes();
     const auto sliced = [&](const T* slices, Index i, Index c) {
       return slices[(c / kSliceWidth<T> * lanes + i) * kSliceWidth<T> + c % kSliceWidth<T>];
     };
     for (Index j = 0; j < count; ++j) {
       const Index row = tile.row(j);
-      for (Index i = std::max<Index>(0, row - limit); i < strip.count; ++i) {
+      for (Index i = std::max<Index>(0, row - limit); i < strip.queries.count; ++i) {
         const T weight = scores_[j * lanes + i], slope = slopes_[j * lanes + i];
         for (Index c = 0; c < d_v; ++c)
           to.dv.data()[row * to.dv.outerStride() + c] += weight * sliced(strip.dout_rows, i, c);
@@ -353,23 +333,23 @@ class BackwardRunner {
 
   /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i; dropped queries, and those that see no key, get zeros.
   void write_dq(const Lanes& strip, MatrixRef<T> dq) const {
-    const T scale = std::numbers::ln2_v<T> * product_.space.scale,
-            twice_bias = 2 * std::numbers::ln2_v<T> * product_.space.bias;
-    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+    const T scale = std::numbers::ln2_v<T> * product_.kernel.scale,
+            twice_bias = 2 * std::numbers::ln2_v<T> * product_.kernel.bias;
+    for (Index p = 0; p < strip.queries.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
-        rows[i] = p + i < strip.count ? dq.data() + (strip.first + p + i) * dq.outerStride() : nullptr;
+        rows[i] = p + i < strip.queries.count ? dq.data() + (strip.queries.first + p + i) * dq.outerStride() : nullptr;
       }
-      unpack_rows(strip.dq + p, strip.lanes(), dq.cols(), broadcast(scale), rows);
+      unpack_rows(strip.dq + p, strip.queries.lanes(), dq.cols(), broadcast(scale), rows);
     }
-    for (Index i = 0; i < strip.count; ++i) {
-      const Index row = strip.first + i;
+    for (Index i = 0; i < strip.queries.count; ++i) {
+      const Index row = strip.queries.first + i;
       T* to = dq.data() + row * dq.outerStride();
       if (!keeps_query(product_.in, row)) {
         std::fill_n(to, dq.cols(), T(0));
       } else if (has_bias() && strip.slope_sum[i] != 0) {
         const T* q = product_.in.q.data() + row * product_.in.q.outerStride();
-        const T* center = product_.space.center;
+        const T* center = product_.kernel.center;
         for (Index c = 0; c < dq.cols(); ++c)
           to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));
       }
@@ -379,28 +359,11 @@ class BackwardRunner {
   static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
   const Product<T>& product_;
-  const Seeds<T>& seeds_;
+  const RowGradients<T>& rows_;
   KeyReader<T> reader_;
   FarPairs<T> far_pairs_;
   T *scores_, *slopes_, *ones_, *unused_;
   std::span<Lanes> strips_;
-};
-
-/// How the backward pass is cut into tasks, each some strips of queries and some keys. Where keys are cut, dq is added
-/// up from several partial ones, where queries are cut, dk and dv are: so not both in many parts. Depends on the shapes
-/// alone.
-struct BackwardPartition {
-  Index query_parts, key_parts;
-
-  static BackwardPartition of(Index n_q, Index n_k) {
-    const Index key_parts = std::clamp<Index>(n_k / kFewestKeys, 1, kMostParts);
-    const Index query_parts =
-        key_parts >= kEnoughParts ? 1 : std::clamp<Index>(n_q / kFewestQueries, 1, kMostParts / key_parts);
-    return {query_parts, key_parts};
-  }
-
- private:
-  static constexpr Index kFewestKeys = 512, kFewestQueries = 256, kMostParts = 8, kEnoughParts = 4;
 };
 
 }  // namespace attn::detail

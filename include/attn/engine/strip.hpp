@@ -15,13 +15,15 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/query_strip.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 
 #include <algorithm>
 #include <array>
@@ -30,36 +32,44 @@
 
 namespace attn::detail {
 
-/// The statistics of a row before it has seen a key.
+/// Row states of a strip, queries along the lanes: beside its statistics what the weights seen so far add up to with the
+/// values, weighted (d_v rows), which has room for whole tiles.
 template <class T>
-inline constexpr T kNoMaximum = std::numeric_limits<T>::lowest();
-
-/// Row states of a strip, queries along the lanes: the weights seen so far are 2^maximum times those that sum and
-/// weighted (d_v rows) add up. weighted has room for whole tiles. base: what scores are relative to, see far_pairs.hpp.
-template <class T>
-struct LaneState {
-  T *maximum, *sum, *base, *weighted;
+struct LaneState : RowStatistics<T> {
+  T* weighted;
 
   [[gnu::noinline]] static LaneState make(Index d_v, Scratch& scratch) {
-    T* const rows = scratch.elements<T>(kTileWidth<T> * (3 + whole_tiles(d_v)));
-    return {rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>, rows + 3 * kTileWidth<T>};
+    T* const rows = scratch.elements<T>(kTileWidth<T> * (3 + round_up_to_tiles(d_v)));
+    return {{rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>}, rows + 3 * kTileWidth<T>};
   }
 };
 
-/// Up to kTilePackets packets of queries, count of them real. panel: scaled queries, d rows. bias_origin: what the key
-/// biases of each query are counted from, or null where all are counted from the same. far: null if no query is far
-/// from the center.
+/// Where one of two states has a base, both get it.
 template <class T>
-struct Strip {
-  const T* panel;
-  const T* bias_origin;
-  const FarQueries<T>* far;
-  LaneState<T> state;
-  int packets;
-  Index count;
+void align_bases(const LaneState<T>& a, const LaneState<T>& b, Index lanes) {
+  for (Index i = 0; i < lanes; ++i) {
+    const T base = std::max(a.base[i], b.base[i]);
+    a.maximum[i] -= base - a.base[i];
+    b.maximum[i] -= base - b.base[i];
+    a.base[i] = b.base[i] = base;
+  }
+}
 
-  Index lanes() const { return packets * kLanes<T>; }
-};
+/// total <- total and recent together, for lanes whose weighted has d_v rows.
+template <class T>
+inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, Index lanes, Index d_v) {
+  align_bases(total, recent, lanes);
+  for (Index p = 0; p < lanes; p += kLanes<T>) {
+    const auto a = load(total.maximum + p), b = load(recent.maximum + p), top = max(a, b);
+    const auto of_total = exp2_bounded(a - top), of_recent = exp2_bounded(b - top);
+    store(total.maximum + p, top);
+    store(total.sum + p, multiply_add(load(recent.sum + p), of_recent, load(total.sum + p) * of_total));
+    for (Index c = 0; c < d_v; ++c) {
+      T* to = total.weighted + c * lanes + p;
+      store(to, multiply_add(load(recent.weighted + c * lanes + p), of_recent, load(to) * of_total));
+    }
+  }
+}
 
 /// tile[r][p] += the packets of a panel.
 template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
@@ -94,7 +104,7 @@ template <int kPackets, class T>
   constexpr Index kWidth = kPackets * kLanes<T>;
   Index first = 0;
   for (; d - first > kFeaturesAtOnce; first += kFeaturesAtOnce) {
-    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(k + first, rows, k_stride, 1, queries + first * kWidth, kFeaturesAtOnce, score);
 #pragma GCC unroll 32
     for (int i = 0; i < kTileRows * kPackets; ++i) {
@@ -109,14 +119,14 @@ template <int kPackets, class T>
 /// as a bias is added to the products at last, for a sum that began with it would be rounded at its size all along.
 template <int kPackets, class T>
 [[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
-                                  const Upcoming& upcoming) {
+                                  const Prefetch& prefetch) {
   std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
   for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
-    upcoming.fetch(j, kTileRows, count);
+    prefetch.fetch(j, kTileRows, count);
     const T* const k = tile.k + j * tile.k_stride;
     const Index first =
         d <= kFeaturesAtOnce ? 0 : score_first_features<kPackets>(k, count - j, tile.k_stride, queries, d, panel);
-    Packet<T> score[extent(kTileRows)][extent(kPackets)];
+    Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(k + first, count - j, tile.k_stride, 1, queries + first * kPackets * kLanes<T>, d - first, score);
     if (first > 0) add_panel(panel, score);
     if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
@@ -152,21 +162,21 @@ void set_bias_shift(T tile_origin, const T* origin, Index lanes, T* shift) {
   for (Index i = 0; i < lanes; ++i) shift[i] = std::numbers::log2e_v<T> * (tile_origin - origin[i]);
 }
 
-/// Whether every query of a call has the same, known bound of its scores, so that no maximum is kept.
-enum class Maximum { running, fixed };
-
-/// What no exponent of a weight is above, but for rounding.
+/// Scores in a panel of keys that a query must not see become hidden, whatever they were. limit as in
+/// KeyTile::seen_by.
 template <class T>
-T highest_exponent(Maximum maximum) {
-  return maximum == Maximum::fixed ? T(0) : std::numeric_limits<T>::infinity();
+void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hidden, Index lanes, T* panel) {
+  for (Index j = seen.by_all; j < seen.count; ++j) {
+    std::fill_n(panel + j * lanes, std::min(tile.row(j) - limit, lanes), hidden);
+  }
 }
 
 /// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where
-/// the maximum is fixed, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
+/// there is no maximum, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
 /// weights could be any numbers).
 template <int kPackets, class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T limit, T* sum) {
-  Packet<T> top[extent(kPackets)], total[extent(kPackets)];
+  Packet<T> top[array_size(kPackets)], total[array_size(kPackets)];
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) {
     top[p] = load(maximum + p * kLanes<T>);
@@ -187,10 +197,10 @@ template <int kPackets, class T>
 /// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
 template <int kPackets, class T>
 [[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count,
-                                  const T* correction, T* weighted, const Upcoming& upcoming) {
+                                  const T* correction, T* weighted, const Prefetch& prefetch) {
   for (Index c = 0; c < d_v; c += kTileRows) {
-    upcoming.fetch(c, kTileRows, d_v);
-    Packet<T> tile[extent(kTileRows)][extent(kPackets)];
+    prefetch.fetch(c, kTileRows, d_v);
+    Packet<T> tile[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(v + c, d_v - c, 1, v_stride, weights, count, tile);
 #pragma GCC unroll 32
     for (int i = 0; i < kTileRows * kPackets; ++i, weighted += kLanes<T>) {
@@ -216,51 +226,47 @@ class StripKernel {
         shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
         finite_values_(scratch.elements<T>(kTileKeys<T> * d_v_)) {}
 
-  /// Adds the keys of a tile to a strip. limit: the largest row number that the strip's first query sees, its next
-  /// query one more, and so on; kNoLimit without a causal mask. upcoming: what is used next, fetched during the first
-  /// product and during the second.
-  void add(const Strip<T>& strip, const KeyTile<T>& tile, Index limit, const std::array<Upcoming, 2>& upcoming) const {
-    const Index count = limit == kNoLimit ? tile.count : tile.visible(limit + strip.count - 1);
-    if (count == 0) return;
-    const Index seen_by_all = limit == kNoLimit ? count : tile.visible(limit);
-    const bool partly_seen = seen_by_all < count, own_origins = strip.bias_origin != nullptr;
-    const KeyTile<T> scored = partly_seen && own_origins ? tile.without_key_bias() : tile;
+  /// Adds the keys of a tile to the state of a strip, whose first query sees row numbers up to limit, as in
+  /// KeyTile::seen_by. prefetch: what is used next, fetched during the first product and during the second.
+  void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
+           const std::array<Prefetch, 2>& prefetch) const {
+    const SeenKeys seen = tile.seen_by(strip.count, limit);
+    if (seen.count == 0) return;
+    const bool own_origins = strip.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
+    const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      score_keys<packets>(scored, count, strip.panel, d_, panel_, tile_maximum_, upcoming[0]);
+      score_keys<packets>(scored, seen.count, strip.panel, d_, panel_, tile_maximum_, prefetch[0]);
     });
-    if (partly_seen) hide_future(strip, tile, seen_by_all, count, limit);
-    if (strip.far != nullptr) refine(strip, scored, count);
-    if (partly_seen && own_origins) {
-      add_key_bias(tile, count, strip.bias_origin, strip.lanes(), panel_);
-      hide_future(strip, tile, seen_by_all, count, limit);
+    hide(strip, tile, seen, limit);
+    if (strip.far) refine(strip, state, scored, seen.count);
+    if (adds_bias) {
+      add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
+      hide(strip, tile, seen, limit);
     }
-    if (partly_seen || strip.far != nullptr) set_tile_maximum(count, strip.lanes());
-    const T* const top =
-        partly_seen || !own_origins ? raise_maximum(strip, tile_maximum_) : raise_shifted(strip, tile.bias_origin);
+    if (seen.partly() || strip.far) set_tile_maximum(seen.count, strip.lanes());
+    const T* const top = own_origins && !seen.partly() ? raise_shifted(strip, state, tile.bias_origin)
+                                                       : raise_maximum(strip, state, tile_maximum_);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      weigh<packets>(panel_, count, top, highest_exponent<T>(maximum_), strip.state.sum);
+      weigh<packets>(panel_, seen.count, top, highest_exponent<T>(maximum_), state.sum);
     });
-    if (partly_seen && !all_finite(tile, seen_by_all, count)) return add_seen_values(strip, tile, count, limit);
-    add_weighted(strip, tile.v, tile.v_stride, count, upcoming[1]);
+    // A weight of 0 hides a value that is finite.
+    if (seen.partly() && !tile.values().finite_keys(seen.by_all, seen.count, d_v_)) {
+      return add_seen_values(strip, state, tile, seen.count, limit);
+    }
+    add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
   }
 
-  static constexpr Index kNoLimit = CausalLimits::kNone;
-
  private:
-  /// Scores of keys that a query must not see become -infinity, whatever they were.
-  void hide_future(const Strip<T>& strip, const KeyTile<T>& tile, Index first, Index count, Index limit) const {
-    const Index lanes = strip.lanes();
-    for (Index j = first; j < count; ++j) {
-      std::fill_n(panel_ + j * lanes, std::min(tile.row(j) - limit, lanes), -std::numeric_limits<T>::infinity());
-    }
+  void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
+    hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
   }
 
   /// Scores of pairs that are far from the center and near each other are mended.
-  void refine(const Strip<T>& strip, const KeyTile<T>& tile, Index count) const {
+  void refine(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count) const {
     if (maximum_ == Maximum::running) {
-      far_pairs_.find_near(*strip.far, tile, count, panel_, strip.state.base, strip.state.maximum);
+      far_pairs_.find_near(strip, tile, count, panel_, state.base, state.maximum);
     }
-    far_pairs_.refine(*strip.far, tile, count, strip.state.base, panel_);
+    far_pairs_.refine(strip, tile, count, state.base, panel_);
   }
 
   void set_tile_maximum(Index count, Index lanes) const {
@@ -273,66 +279,58 @@ class StripKernel {
 
   /// maximum <- max(maximum, that of a tile); correction and sum follow. Returns what the tile's weights are relative
   /// to: the maximum.
-  const T* raise_maximum(const Strip<T>& strip, const T* of_tile) const {
+  const T* raise_maximum(const QueryStrip<T>& strip, const LaneState<T>& state, const T* of_tile) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
-      if (maximum_ == Maximum::fixed) {
+      if (maximum_ == Maximum::none) {
         store(correction_ + p, broadcast(T(1)));
         continue;
       }
-      const auto before = load(strip.state.maximum + p), after = max(before, load(of_tile + p));
+      const auto before = load(state.maximum + p), after = max(before, load(of_tile + p));
       const auto correction = exp2_bounded(before - after);
-      store(strip.state.maximum + p, after);
+      store(state.maximum + p, after);
       store(correction_ + p, correction);
-      store(strip.state.sum + p, load(strip.state.sum + p) * correction);
+      store(state.sum + p, load(state.sum + p) * correction);
     }
-    return strip.state.maximum;
+    return state.maximum;
   }
 
-  /// The same for a tile whose biases are counted from another origin than those of each query, which is no smaller.
+  /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no smaller.
   /// The weights are relative to the maximum as counted from the tile's origin; where that is too far below to be told
   /// from it, to the tile's own.
-  const T* raise_shifted(const Strip<T>& strip, T tile_origin) const {
+  const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
     set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
     for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
-    raise_maximum(strip, shifted_maximum_);
+    raise_maximum(strip, state, shifted_maximum_);
     for (Index i = 0; i < strip.lanes(); ++i) {
-      shifted_maximum_[i] = std::max(strip.state.maximum[i] - shift_[i], tile_maximum_[i]);
+      shifted_maximum_[i] = std::max(state.maximum[i] - shift_[i], tile_maximum_[i]);
     }
     return shifted_maximum_;
   }
 
-  void add_weighted(const Strip<T>& strip, const T* v, Index v_stride, Index count, const Upcoming& upcoming) const {
+  void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const T* v, Index v_stride, Index count,
+                    const Prefetch& prefetch) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      add_values<packets>(v, v_stride, d_v_, panel_, count, correction_, strip.state.weighted, upcoming);
+      add_values<packets>(v, v_stride, d_v_, panel_, count, correction_, state.weighted, prefetch);
     });
-  }
-
-  /// Whether the values of keys that only some of a strip's queries see are finite: a weight of 0 then hides them.
-  bool all_finite(const KeyTile<T>& tile, Index first, Index count) const {
-    FiniteLanes<T> values;
-    for (Index j = first; j < count; ++j) {
-      const T* row = tile.v + j * tile.v_stride;
-      for (Index c = 0; c < d_v_; c += kLanes<T>) values.add(load_row(row, c, d_v_));
-    }
-    return values.all();
   }
 
   /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see
   /// them. A query that sees only finite ones gets the bits that it would get from add_values.
-  void add_seen_values(const Strip<T>& strip, const KeyTile<T>& tile, Index count, Index limit) const {
+  void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
+                       Index limit) const {
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
         finite_values_[j * d_v_ + c] = is_finite(x) ? x : T(0);
       }
     }
-    add_weighted(strip, finite_values_, d_v_, count, {});
+    add_weighted(strip, state, finite_values_, d_v_, count, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
         if (is_finite(x)) continue;
         for (Index i = std::max<Index>(0, tile.row(j) - limit); i < strip.lanes(); ++i) {
-          strip.state.weighted[c * strip.lanes() + i] += panel_[j * strip.lanes() + i] * x;
+          state.weighted[c * strip.lanes() + i] += panel_[j * strip.lanes() + i] * x;
         }
       }
     }

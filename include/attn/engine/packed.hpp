@@ -2,15 +2,51 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/partition.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 
 namespace attn::detail {
+
+/// panel[c] <- alpha (row_i[c] - center[c]) in lane i, for kLanes rows of d elements; null rows and a null center are
+/// zeros. stride: elements between two rows of the panel. Returns |row_i - center|^2 in lane i.
+template <class T>
+[[gnu::noinline]] Packet<T> pack_rows(const T* const (&rows)[kLanes<T>], Index d, const T* center, T alpha, T* panel,
+                                      Index stride) {
+  auto squares = broadcast(T(0));
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    const auto origin = load_row_if(center, first, d);
+    for (int i = 0; i < kLanes<T>; ++i) block[i] = load_row_if(rows[i], first, d) - origin;
+    transpose(block);
+    const Index count = std::min<Index>(kLanes<T>, d - first);
+    auto of_block = broadcast(T(0));
+    for (Index c = 0; c < count; ++c) {
+      of_block = multiply_add(block[c], block[c], of_block);
+      store(panel + (first + c) * stride, block[c] * broadcast(alpha));
+    }
+    squares = squares + of_block;
+  }
+  return squares;
+}
+
+/// row_i[c] <- scale_i panel[c] of lane i: the way back. Null rows are skipped.
+template <class T>
+inline void unpack_rows(const T* panel, Index stride, Index d, Packet<T> scale, T* const (&rows)[kLanes<T>]) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    for (int c = 0; c < kLanes<T>; ++c) {
+      block[c] = first + c < d ? load(panel + (first + c) * stride) * scale : broadcast(T(0));
+    }
+    transpose(block);
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (rows[i] != nullptr) store_row(rows[i], first, d, block[i]);
+    }
+  }
+}
 
 /// A matrix or the transpose of one: element (i, j) at data + i row_step + j column_step, one of which is 1.
 template <class T>
@@ -59,21 +95,21 @@ template <class T>
 }
 
 /// c <- keep c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is
-/// upcoming is fetched meanwhile.
+/// prefetch is fetched meanwhile.
 template <int kPackets, class T>
 [[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T keep,
-                                      MatrixRef<T> c, const Upcoming& upcoming) {
+                                      MatrixRef<T> c, const Prefetch& prefetch) {
   constexpr int kRows = kPanelRows<kPackets>;
   constexpr Index kWidth = kPackets * kLanes<T>;
-  alignas(64) T buffer[extent(kRows * kWidth)];
+  alignas(64) T buffer[array_size(kRows * kWidth)];
   for (Index i = 0; i < a.rows; i += kRows) {
     const Index rows = std::min<Index>(kRows, a.rows - i);
     const bool stores = keep == 0 && c.cols() == kWidth && rows == kRows;
     T* const to = c.data() + i * c.outerStride();
     T* const out = stores ? to : buffer;
     const Index out_stride = stores ? c.outerStride() : kWidth;
-    upcoming.fetch(i, kRows, a.rows);
-    Packet<T> tile[extent(kRows)][extent(kPackets)];
+    prefetch.fetch(i, kRows, a.rows);
+    Packet<T> tile[array_size(kRows)][array_size(kPackets)];
     multiply_tile(a.data + i * a.row_step, rows, a.row_step, a.column_step, panel, a.cols, tile);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -92,7 +128,7 @@ struct Panels {
   Index depth, packets;
 
   static Panels pack(const Operand<T>& b, Scratch& scratch) {
-    const Index packets = packets_of<T>(b.cols);
+    const Index packets = packet_count<T>(b.cols);
     const Panels panels{scratch.elements<T>(b.rows * packets * kLanes<T>), b.rows, packets};
     for (Index s = 0; s < panels.strips(); ++s) {
       const Range strip = panels.strip(s);
@@ -105,21 +141,21 @@ struct Panels {
   }
 
   /// Strips of at most kPanelPackets packets of columns.
-  Index strips() const { return strips_of(packets, kPanelPackets); }
+  Index strips() const { return strip_count(packets, kPanelPackets); }
 
-  /// c <- keep c + diag(factor) a b, as far as c has columns. What is upcoming is fetched meanwhile. Sums run over at
+  /// c <- keep c + diag(factor) a b, as far as c has columns. What is prefetch is fetched meanwhile. Sums run over at
   /// most kDepth terms at a time.
   [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
-                                  Upcoming upcoming) const {
+                                  Prefetch prefetch) const {
     for (Index s = 0; s < strips(); ++s) {
-      multiply_strip(s, factor, a, keep, c, upcoming);
-      upcoming = {};
+      multiply_strip(s, factor, a, keep, c, prefetch);
+      prefetch = {};
     }
   }
 
-  /// The same for the columns of one strip.
+  /// c <- keep c + diag(factor) a b for the columns of one strip alone.
   void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
-                      Upcoming upcoming) const {
+                      Prefetch prefetch) const {
     const Range strip = this->strip(s);
     const Index wide = strip.last - strip.first, column = strip.first * kLanes<T>;
     const MatrixRef<T> to(c.data() + column, c.rows(), std::min(c.cols() - column, wide * kLanes<T>), c.outerStride());
@@ -129,10 +165,10 @@ struct Panels {
       const Operand<T> terms(a.data + first * a.column_step, a.rows, last - first, a.row_step, a.column_step);
       with_packets<kPanelPackets>(static_cast<int>(wide), [&](auto width) {
         multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? keep : T(1), to,
-                                 upcoming);
+                                 prefetch);
       });
       first = last;
-      upcoming = {};
+      prefetch = {};
     } while (first < depth);
   }
 
@@ -154,5 +190,22 @@ struct Panels {
     pack_rows<T>(rows, b.rows, nullptr, T(1), to, stride);
   }
 };
+
+/// c <- keep c + scale a b; a and b may be transposed(...). c must not overlap a or b, and is not read where keep is 0.
+/// Sums run over at most 256 terms at a time.
+template <class T>
+void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T keep, const MatrixRef<T>& c, Context& context) {
+  constexpr Index kBlockRows = 256, kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
+  Scratch scratch = context.scratch();
+  const Panels<T> panels = Panels<T>::pack(b, scratch);
+  const Index blocks = (c.rows() + kBlockRows - 1) / kBlockRows, strips = panels.strips();
+  const auto multiply_item = [&](Index item, int) {
+    const Range rows = nth_part(c.rows(), blocks, item / strips);
+    panels.multiply_strip(item % strips, {&scale, 0}, a.some_rows(rows), keep, rows_of(c, rows), {});
+  };
+  const TaskRef multiply(multiply_item);
+  if (c.rows() * c.cols() * a.cols >= kWorthSharing) return context.for_each(blocks * strips, multiply);
+  for (Index item = 0; item < blocks * strips; ++item) multiply(item, 0);
+}
 
 }  // namespace attn::detail

@@ -1,7 +1,7 @@
 /// The one product kernel: a small tile of a matrix product, held in registers.
 #pragma once
 
-#include <attn/detail/simd.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -19,13 +19,13 @@ inline constexpr int kTilePackets = 3;
 template <class T>
 inline constexpr Index kTileWidth = kTilePackets * kLanes<T>;
 
-/// The same for a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators.
+/// Packets and rows of a tile with a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators.
 inline constexpr int kPanelPackets = kVectorRegisters == 32 ? 4 : kTilePackets;
 template <int kPackets>
 inline constexpr int kPanelRows = kPackets > kTilePackets ? 6 : kTileRows;
 
 /// A count as the extent of an array, without a change of sign.
-consteval std::size_t extent(Index n) {
+consteval std::size_t array_size(Index n) {
   return static_cast<std::size_t>(n);
 }
 
@@ -68,12 +68,12 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 /// How many packets so many columns are cut into: at least 2. A tile of one packet waits for its own sums, and would
 /// save a sixth at most.
 template <class T>
-constexpr Index packets_of(Index columns) {
+constexpr Index packet_count(Index columns) {
   return std::max<Index>(2, (columns + kLanes<T> - 1) / kLanes<T>);
 }
 
-/// How many strips so many packets are cut into, each of at most most: of packets_of(...) none has fewer than 2.
-constexpr Index strips_of(Index packets, Index most) {
+/// How many strips so many packets are cut into, each of at most most: of packet_count(...) none has fewer than 2.
+constexpr Index strip_count(Index packets, Index most) {
   return (packets + most - 1) / most;
 }
 
@@ -89,7 +89,7 @@ inline void with_packets(int packets, const Body& body) {
 }
 
 /// n rounded up to whole tiles of rows: what is written a tile at a time has room for so many.
-constexpr Index whole_tiles(Index n) {
+constexpr Index round_up_to_tiles(Index n) {
   return (n + kTileRows - 1) / kTileRows * kTileRows;
 }
 

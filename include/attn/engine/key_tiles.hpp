@@ -2,13 +2,11 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/bias_origins.hpp>
-#include <attn/detail/kept_rows.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/register_tile.hpp>
-#include <attn/detail/simd.hpp>
-#include <attn/detail/token_rows.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
@@ -23,7 +21,15 @@ namespace attn::detail {
 /// longer than 256.
 template <class T>
 inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> * Index{sizeof(T)}));
-static_assert(whole_tiles(kTileKeys<float>) == kTileKeys<float> && whole_tiles(kTileKeys<double>) == kTileKeys<double>);
+static_assert(round_up_to_tiles(kTileKeys<float>) == kTileKeys<float> &&
+              round_up_to_tiles(kTileKeys<double>) == kTileKeys<double>);
+
+/// The keys of a tile that some queries see: the first count, of which all of them see the first by_all.
+struct SeenKeys {
+  Index count, by_all;
+
+  bool partly() const { return by_all < count; }
+};
 
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
 /// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2,
@@ -49,6 +55,35 @@ struct KeyTile {
 
   Index row(Index j) const { return rows != nullptr ? rows[j] : first + j; }
 
+  /// The values, to be multiplied as keys are.
+  KeyTile values() const {
+    return {.k = v,
+            .v = nullptr,
+            .bias = nullptr,
+            .k_stride = v_stride,
+            .v_stride = 0,
+            .rows = rows,
+            .first = first,
+            .count = count};
+  }
+
+  /// The keys that so many queries see, of which the first sees row numbers up to limit, the next one more, and so on;
+  /// all where limit is CausalLimits::kNone.
+  SeenKeys seen_by(Index queries, Index limit) const {
+    if (limit == CausalLimits::kNone) return {count, count};
+    return {visible(limit + queries - 1), visible(limit)};
+  }
+
+  /// Whether rows of d elements of k are finite, from key i on.
+  bool finite_keys(Index i, Index end, Index d) const {
+    FiniteLanes<T> elements;
+    for (; i < end; ++i) {
+      for (Index c = 0; c < d; c += kLanes<T>) elements.add(load_row(k + i * k_stride, c, d));
+    }
+    return elements.all();
+  }
+
+ private:
   /// How many of its keys have a row number of at most limit.
   Index visible(Index limit) const {
     if (rows != nullptr) return std::upper_bound(rows, rows + count, limit) - rows;
@@ -56,27 +91,18 @@ struct KeyTile {
   }
 };
 
-/// What all tiles of one call share: the origin that keys and queries are measured from (null: zero), which changes no
-/// distance but keeps digits, and the kernel in units of log2: log2 kappa = scale q.k - bias (|q|^2 + |k|^2) + a.
-template <class T>
-struct KeySpace {
-  const T* center = nullptr;
-  T scale = 0, bias = 0;
-  BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
-};
-
 /// Reads tiles: in place where it can; a copy, of T, without the dropped keys, relative to the center, where it must.
 template <class T>
 class KeyReader {
  public:
-  [[gnu::noinline]] KeyReader(const Sources<T>& in, const KeySpace<T>& space, Scratch& scratch)
+  [[gnu::noinline]] KeyReader(const Sources<T>& in, const LogKernel<T>& kernel, Scratch& scratch)
       : in_(in),
-        space_(space),
+        kernel_(kernel),
         drops_keys_(!in.mask.keep_key.empty() || !in.key_bias.empty()),
-        k_(drops_keys_ || space.center != nullptr || !in.k.in_place() ? scratch.elements<T>(kTileKeys<T> * in.k.cols())
-                                                                      : nullptr),
+        k_(drops_keys_ || kernel.center != nullptr || !in.k.in_place() ? scratch.elements<T>(kTileKeys<T> * in.k.cols())
+                                                                       : nullptr),
         v_(drops_keys_ || !in.v.in_place() ? scratch.elements<T>(kTileKeys<T> * in.v.cols()) : nullptr),
-        norm_bias_(space.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
+        norm_bias_(kernel.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
         key_bias_(in.key_bias.empty() ? nullptr : scratch.elements<T>(3 * kTileKeys<T>)),
         rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
@@ -117,7 +143,7 @@ class KeyReader {
     for (Index j = 0; j < tile.count; ++j) {
       T* to = k_ + j * d;
       in_.k.copy_row(tile.row(j), to);
-      if (space_.center != nullptr) add_row(T(-1), space_.center, to, d);
+      if (kernel_.center != nullptr) add_row(T(-1), kernel_.center, to, d);
     }
     tile.k = k_;
     tile.k_stride = d;
@@ -125,7 +151,7 @@ class KeyReader {
 
   void set_norm_bias(KeyTile<T>& tile) const {
     for (Index j = 0; j < tile.count; ++j) {
-      norm_bias_[j] = -space_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
+      norm_bias_[j] = -kernel_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
     }
     tile.bias = tile.norm_bias = norm_bias_;
   }
@@ -134,8 +160,8 @@ class KeyReader {
   void set_key_bias(KeyTile<T>& tile) const {
     T *const part = key_bias_ + kTileKeys<T>, *const bias = part + kTileKeys<T>;
     for (Index j = 0; j < tile.count; ++j) key_bias_[j] = in_.key_bias.data()[tile.row(j)];
-    tile.bias_origin =
-        space_.bias_origins.of_queries == nullptr ? space_.bias_origins.common : largest_origin(key_bias_, tile.count);
+    tile.bias_origin = kernel_.bias_origins.of_queries == nullptr ? kernel_.bias_origins.common
+                                                                  : largest_origin(key_bias_, tile.count);
     for (Index j = 0; j < tile.count; ++j) {
       part[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
       bias[j] = norm_bias_ == nullptr ? part[j] : part[j] + norm_bias_[j];
@@ -146,7 +172,7 @@ class KeyReader {
   }
 
   const Sources<T>& in_;
-  KeySpace<T> space_;
+  LogKernel<T> kernel_;
   bool drops_keys_;
   T *k_, *v_, *norm_bias_, *key_bias_;
   Index* rows_;

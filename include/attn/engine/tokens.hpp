@@ -3,12 +3,13 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/simd.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 #include <concepts>
+#include <cstdint>
 #include <span>
 
 namespace attn::detail {
@@ -167,5 +168,80 @@ ConstMatrixRef<T> whole_matrix(const TokenRows<T>& x, Scratch& scratch) {
   for (Index i = 0; i < x.rows(); ++i) x.copy_row(i, copy.row(i).data());
   return copy;
 }
+
+/// Which rows count: those that a mask keeps, without those of a bias of minus infinity. Null leaves all.
+template <class T>
+struct KeptRows {
+  const std::uint8_t* keep;
+  const T* bias;
+
+  bool operator()(Index row) const {
+    return (keep == nullptr || keep[row] != 0) && (bias == nullptr || !is_negative_infinity(bias[row]));
+  }
+};
+
+template <class In>
+auto kept_keys(const In& in) {
+  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_key),
+                                                              data_or_null(in.key_bias)};
+}
+
+template <class In>
+auto kept_queries(const In& in) {
+  return KeptRows<typename decltype(in.key_bias)::value_type>{data_or_null(in.mask.keep_query), nullptr};
+}
+
+template <class In>
+inline bool keeps_key(const In& in, Index j) {
+  return kept_keys(in)(j);
+}
+
+template <class In>
+inline bool keeps_query(const In& in, Index i) {
+  return kept_queries(in)(i);
+}
+
+template <class Keeps>
+Index count_kept(Index n, const Keeps& keeps) {
+  Index kept = 0;
+  for (Index i = 0; i < n; ++i) kept += keeps(i) ? 1 : 0;
+  return kept;
+}
+
+/// Rows of a matrix that will soon be read or written. Fetched into the cache a few at a time, between the steps of a
+/// loop whose arithmetic hides the wait: the processor's own prefetching stops at the end of each 4 KiB page, which is
+/// 16 rows of 64 floats.
+class Prefetch {
+ public:
+  Prefetch() = default;
+
+  /// The given rows of m, as far as m has them.
+  [[gnu::noinline]] static Prefetch of(const MemoryRows& m, Range rows) {
+    Prefetch prefetch;
+    if (rows.first >= std::min(rows.last, m.rows)) return prefetch;
+    prefetch.memory_ = {m.row(rows.first), std::min(rows.last, m.rows) - rows.first, m.row_bytes, m.stride_bytes};
+    return prefetch;
+  }
+
+  /// The share of all rows that falls to steps [first, first + count) of a loop of so many steps.
+  [[gnu::always_inline]] inline void fetch(Index first, Index count, Index steps) const {
+    if (memory_.rows != 0) fetch({memory_.rows * first / steps, memory_.rows * std::min(first + count, steps) / steps});
+  }
+
+  /// All rows.
+  void fetch() const { fetch({0, memory_.rows}); }
+
+ private:
+  static constexpr Index kLine = 64;
+
+  /// Not inlined: all kernels call it.
+  [[gnu::noinline]] void fetch(Range rows) const {
+    for (Index row = rows.first; row < rows.last; ++row) {
+      for (Index byte = 0; byte < memory_.row_bytes; byte += kLine) __builtin_prefetch(memory_.row(row) + byte, 0, 2);
+    }
+  }
+
+  MemoryRows memory_{};
+};
 
 }  // namespace attn::detail

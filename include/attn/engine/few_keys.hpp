@@ -9,18 +9,21 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/exp2.hpp>
-#include <attn/detail/far_pairs.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/key_tiles.hpp>
-#include <attn/detail/panel.hpp>
-#include <attn/detail/panels.hpp>
-#include <attn/detail/product.hpp>
-#include <attn/detail/upcoming.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/far_pairs.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tokens.hpp>
+#include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 #include <limits>
+#include <numbers>
+#include <span>
 
 namespace attn::detail {
 
@@ -39,7 +42,7 @@ struct FewKeys {
   }
 
   static FewKeys pack(const Product<T>& product, Scratch& scratch) {
-    const KeyReader<T> reader(product.in, product.space, scratch);
+    const KeyReader<T> reader(product.in, product.kernel, scratch);
     const KeyTile<T> tile = reader.read(0, product.in.k.rows());
     const ConstMatrixRef<T> k(tile.k, tile.count, product.in.k.cols(), tile.k_stride),
         v(tile.v, tile.count, product.in.v.cols(), tile.v_stride);
@@ -67,10 +70,8 @@ class FewKeysRunner {
         queries_(scratch.elements<T>(kTileWidth<T> * product.in.q.cols())),
         results_(scratch.elements<T>(kTileWidth<T> * product.in.v.cols())),
         lanes_(scratch.elements<T>(kTileWidth<T> * kLanes<T>)),
-        maximum_(scratch.elements<T>(3 * kTileWidth<T>)),
-        sum_(maximum_ + kTileWidth<T>),
-        query_bias_(sum_ + kTileWidth<T>),
-        base_(scratch.elements<T>(kTileWidth<T>)),
+        norm_(scratch.elements<T>(4 * kTileWidth<T>)),
+        rows_{norm_ + kTileWidth<T>, norm_ + 2 * kTileWidth<T>, norm_ + 3 * kTileWidth<T>},
         tokens_(scratch.elements<T>(2 * product.in.q.cols())) {
     std::fill_n(scores_, kTileWidth<T> * width_, T(0));
   }
@@ -91,14 +92,13 @@ class FewKeysRunner {
 
   void finish_rows(Range rows, const ResultRows<T>& out, const LogSums<T>& logs) {
     const Index count = rows.last - rows.first, d_v = out.cols();
-    const Upcoming next_queries = Upcoming::of(product_.in.q.memory(), {rows.last, rows.last + count}),
-                   results = Upcoming::of(out.memory(), rows);
-    few_.keys.multiply({&product_.space.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_},
+    const Prefetch next_queries = Prefetch::of(product_.in.q.memory(), {rows.last, rows.last + count}),
+                   results = Prefetch::of(out.memory(), rows);
+    few_.keys.multiply({&product_.kernel.scale, 0}, read_queries(rows), 0, {scores_, count, width_, width_},
                        next_queries);
     weigh(rows);
     RowScales<T> scales;
-    for (Index i = 0; i < count; ++i) query_bias_[i] += base_[i];
-    product_.set_scales(rows.first, maximum_, sum_, query_bias_, kTileWidth<T>, &scales);
+    product_.set_scales(rows.first, rows_, norm_, kTileWidth<T>, &scales);
     const MatrixRef<T> to = out.in_place() ? rows_of(out.matrix(), rows) : MatrixRef<T>(results_, count, d_v, d_v);
     few_.values.multiply({scales.first, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
@@ -107,23 +107,23 @@ class FewKeysRunner {
       if (scales.twice) scale_row(scales.second[i], row, row, d_v);
       if (!keeps) std::fill_n(row, d_v, T(0));
       out.finish_row(rows.first + i, row);
-      product_.write_log_sums(logs, rows.first + i, maximum_[i], sum_[i], query_bias_[i], base_[i]);
     }
+    product_.write_log_sums(logs, rows.first, rows_, norm_, count);
   }
 
-  /// The queries, relative to the center; sets their bias.
+  /// The queries, relative to the center; sets their norms.
   Operand<T> read_queries(Range rows) {
     const TokenRows<T>& q = product_.in.q;
     const Index d = q.cols(), count = rows.last - rows.first;
     Operand<T> queries(queries_, count, d, d, 1);
-    if (q.in_place() && product_.space.center == nullptr) {
+    if (q.in_place() && product_.kernel.center == nullptr) {
       queries = {q.data() + rows.first * q.outerStride(), count, d, q.outerStride(), 1};
     } else {
       copy_queries(rows.first, count);
     }
-    std::fill_n(query_bias_, kTileWidth<T>, T(0));
-    for (Index i = 0; i < count && product_.space.bias != 0; ++i) {
-      query_bias_[i] = -product_.space.bias * squared_norm(queries.data + i * queries.row_step, d);
+    std::fill_n(norm_, kTileWidth<T>, T(0));
+    for (Index i = 0; i < count && product_.kernel.bias != 0; ++i) {
+      norm_[i] = product_.kernel.bias * squared_norm(queries.data + i * queries.row_step, d);
     }
     return queries;
   }
@@ -133,21 +133,22 @@ class FewKeysRunner {
     for (Index i = 0; i < count; ++i) {
       T* to = queries_ + i * d;
       product_.in.q.copy_row(first + i, to);
-      if (product_.space.center != nullptr) add_row(T(-1), product_.space.center, to, d);
+      if (product_.kernel.center != nullptr) add_row(T(-1), product_.kernel.center, to, d);
     }
   }
 
   /// Turns scores into weights relative to a maximum of each row, and sums them.
   void weigh(Range rows) {
     if (few_.bias != nullptr) add_bias();
-    std::fill_n(base_, kTileWidth<T>, T(0));
-    for (Index i = 0; i < rows.last - rows.first && product_.space.center != nullptr; ++i) {
-      if (-query_bias_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, query_bias_[i], &base_[i]);
+    std::fill_n(rows_.base, kTileWidth<T>, T(0));
+    for (Index i = 0; i < rows.last - rows.first && product_.kernel.center != nullptr; ++i) {
+      if (norm_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, norm_[i], &rows_.base[i]);
     }
-    for (Index i = 0; i < kTileWidth<T>; ++i)
-      maximum_[i] = product_.maximum == Maximum::fixed ? fixed_maximum(i) : score_maximum(i);
+    for (Index i = 0; i < kTileWidth<T>; ++i) {
+      rows_.maximum[i] = product_.maximum == Maximum::none ? kappa_unit(i) : row_maximum(scores_ + i * width_, width_);
+    }
     for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
-    for (Index i = 0; i < kTileWidth<T>; ++i) sum_[i] = sum(load(lanes_ + i * kLanes<T>));
+    for (Index i = 0; i < kTileWidth<T>; ++i) rows_.sum[i] = sum(load(lanes_ + i * kLanes<T>));
   }
 
   void add_bias() {
@@ -155,19 +156,19 @@ class FewKeysRunner {
   }
 
   /// What makes the weights kappa itself; where that is NaN, all scores are, too.
-  T fixed_maximum(Index i) const { return is_nan(query_bias_[i]) ? T(0) : -(query_bias_[i] + base_[i]); }
+  T kappa_unit(Index i) const { return is_nan(norm_[i]) ? T(0) : norm_[i] - rows_.base[i]; }
 
   /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become
   /// relative to a base.
-  [[gnu::noinline]] void refine_row(Index query, T* scores, T query_bias, T* base) const {
+  [[gnu::noinline]] void refine_row(Index query, T* scores, T norm, T* base) const {
     const KeyTile<T>& tile = few_.tile;
     const Index d = product_.in.q.cols();
     const auto near = [&](Index j) {
-      return is_near(scores[j] - tile.key_part_of(j) - (*base == 0 ? -query_bias : T(0)), -query_bias,
-                     -tile.norm_bias[j]);
+      const T log_kappa = scores[j] - tile.key_part_of(j) - (*base == 0 ? norm : T(0));
+      return is_near(log_kappa, norm, -tile.norm_bias[j]);
     };
     for (Index j = 0; j < tile.count && *base == 0; ++j) {
-      if (near(j)) *base = -query_bias;
+      if (near(j)) *base = norm;
       if (*base != 0) add_to_row(-*base, scores, width_);
     }
     if (*base == 0) return;
@@ -175,27 +176,21 @@ class FewKeysRunner {
     for (Index j = 0; j < tile.count; ++j) {
       if (!near(j)) continue;
       const T* const k = product_.in.k.row(tile.row(j), tokens_ + d);
-      scores[j] = tile.key_part_of(j) - product_.space.bias * squared_distance(q, k, d);
+      scores[j] = tile.key_part_of(j) - product_.kernel.bias * squared_distance(q, k, d);
     }
-  }
-
-  T score_maximum(Index i) const {
-    auto top = broadcast(kNoMaximum<T>);
-    for (Index j = 0; j < width_; j += kLanes<T>) top = max(top, load(scores_ + i * width_ + j));
-    return largest(top);
   }
 
   /// kRows rows from the given one on, and the sums of each in lanes.
   void weigh_rows(Index first) {
     const auto limit = broadcast(highest_exponent<T>(product_.maximum));
-    Packet<T> total[extent(kRows)];
+    Packet<T> total[array_size(kRows)];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) total[r] = broadcast(T(0));
     T* row = scores_ + first * width_;
     for (Index j = 0; j < width_; j += kLanes<T>) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(maximum_[first + r]), limit));
+        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(rows_.maximum[first + r]), limit));
         total[r] = total[r] + weight;
         store(row + r * width_ + j, weight);
       }
@@ -209,8 +204,63 @@ class FewKeysRunner {
   Index width_;  ///< elements between two rows of scores
   T *scores_, *queries_, *results_;
   T* lanes_;  ///< of each row, kLanes partial sums of its weights
-  T *maximum_, *sum_, *query_bias_, *base_;
+  T* norm_;   ///< bias |q|^2 of each query
+  RowStatistics<T> rows_;
   T* tokens_;  ///< a query and a key, where they are not in place
 };
+
+/// to <- x, relative to origin unless that is null; returns bias times the squared norms of its rows.
+template <class T>
+std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, T bias, MatrixRef<T> to, Scratch& scratch) {
+  const std::span<T> norms = scratch.array<T>(x.rows());
+  for (Index i = 0; i < x.rows(); ++i) {
+    const T* from = x.data() + i * x.outerStride();
+    T* row = to.data() + i * to.outerStride();
+    for (Index c = 0; c < x.cols(); ++c) row[c] = from[c] - (origin != nullptr ? origin[c] : T(0));
+    norms[static_cast<std::size_t>(i)] = bias * squared_norm(row, x.cols());
+  }
+  return norms;
+}
+
+/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest. For a Gaussian that is -bias |x_i - y_j|^2,
+/// and computed from a center amid y, or from that difference, see far_pairs.hpp.
+template <class T>
+void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
+                   Context& context) {
+  Scratch scratch = context.scratch();
+  MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
+  const T* origin = bias != 0 && scale == 2 * bias ? choose_center(Sources<T>{x, y, y}, scratch) : nullptr;
+  const auto norms_from = copy_centered(x, origin, bias, from, scratch),
+             norms_to = copy_centered(y, origin, bias, to, scratch);
+  gemm<T>(scale, from, transposed(to), 0, out, context);
+  for (Index i = 0; i < out.rows(); ++i) {
+    T* row = out.data() + i * out.outerStride();
+    const T n_x = norms_from[static_cast<std::size_t>(i)];
+    for (Index j = 0; j < out.cols(); ++j) {
+      const T n_y = norms_to[static_cast<std::size_t>(j)];
+      row[j] -= n_x + n_y;
+      if (origin != nullptr && is_near(row[j], n_x, n_y)) {
+        row[j] = -bias * squared_distance(x.data() + i * x.outerStride(), y.data() + j * y.outerStride(), x.cols());
+      }
+      row[j] = std::min(row[j], largest);
+    }
+  }
+}
+
+/// out (n, m) <- kappa(x_i, y_j) for x (n, d) and y (m, d), rows divided by their sums if the kernel's are normalized.
+/// Where kappa is at most 1, rounding does not lift it above that.
+template <ScoreKernel Kernel, class T>
+void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
+                   Context& context) {
+  const ScoreParameters parameters = score_parameters(kernel, x.cols());
+  const T scale = static_cast<T>(parameters.scale * std::numbers::log2e);
+  if constexpr (kMayHaveBias<Kernel>) {
+    const T bias = static_cast<T>(parameters.bias * std::numbers::log2e);
+    biased_scores(scale, bias, parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity(), x, y, out, context);
+  } else {
+    gemm<T>(scale, x, transposed(y), 0, out, context);
+  }
+  for (Index i = 0; i < out.rows(); ++i) weigh_row(out.data() + i * out.outerStride(), out.cols(), parameters.rows);
+}
 
 }  // namespace attn::detail

@@ -1,7 +1,7 @@
 /// 2^x on packets: the library's own exponential.
 #pragma once
 
-#include <attn/detail/simd.hpp>
+#include <attn/engine/simd.hpp>
 
 #include <cstddef>
 
@@ -82,7 +82,7 @@ inline Packet<T> exp2(Packet<T> x) {
   }
 }
 
-/// The same for one number.
+/// exp2 of one number.
 template <class T>
 inline T exp2_scalar(T x) {
   alignas(64) T lanes[kLanes<T>];

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/detail/elementwise.hpp>
-#include <attn/detail/float_bits.hpp>
-#include <attn/detail/gemm.hpp>
-#include <attn/detail/panel.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>

@@ -1,0 +1,213 @@
+/// A block of queries meets a range of keys: what one parallel task of kernel_matmul does.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/strip.hpp>
+#include <attn/engine/tokens.hpp>
+#include <attn/kernel.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+namespace attn::detail {
+
+/// Runs tasks of a Product. One for each worker; all its memory comes from the scratch that it is made with.
+template <class T>
+class BlockRunner {
+ public:
+  BlockRunner(const Product<T>& product, Scratch& scratch)
+      : product_(product),
+        reader_(product.in, product.kernel, scratch),
+        kernel_(product.in, product.kernel.bias, product.maximum, scratch),
+        rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
+        strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
+    for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
+      strips_[s].queries = QueryStrip<T>::make(product, scratch);
+      strips_[s].recent = LaneState<T>::make(product.in.v.cols(), scratch);
+      strips_[s].total = LaneState<T>::make(product.in.v.cols(), scratch);
+    }
+  }
+
+  /// Streams keys past the queries of a block. totals: where the states of all strips are kept, null for the runner's
+  /// own. to: where the rows will be written.
+  void stream(Index block, Range keys, const LaneState<T>* totals, const MemoryRows& to) {
+    open(block, totals);
+    const Index limit = product_.limits.of(strips_[count_ - 1].queries.rows().last - 1);
+    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    Range chunk{keys.first, keys.first};
+    do {  // once even where there are no keys
+      chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
+      LaneState<T> Lanes::*const state = chunk.first == keys.first ? &Lanes::total : &Lanes::recent;
+      for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].*state);
+      stream_chunk(state, chunk, keys.last, to);
+      for (Index s = 0; s < count_ && state == &Lanes::recent; ++s) merge(strips_[s], strips_[s].recent);
+    } while (chunk.last < keys.last);
+  }
+
+  /// The states of a block's strips from those of each split of the keys, which parts has one after another.
+  void merge_splits(Index block, const LaneState<T>* parts) {
+    open(block, parts);
+    for (Index split = 1; split < product_.partition.splits; ++split) {
+      for (Index s = 0; s < count_; ++s) {
+        merge(strips_[s], parts[split * product_.partition.strips + strips_[s].queries.number]);
+      }
+    }
+  }
+
+  /// out (n_q, d_v) <- the finished rows of the block, and their log-sums.
+  void write_results(const ResultRows<T>& out, const LogSums<T>& logs) const {
+    for (Index s = 0; s < count_; ++s) {
+      const QueryStrip<T>& queries = strips_[s].queries;
+      const LaneState<T>& total = strips_[s].total;
+      RowScales<T> scales;
+      product_.set_scales(queries.first, total, queries.norm, queries.lanes(), &scales);
+      write_rows(strips_[s], scales, out);
+      product_.write_log_sums(logs, queries.first, total, queries.norm, queries.count);
+    }
+  }
+
+  /// states, maximum, sum and weighted <- those of the rows of the block.
+  template <class States>
+  void write_states(const States& states) const {
+    for (Index s = 0; s < count_; ++s) {
+      const QueryStrip<T>& queries = strips_[s].queries;
+      RowScales<T> scales;
+      for (Index i = 0; i < queries.count; ++i) {
+        const T sum = queries.holds(product_, i) ? strips_[s].total.sum[i] : T(0);
+        states.maximum.data()[queries.first + i] = set_state_scale(strips_[s], i, sum, &scales.first[i]);
+        states.sum.data()[queries.first + i] = scales.first[i] * sum;
+      }
+      write_rows(strips_[s], scales, states.weighted);
+    }
+  }
+
+ private:
+  /// Tiles that are added up before the result joins the total, which keeps chains of sums short.
+  static constexpr Index kChunkKeys = 32 * kTileKeys<T>;
+
+  /// A strip and its results: total ones, and recent ones of the current chunk of keys unless it is the first.
+  struct Lanes {
+    QueryStrip<T> queries;
+    LaneState<T> recent, total;
+  };
+
+  /// Turns to the strips of a block.
+  void open(Index block, const LaneState<T>* totals) {
+    const Range strips = product_.partition.strips_of_block(block);
+    count_ = strips.last - strips.first;
+    for (Index s = 0; s < count_; ++s) {
+      if (totals != nullptr) strips_[s].total = totals[strips.first + s];
+      strips_[s].queries.load(product_, strips.first + s, rows_);
+    }
+  }
+
+  [[gnu::noinline]] void merge(const Lanes& strip, const LaneState<T>& from) const {
+    merge_lanes(strip.total, from, strip.queries.lanes(), product_.in.v.cols());
+  }
+
+  /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or
+  /// the next keys, has fetched them for all; with the last tile come the rows of the results.
+  void stream_chunk(LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
+    for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
+      tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
+      const KeyTile<T> read = reader_.read(tile.first, tile.last);
+      const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};
+      std::array<Prefetch, 2> prefetch{Prefetch::of(product_.in.v.memory(), tile),
+                                       Prefetch::of(product_.in.k.memory(), next)};
+      for (Index s = 0; s < count_; ++s) {
+        const QueryStrip<T>& queries = strips_[s].queries;
+        if (tile.last == end) prefetch[1] = Prefetch::of(to, queries.rows());
+        kernel_.add(queries, strips_[s].*state, read, product_.limits.of(queries.first), prefetch);
+        prefetch = {};
+      }
+    }
+  }
+
+  /// Without a maximum, weights are kappa itself, and what is far from the center has its base from the
+  /// beginning. A norm that is NaN makes scores NaN, where the query sees a key.
+  void reset(const Lanes& strip, const LaneState<T>& state) const {
+    const QueryStrip<T>& queries = strip.queries;
+    const bool no_maximum = product_.maximum == Maximum::none;
+    for (Index i = 0; i < queries.lanes(); ++i) {
+      const bool far = no_maximum && queries.far && queries.norm[i] > kFarNorm<T>;
+      state.base[i] = far ? queries.norm[i] : T(0);
+      state.maximum[i] = !no_maximum ? kNoMaximum<T> : far || is_nan(queries.norm[i]) ? T(0) : queries.norm[i];
+    }
+    std::fill_n(state.sum, queries.lanes(), T(0));
+    std::fill_n(state.weighted, queries.lanes() * round_up_to_tiles(product_.in.v.cols()), T(0));
+  }
+
+  /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the
+  /// weights are multiplied by scale, so that they are relative to just that.
+  T set_state_scale(const Lanes& strip, Index i, T sum, T* scale) const {
+    *scale = 1;
+    if (sum == 0) return kNoMaximum<T>;
+    if (product_.maximum == Maximum::none) return 0;
+    const auto bias = static_cast<double>(product_.kernel.bias_origins.of(strip.queries.first + i));
+    const double origin = std::numbers::log2e * bias,
+                 rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
+    const double relative = product_.kernel_maximum(
+        strip.total.maximum[i], strip.total.base[i] == 0 ? exact_query_bias(strip.queries.first + i) : 0);
+    constexpr auto kLargest = static_cast<double>(std::numeric_limits<T>::max());
+    const auto rounded = static_cast<T>(std::clamp(origin, -kLargest, kLargest));
+    if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
+      // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands
+      // for its origin.
+      *scale = static_cast<T>(std::exp2(std::clamp(relative, -kMostStateScale, kMostStateScale)));
+      return rounded;
+    }
+    const auto absolute = static_cast<T>(origin + relative);
+    const double lost = (origin - static_cast<double>(absolute)) + relative + rest;
+    if (std::abs(lost) < kMostStateScale) *scale = static_cast<T>(std::exp2(lost));  // else scores have no digits left
+    return absolute;
+  }
+
+  static constexpr double kMostStateScale = std::numeric_limits<T>::max_exponent / 4;  ///< log2 of it
+
+  /// -bias |q|^2, in double: states of other keys, whose center may be another, are compared by it.
+  double exact_query_bias(Index query) const {
+    if (product_.kernel.bias == 0) return 0;
+    double squares = 0;
+    const T* const q = product_.in.q.row(query, rows_);
+    const T* const center = product_.kernel.center;
+    for (Index c = 0; c < product_.in.q.cols(); ++c) {
+      const auto x = static_cast<double>(center == nullptr ? q[c] : q[c] - center[c]);
+      squares += x * x;
+    }
+    return -static_cast<double>(product_.kernel.bias) * squares;
+  }
+
+  /// to <- scales times the rows of a strip; dropped queries become 0.
+  void write_rows(const Lanes& strip, const RowScales<T>& scales, const ResultRows<T>& to) const {
+    const QueryStrip<T>& queries = strip.queries;
+    for (Index p = 0; p < queries.lanes(); p += kLanes<T>) {
+      T* rows[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) {
+        rows[i] = p + i < queries.count ? to.row(queries.first + p + i, rows_ + i * to.cols()) : nullptr;
+      }
+      unpack_rows(strip.total.weighted + p, queries.lanes(), to.cols(), load(scales.first + p), rows);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        if (rows[i] == nullptr) continue;
+        if (scales.twice) scale_row(scales.second[p + i], rows[i], rows[i], to.cols());
+        if (!queries.holds(product_, p + i)) std::fill_n(rows[i], to.cols(), T(0));
+        to.finish_row(queries.first + p + i, rows[i]);
+      }
+    }
+  }
+
+  const Product<T>& product_;
+  KeyReader<T> reader_;
+  StripKernel<T> kernel_;
+  T* rows_;  ///< kLanes rows of q or of the results, where they are not in place
+  Lanes* strips_;
+  Index count_ = 0;  ///< strips of the current block
+};
+
+}  // namespace attn::detail
