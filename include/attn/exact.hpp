@@ -16,13 +16,14 @@
 namespace attn {
 namespace detail {
 
-/// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits, and of which inputs they
-/// are; raw rows need neither.
-template <class T>
-struct ExactSaved {
-  std::vector<RowLog<T>> lse{};  ///< of each row, or empty
-  PassInputs pass{};             ///< checked by backward
+/// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits; raw rows need none.
+template <class T, ScoreKernel Kernel>
+struct ExactState {
+  std::vector<RowLog<T>> lse{};
 };
+
+template <class T, ScoreKernel Kernel>
+using ExactSaved = Saved<ExactState<Arithmetic<T>, Kernel>, PassInputs>;
 
 }  // namespace detail
 
@@ -33,9 +34,9 @@ struct ExactSaved {
 /// empty, or when the kernel's parameter is out of range. 2 n_q n_k (d + d_v) flops, O(tile) memory. Dao et al. 2022,
 /// Alg. 1. The backward pass streams once more: 2 n_q n_k (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
 template <class T, ScoreKernel Kernel>
-class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::ExactSaved<detail::Arithmetic<T>>> {
+class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::ExactSaved<T, Kernel>> {
  public:
-  using Saved = detail::ExactSaved<detail::Arithmetic<T>>;  ///< what backward needs
+  using Saved = detail::ExactSaved<T, Kernel>;  ///< what backward needs
   static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
                                             : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
                                                                                      : "exact";

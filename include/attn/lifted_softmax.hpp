@@ -19,16 +19,6 @@
 #include <string_view>
 
 namespace attn {
-namespace detail {
-
-/// What Skyformer's backward needs, and of which inputs and options it is.
-template <class T, class Landmarks, class Inverse>
-struct LiftedSaved {
-  SkyformerSums<T> of_skyformer{};
-  ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
-};
-
-}  // namespace detail
 
 /// softmax(s q k^T) v ~ (A~ v) / (A~ 1), A~ the lifted Nystrom approximation of A = exp(s q k^T). Since
 ///   exp(s q_i.k_j) = exp(s |q_i|^2 / 2) kappa(q_i, k_j) exp(s |k_j|^2 / 2),  kappa Gaussian of bandwidth 1/sqrt s,
@@ -39,9 +29,9 @@ struct LiftedSaved {
 template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse>
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
-                                        detail::LiftedSaved<detail::Arithmetic<T>, Landmarks, Inverse>> {
+                                        detail::SkyformerSaved<T, SoftmaxKernel, Landmarks, Inverse>> {
  public:
-  using Saved = detail::LiftedSaved<detail::Arithmetic<T>, Landmarks, Inverse>;  ///< what backward needs
+  using Saved = detail::SkyformerSaved<T, SoftmaxKernel, Landmarks, Inverse>;  ///< what backward needs
   static constexpr std::string_view kName = "lifted-softmax";
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
@@ -67,11 +57,11 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
     const detail::Sources<T> weighted{in.q, in.k, in.v, in.mask, log_weights(in, scratch)};
     const auto method = skyformer(in.q.cols());
     method.check(weighted);
-    method.attend(weighted, out, context, saved == nullptr ? nullptr : &saved->of_skyformer);
+    method.attend(weighted, out, context, saved);
   }
 
-  detail::ForwardPass<Landmarks, Inverse> pass(const detail::Sources<T>& in) const {
-    return detail::ForwardPass<Landmarks, Inverse>::of(kernel_, in, landmarks_, inverse_);
+  auto pass(const detail::Sources<T>& in) const {
+    return detail::ForwardPass<SoftmaxKernel, Landmarks, Inverse>::of(kernel_, in, landmarks_, inverse_);
   }
 
   void differentiate(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
@@ -79,7 +69,7 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
     Scratch scratch = context.scratch();
     const std::span<T> dbias = scratch.array<T>(in.k.rows());
     const Inputs<T> weighted{in.q, in.k, in.v, in.mask, log_weights(detail::sources(in), scratch)};
-    skyformer(in.q.cols()).differentiate(weighted, out, dout, saved.of_skyformer, gradients, context, dbias);
+    skyformer(in.q.cols()).differentiate(weighted, out, dout, saved, gradients, context, dbias);
     MatrixRef<T> dk = gradients.dk;
     const T s = static_cast<T>(scale(in.q.cols()));
     for (Index j = 0; j < dk.rows(); ++j) {

@@ -46,7 +46,7 @@ struct NystromFactors {
 /// What a backward pass needs of the forward pass: copies of the factors, and lse, the log-sums of F's rows (n_q).
 /// exact: the method was exact attention, and lse are its log-sums.
 template <class T>
-struct NystromFactorsSaved {
+struct NystromState {
   Matrix<T> q_land{}, k_land{}, bv{};
   std::vector<RowLog<T>> lse_land{}, lse{};
   bool exact = false;
@@ -66,10 +66,8 @@ struct NystromFactorsSaved {
   }
 };
 
-template <class T, class Landmarks, class Inverse>
-struct NystromSaved : NystromFactorsSaved<T> {
-  ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
-};
+template <class T, class Kernel, class Landmarks, class Inverse>
+using NystromSaved = Saved<NystromState<Arithmetic<T>>, ForwardPass<Kernel, Landmarks, Inverse>>;
 
 }  // namespace detail
 
@@ -83,9 +81,9 @@ struct NystromSaved : NystromFactorsSaved<T> {
 template <class T, class Landmarks = SegmentMeans, class Inverse = IterativePinv, ScoreKernel Kernel = SoftmaxKernel>
   requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
-                                  detail::NystromSaved<detail::Arithmetic<T>, Landmarks, Inverse>> {
+                                  detail::NystromSaved<T, Kernel, Landmarks, Inverse>> {
  public:
-  using Saved = detail::NystromSaved<detail::Arithmetic<T>, Landmarks, Inverse>;  ///< what backward needs
+  using Saved = detail::NystromSaved<T, Kernel, Landmarks, Inverse>;  ///< what backward needs
   static constexpr std::string_view kName = "nystrom";
 
   /// How landmarks are chosen, what stands for A^+, and the kernel.
@@ -120,8 +118,8 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
                                 context);  // F (Z B v)
   }
 
-  detail::ForwardPass<Landmarks, Inverse> pass(const detail::Sources<T>& in) const {
-    return detail::ForwardPass<Landmarks, Inverse>::of(kernel_, in, landmarks_, inverse_);
+  auto pass(const detail::Sources<T>& in) const {
+    return detail::ForwardPass<Kernel, Landmarks, Inverse>::of(kernel_, in, landmarks_, inverse_);
   }
 
   void differentiate(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
@@ -148,7 +146,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
   }
 
   /// out <- F Z (B v) of what is saved, and lse <- the log-sums of F's rows.
-  void multiply_saved(const Inputs<T>& in, const detail::NystromFactorsSaved<T>& f, const MatrixRef<T>& out,
+  void multiply_saved(const Inputs<T>& in, const detail::NystromState<T>& f, const MatrixRef<T>& out,
                       std::span<detail::RowLog<T>> lse, Context& context) const {
     Scratch scratch = context.scratch();
     const MatrixRef<T> zbv = scratch.matrix<T>(f.bv.rows(), f.bv.cols());
@@ -159,7 +157,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
 
   /// gradients <- those of F Z (B v), which is out with lse the log-sums of F's rows, for its gradient dout.
   void differentiate_product(const Inputs<T>& in, const ConstMatrixRef<T>& out, std::span<const detail::RowLog<T>> lse,
-                             const ConstMatrixRef<T>& dout, const detail::NystromFactorsSaved<T>& f,
+                             const ConstMatrixRef<T>& dout, const detail::NystromState<T>& f,
                              const Gradients<T>& gradients, Context& context) const {
     Scratch scratch = context.scratch();
     const Index m = f.q_land.rows(), d = in.q.cols(), d_v = in.v.cols();
@@ -182,7 +180,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
  private:
   /// dbv: the gradient by Z B v -> that by B v; dq_land and dk_land <- those by the landmarks within A. A = A I, so that
   /// its gradients are those of any streamed product.
-  void differentiate_core(const detail::NystromFactorsSaved<T>& f, MatrixRef<T> dbv, MatrixRef<T> dq_land,
+  void differentiate_core(const detail::NystromState<T>& f, MatrixRef<T> dbv, MatrixRef<T> dq_land,
                           MatrixRef<T> dk_land, Context& context) const {
     Scratch scratch = context.scratch();
     const Index m = f.q_land.rows();

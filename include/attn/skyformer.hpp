@@ -25,7 +25,7 @@ namespace detail {
 
 /// The landmarks (m, d), and what LandmarkSums has of them.
 template <class T>
-struct SkyformerSums {
+struct SkyformerState {
   Matrix<T> land{}, sums{};
   std::vector<double> exponents{};
   double top = 0;
@@ -38,11 +38,8 @@ struct SkyformerSums {
   }
 };
 
-/// What backward needs, and of which inputs and options it is.
-template <class T, class Landmarks, class Inverse>
-struct SkyformerSaved : SkyformerSums<T> {
-  ForwardPass<Landmarks, Inverse> pass{};  ///< checked by backward
-};
+template <class T, class Kernel, class Landmarks, class Inverse>
+using SkyformerSaved = Saved<SkyformerState<Arithmetic<T>>, ForwardPass<Kernel, Landmarks, Inverse>>;
 
 }  // namespace detail
 
@@ -58,9 +55,9 @@ struct SkyformerSaved : SkyformerSums<T> {
 template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse>
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
-                                    detail::SkyformerSaved<detail::Arithmetic<T>, Landmarks, Inverse>> {
+                                    detail::SkyformerSaved<T, GaussianKernel, Landmarks, Inverse>> {
  public:
-  using Saved = detail::SkyformerSaved<detail::Arithmetic<T>, Landmarks, Inverse>;  ///< what backward needs
+  using Saved = detail::SkyformerSaved<T, GaussianKernel, Landmarks, Inverse>;  ///< what backward needs
   using MethodBase<Skyformer, T, Saved>::backward;
   static constexpr std::string_view kName = "skyformer";
 
@@ -98,7 +95,7 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
   }
 
   void attend(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context,
-              detail::SkyformerSums<T>* saved) const {
+              detail::SkyformerState<T>* saved) const {
     Scratch scratch = context.scratch();
     const MatrixRef<T> land = detail::select_jointly(landmarks_, in, scratch);
     detail::check_landmark_rows(kName, "q and k", land, detail::any_kept(in) ? 1 : 0, in.q.cols());
@@ -110,13 +107,13 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
     multiply<T>(in, land, sums, out, context);
   }
 
-  detail::ForwardPass<Landmarks, Inverse> pass(const detail::Sources<T>& in) const {
-    return detail::ForwardPass<Landmarks, Inverse>::of(kernel_, in, landmarks_, inverse_);
+  auto pass(const detail::Sources<T>& in) const {
+    return detail::ForwardPass<GaussianKernel, Landmarks, Inverse>::of(kernel_, in, landmarks_, inverse_);
   }
 
   /// dbias may be empty.
   void differentiate(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
-                     const detail::SkyformerSums<T>& saved, const Gradients<T>& gradients, Context& context,
+                     const detail::SkyformerState<T>& saved, const Gradients<T>& gradients, Context& context,
                      std::span<T> dbias = {}) const {
     const Gradients<T> to = gradients;
     if (saved.land.rows() == 0) {

@@ -52,9 +52,7 @@ bool same_masks(const In& in) {
 }
 
 template <class T>
-struct ShiftPassSaved : ShiftSaved<T> {
-  ForwardPass<SegmentMeans, SpectralShift> pass{};  ///< checked by backward
-};
+using ShiftSaved = Saved<ShiftState<Arithmetic<T>>, ForwardPass<SoftmaxKernel, SegmentMeans, SpectralShift>>;
 
 }  // namespace detail
 
@@ -78,10 +76,9 @@ struct ShiftPassSaved : ShiftSaved<T> {
 /// (N v)_i + shift_i v_i.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
-class ShiftedNystrom
-    : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T, detail::ShiftPassSaved<detail::Arithmetic<T>>> {
+class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T, detail::ShiftSaved<T>> {
  public:
-  using Saved = detail::ShiftPassSaved<detail::Arithmetic<T>>;  ///< what backward needs
+  using Saved = detail::ShiftSaved<T>;  ///< what backward needs
   static constexpr std::string_view kName = "shifted-nystrom";
 
   /// How many landmarks, how the shift is chosen, and the kernel.
@@ -126,8 +123,8 @@ class ShiftedNystrom
     detail::add_one_shift<T>(kernel_, in, f.k_land, factors.zbv, factors.rows, 1 - delta, delta, out, saved, context);
   }
 
-  detail::ForwardPass<Landmarks, SpectralShift> pass(const detail::Sources<T>& in) const {
-    return detail::ForwardPass<Landmarks, SpectralShift>::of(kernel_, in, landmarks_, shift_);
+  auto pass(const detail::Sources<T>& in) const {
+    return detail::ForwardPass<Kernel, Landmarks, SpectralShift>::of(kernel_, in, landmarks_, shift_);
   }
 
   void differentiate(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,

@@ -78,16 +78,16 @@ struct AnyOption {
 template <class Option>
 using SavedOption = std::conditional_t<std::equality_comparable<Option>, std::optional<Option>, AnyOption>;
 
-/// A forward pass of a method with a choice of landmarks and another option: what its backward pass relies on beside
-/// what is saved of the elements.
-template <class Landmarks, class Option>
+/// A forward pass of a method with a kernel, a choice of landmarks and another option: what its backward pass relies on
+/// beside what is saved of the elements.
+template <ScoreKernel Kernel, class Landmarks, class Option>
 struct ForwardPass {
   PassInputs inputs{};
   Index num_landmarks = 0;  ///< that the policy says it chooses, or 0
   SavedOption<Landmarks> landmarks{};
   SavedOption<Option> option{};
 
-  template <ScoreKernel Kernel, class T>
+  template <class T>
   static ForwardPass of(const Kernel& kernel, const Sources<T>& in, const Landmarks& landmarks, const Option& option) {
     Index num_landmarks = 0;
     if constexpr (requires { landmarks.num_landmarks; }) num_landmarks = static_cast<Index>(landmarks.num_landmarks);
@@ -101,6 +101,12 @@ struct ForwardPass {
     if (landmarks == now.landmarks && option == now.option) return;
     refuse(who, "saved is of a forward pass with other options");
   }
+};
+
+/// What a backward pass needs of a forward pass: State, of its elements, and what else it relies on.
+template <class State, class Pass>
+struct Saved : State {
+  Pass pass{};
 };
 
 }  // namespace attn::detail

@@ -129,8 +129,8 @@ struct ShiftedPinv {
 /// Beside what Nystrom saves (but lse): scale and shift of each row, 0 where it is dropped, and delta, N's core being Z
 /// - delta Z Z.
 template <class T>
-struct ShiftSaved {
-  NystromFactorsSaved<T> nystrom{};
+struct ShiftState {
+  NystromState<T> nystrom{};
   std::vector<T> scale{}, shift{};
   double delta = 0;
 
@@ -302,7 +302,7 @@ ShiftGate<T> fit_gate(const ShiftProbes<T>& probes, const Sources<T>& in, const 
 template <class T>
 void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& k_land,
                    const ConstMatrixRef<T>& zbv, std::span<const Index> rows, T scale, T delta,
-                   const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
+                   const ResultRows<T>& out, ShiftState<T>* saved, Context& context) {
   Scratch scratch = context.scratch();
   const MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   T* const buffer = scratch.elements<T>(in.v.cols());
@@ -343,7 +343,7 @@ template <class T>
 /// out <- N v + t_i (R - N v), t_i row i's part of the gate. saved may be null.
 template <class T>
 void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFactors<T>& factors,
-                   const ResultRows<T>& out, ShiftSaved<T>* saved, Context& context) {
+                   const ResultRows<T>& out, ShiftState<T>* saved, Context& context) {
   constexpr Index kRows = 128;
   const auto n = static_cast<Index>(factors.rows.size());
   if (n < out.rows()) out.set_zero();
