@@ -52,7 +52,6 @@ class AnyApproximator {
   /// The name of the method inside.
   std::string_view name() const { return method_->name(); }
   bool supports(const Inputs<T>& in) const { return method_->supports(in); }
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { method_->forward(in, out, context); }
 
   /// Of a narrow T the method inside as one of float, which saves the same.
   const auto& wide() const
@@ -64,8 +63,12 @@ class AnyApproximator {
   /// What the method inside saves.
   using Saved = detail::AnySaved;
 
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
+    method_->forward(in, out, context, nullptr);
+  }
+
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    method_->forward(in, out, context, saved);
+    method_->forward(in, out, context, &saved);
   }
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
@@ -82,8 +85,7 @@ class AnyApproximator {
     virtual ~Method() = default;
     virtual std::string_view name() const = 0;
     virtual bool supports(const Inputs<T>& in) const = 0;
-    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const = 0;
-    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const = 0;
+    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const = 0;
     virtual void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                           const Gradients<T>& gradients, Context& context) const = 0;
   };
@@ -93,13 +95,11 @@ class AnyApproximator {
     explicit Holder(A a) : method(std::move(a)) {}
     std::string_view name() const override { return A::kName; }
     bool supports(const Inputs<T>& in) const override { return method.supports(in); }
-    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const override {
-      method.forward(in, out, context);
-    }
-    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const override {
-      auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
-      method.forward(in, out, context,
-                     inner != nullptr ? *inner : saved.of_method.template emplace<typename A::Saved>());
+    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const override {
+      if (saved == nullptr) return method.forward(in, out, context);
+      auto* inner = std::any_cast<typename A::Saved>(&saved->of_method);
+      if (inner == nullptr) inner = &saved->of_method.template emplace<typename A::Saved>();
+      method.forward(in, out, context, *inner);
     }
     void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                   const Gradients<T>& gradients, Context& context) const override {

@@ -129,8 +129,8 @@ void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const RowS
 /// kernel_matmul gave them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or
 /// n_k entries that receive the gradient by the key bias. Throws std::invalid_argument when shapes disagree, or a
 /// result overlaps an argument or another. 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens are so large that lse
-/// has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Of narrow types lse and dbias are
-/// float, all matrices are copied to float, and gradients are rounded once. Dao et al. 2022, Alg. 4.
+/// has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Of narrow types lse and dbias
+/// are float, all matrices are copied to float, and gradients are rounded once. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                             std::span<const detail::Arithmetic<T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,

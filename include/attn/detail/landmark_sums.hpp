@@ -1,4 +1,4 @@
-/// The landmark side of Skyformer's product kappa(q, L) (kappa(L, L) + gamma I)^-1 kappa(L, k) [v 1], and its gradients.
+/// The landmark side of Skyformer's product kappa(q, L) (kappa(L, L) + gamma I)^-1 kappa(L, k) [v 1] and its gradients.
 /// Where the landmarks' sums over the keys are further apart than T's exponents reach, as those of tokens far from one
 /// another are, what is between landmarks is in double, and each landmark's values have an exponent of their own, which
 /// is its key bias as a key of the queries: slower, and of the same result where T's exponents reach.
@@ -221,8 +221,7 @@ void divide_row(double divisor, const From* from, To* to, Index n) {
   for (Index i = 0; i < n; ++i) to[i] = static_cast<To>(static_cast<double>(from[i]) / divisor);
 }
 
-/// Values [z z1 |z1|] of landmarks in T: row l of what they were made from, but for its last column, is unit_l times row
-/// l of rows, and unit_l is 2^exponent e^bias_l. The largest bias is 0; that of a row of zeros is -infinity, which
+/// Values [z z1 |z1|] of landmarks in T: row l of a solution [z z1] is unit_l times row l of rows, and unit_l is 2^exponent e^bias_l. The largest bias is 0; that of a row of zeros is -infinity, which
 /// removes the landmark. Where T's exponents reach, units are 1, and there are neither.
 template <class T>
 struct LandmarkValues {

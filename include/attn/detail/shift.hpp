@@ -1,5 +1,5 @@
-/// The core of spectral shifting, how it chooses its shifts, from some rows whose attention it computes exactly, and ends: out_i =
-/// scale_i (N v)_i + shift_i v_i over the kept rows.
+/// Spectral shifting: its core, how shifts are chosen from some rows whose attention is computed exactly, and how it
+/// ends, out_i = scale_i (N v)_i + shift_i v_i over the kept rows.
 #pragma once
 
 #include <attn/context.hpp>
@@ -328,18 +328,6 @@ template <class T>
   return std::sqrt(sum(squares));
 }
 
-/// to <- y + t step, rows of length d; y where t is 0, whatever step holds.
-template <class T>
-[[gnu::noinline]] void set_moved(const T* y, T t, const T* step, T* to, Index d) {
-  if (!(t > 0)) {
-    std::copy_n(y, d, to);
-    return;
-  }
-  for (Index c = 0; c < d; c += kLanes<T>) {
-    store_row(to, c, d, multiply_add(broadcast(t), load_row(step, c, d), load_row(y, c, d)));
-  }
-}
-
 /// out <- N v + t_i (R - N v), t_i row i's part of the gate. saved may be null.
 template <class T>
 void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFactors<T>& factors,
@@ -362,7 +350,8 @@ void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFa
       const T gain = rows.stretch[i] - 1, added = rows.added[i];
       const T t = gate.of(set_step(gain, y, added, in.v.row(row, buffer), step, out.cols(), gate.unit));
       T* const to = out.row(row, buffer);
-      set_moved(y, t, step, to, out.cols());
+      std::copy_n(y, out.cols(), to);
+      if (t > 0) add_row(t, step, to, out.cols());  // else step may hold anything
       out.finish_row(row, to);
       if (saved != nullptr) saved->set(row, 1 + t * gain, t * added);
     }
