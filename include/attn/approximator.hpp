@@ -19,8 +19,9 @@ namespace attn {
 ///   typename A::Scalar                  the type of the matrices' elements
 ///   A::kName                            its name, for tables and error messages
 ///   a.supports(inputs)                  whether forward accepts these masks and shapes
-///   a.forward(inputs, out, context)     out (n_q, d_v) is overwritten, and must not overlap q, k or v; throws
-///                                       std::invalid_argument when it does not support them
+///   a.forward(inputs, out, context)     for q (n_q, d), k (n_k, d) and v (n_k, d_v): out (n_q, d_v) is overwritten,
+///                                       and must not overlap them; throws std::invalid_argument when shapes disagree
+///                                       or are empty, an option is out of range, or inputs are not supported
 /// and for training:
 ///   typename A::Saved                   what backward needs of forward; made once, then reused from step to step
 ///   a.forward(inputs, out, context, saved)

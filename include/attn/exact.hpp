@@ -30,9 +30,8 @@ using ExactSaved = Saved<ExactState<Arithmetic<T>, Kernel>, PassInputs>;
 /// out <- [kappa] v for any kernel, masks and causal alignments included.
 ///   SoftmaxKernel    softmax(s q k^T) v                           Vaswani et al. 2017, eq. 1
 ///   GaussianKernel   exp(-|q_i - k_j|^2 / (2 h^2)) v, h^2 = sqrt d   Chen et al. 2021, eq. 3
-/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). Throws std::invalid_argument when shapes disagree or are
-/// empty, or when the kernel's parameter is out of range. 2 n_q n_k (d + d_v) flops, O(tile) memory. Dao et al. 2022,
-/// Alg. 1. The backward pass streams once more: 2 n_q n_k (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
+/// 2 n_q n_k (d + d_v) flops, O(tile) memory. Dao et al. 2022, Alg. 1. The backward pass streams once more: 2 n_q n_k
+/// (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
 template <class T, ScoreKernel Kernel>
 class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::ExactSaved<T, Kernel>> {
  public:

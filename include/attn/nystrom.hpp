@@ -74,10 +74,9 @@ using NystromSaved = Saved<NystromState<Arithmetic<T>>, ForwardPass<Kernel, Land
 /// softmax(s q k^T) v ~ F Z (B v), m landmarks on each side:
 ///   F = softmax(s q k_land^T)   A = softmax(s q_land k_land^T)   B = softmax(s q_land k^T)   Z ~ A^+ by six iterations
 /// Where m reaches the number of kept queries or of kept keys it is exact attention, which is then as cheap.
-/// q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v). O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m))
-/// memory. Not causal, no key bias. Throws std::invalid_argument when shapes disagree or are empty, an option is out of
-/// range, or a mask is not supported. Xiong et al. 2021, eqs. 13-16. The backward pass goes through the landmarks and
-/// through the inverse's own steps, and takes about 3 times the forward pass.
+/// O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m)) memory. Not causal, no key bias. Xiong et al. 2021, eqs.
+/// 13-16. The backward pass goes through the landmarks and through the inverse's own steps, and takes about 3 times the
+/// forward pass.
 template <class T, class Landmarks = SegmentMeans, class Inverse = IterativePinv, ScoreKernel Kernel = SoftmaxKernel>
   requires SplitLandmarks<Landmarks, T> && CoreOfAnyMatrix<Inverse, T>
 class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,

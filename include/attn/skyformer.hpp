@@ -47,11 +47,10 @@ using SkyformerSaved = Saved<SkyformerState<Arithmetic<T>>, ForwardPass<Kernel, 
 /// rows of [q; k]. The kernel matrix of [q; k] is positive semidefinite, and so is what its Nystrom approximation
 /// leaves, which bounds the error of the block that is wanted. Normalised rows: (C~ v)_i / (C~ 1)_i, the divisor kept
 /// above 1e-6 of the sum of its terms' magnitudes. Where the landmarks' sums kappa(L, k) 1 are further apart than T's
-/// exponents reach, what is between landmarks is computed in double. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q,
-/// d_v). O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d + d_v + m)) memory; not causal. Throws std::invalid_argument
-/// when shapes disagree or are empty, an option is out of range, or the mask is causal. Chen et al. 2021, eq. 6 and
-/// Theorem 2. The backward pass goes through the landmarks, wherever they were sampled, and through the inverse. It
-/// takes about 3 times the forward pass; where rows are normalized one product more, and memory for two copies of v.
+/// exponents reach, what is between landmarks is computed in double. O((n_q + n_k) m (d + d_v) + m^3) time, O(m (d +
+/// d_v + m)) memory. Not causal. Chen et al. 2021, eq. 6 and Theorem 2. The backward pass goes through the landmarks,
+/// wherever they were sampled, and through the inverse. It takes about 3 times the forward pass; where rows are
+/// normalized one product more, and memory for two copies of v.
 template <class T, class Landmarks = UniformSample, class Inverse = RidgeInverse>
   requires JointLandmarks<Landmarks, T> && Core<Inverse, T>
 class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,

@@ -69,11 +69,10 @@ using ShiftSaved = Saved<ShiftState<Arithmetic<T>>, ForwardPass<SoftmaxKernel, S
 /// In row mode t depends on v: the method is not linear in v. Each row's error is at most Nystrom's and twice the
 /// largest of Nystrom's on the probed rows; where all rows of v are the same it is at most Nystrom's. Where m reaches
 /// the number of kept tokens it is exact attention.
-/// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a
-/// time. Not causal, no key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when
-/// shapes disagree or are empty. Verma 2021 (paper mode, recalled from its abstract); the other modes are this
-/// library's own. The backward pass takes delta, s, alpha, g and t as constants: its gradients are those of scale_i
-/// (N v)_i + shift_i v_i.
+/// As many queries as keys; not causal, no key bias, keep_query must equal keep_key. O(n m (m + d + d_v) + m^3) time,
+/// O(m (d + d_v + m)) memory and some rows at a time. Verma 2021 (paper mode, recalled from its abstract); the other
+/// modes are this library's own. The backward pass takes delta, s, alpha, g and t as constants: its gradients are those
+/// of scale_i (N v)_i + shift_i v_i.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T, detail::ShiftSaved<T>> {

@@ -75,6 +75,9 @@ MatrixRef<T> left_columns(const MatrixRef<T>& m, Index columns) {
 /// to <- factor from, n elements of another type.
 template <class To, class From>
 void convert_scaled(double factor, const From* from, To* to, Index n) {
+  if constexpr (std::is_same_v<To, From>) {
+    if (factor == 1) return void(std::copy_n(from, n, to));
+  }
   for (Index i = 0; i < n; ++i) to[i] = static_cast<To>(factor * static_cast<double>(from[i]));
 }
 
@@ -218,11 +221,15 @@ struct LandmarkSystem {
 /// to <- from / divisor, n elements of another type. The inverse of a small divisor could be infinite.
 template <class To, class From>
 void divide_row(double divisor, const From* from, To* to, Index n) {
+  if constexpr (std::is_same_v<To, From>) {
+    if (divisor == 1) return void(std::copy_n(from, n, to));
+  }
   for (Index i = 0; i < n; ++i) to[i] = static_cast<To>(static_cast<double>(from[i]) / divisor);
 }
 
-/// Values [z z1 |z1|] of landmarks in T: row l of a solution [z z1] is unit_l times row l of rows, and unit_l is 2^exponent e^bias_l. The largest bias is 0; that of a row of zeros is -infinity, which
-/// removes the landmark. Where T's exponents reach, units are 1, and there are neither.
+/// Values [z z1 |z1|] of landmarks in T: row l of a solution [z z1] is unit_l times row l of rows, and unit_l is
+/// 2^exponent e^bias_l. The largest bias is 0; that of a row of zeros is -infinity, which removes the landmark. Where
+/// T's exponents reach, units are 1, and there are neither.
 template <class T>
 struct LandmarkValues {
   MatrixRef<T> rows;
