@@ -15,6 +15,7 @@
 #include <span>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace attn {
@@ -143,10 +144,7 @@ void check_masks(const HeadInputs<T>& in, const HeadsView<const T>& out) {
 /// All that can be checked without the method.
 template <class T>
 void check_heads(const HeadInputs<T>& in, const HeadsView<const T>& out) {
-  check_view("q", in.q);
-  check_view("k", in.k);
-  check_view("v", in.v);
-  check_view("out", out);
+  for (const auto& [name, x] : {std::pair{"q", in.q}, {"k", in.k}, {"v", in.v}, {"out", out}}) check_view(name, x);
   check_count("k.batch", in.k.batch, "q.batch", in.q.batch);
   check_count("v.batch", in.v.batch, "q.batch", in.q.batch);
   check_count("out.batch", out.batch, "q.batch", in.q.batch);
@@ -181,15 +179,14 @@ void check_like(const char* name, const HeadsView<const T>& x, const char* of, c
 template <class T>
 void check_gradients(const HeadInputs<T>& in, const HeadsView<const T>& out, const HeadsView<const T>& dout,
                      const HeadGradients<T>& gradients) {
+  const auto memory = [](const char* name, const HeadsView<T>& gradient, const char* of, const HeadsView<const T>& x) {
+    check_like<T>(name, gradient, of, x);
+    check_disjoint(name, gradient);
+    return memory_of(name, gradient);
+  };
   check_like<T>("dout", dout, "out", out);
-  check_like<T>("dq", gradients.dq, "q", in.q);
-  check_like<T>("dk", gradients.dk, "k", in.k);
-  check_like<T>("dv", gradients.dv, "v", in.v);
-  check_disjoint("dq", gradients.dq);
-  check_disjoint("dk", gradients.dk);
-  check_disjoint("dv", gradients.dv);
-  const Memory results[] = {memory_of("dq", gradients.dq), memory_of("dk", gradients.dk),
-                            memory_of("dv", gradients.dv)};
+  const Memory results[] = {memory("dq", gradients.dq, "q", in.q), memory("dk", gradients.dk, "k", in.k),
+                            memory("dv", gradients.dv, "v", in.v)};
   const Memory of_forward[] = {memory_of("out", out), memory_of("dout", dout)};
   check_heads_apart(results, in);
   check_apart_from(kMultiHeadName, results, of_forward);

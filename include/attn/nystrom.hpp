@@ -111,10 +111,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
     Scratch scratch = context.scratch();
     const auto f = detail::NystromFactors<T>::of(kName, landmarks_, kernel_, in, scratch, context);  // B v
     if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(f);
-    const MatrixRef<T> zbv = scratch.matrix<T>(f.bv.rows(), f.bv.cols());
-    apply_core(f, zbv, context);  // Z (B v)
-    detail::multiply<Kernel, T>(kernel_, {in.q, f.k_land, zbv, queries_only(in.mask)}, out, {nullptr, lse},
-                                context);  // F (Z B v)
+    multiply(in, f, out, lse, context);
   }
 
   auto pass(const detail::Sources<T>& in) const {
@@ -144,14 +141,14 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
     inverse_.apply(a, zbv, context);
   }
 
-  /// out <- F Z (B v) of what is saved, and lse <- the log-sums of F's rows.
-  void multiply_saved(const Inputs<T>& in, const detail::NystromState<T>& f, const MatrixRef<T>& out,
-                      std::span<detail::RowLog<T>> lse, Context& context) const {
+  /// out <- F Z (B v), likewise; lse, unless null, <- the log-sums of F's rows.
+  template <class Factors>
+  void multiply(const detail::Sources<T>& in, const Factors& f, const detail::ResultRows<T>& out,
+                detail::RowLog<T>* lse, Context& context) const {
     Scratch scratch = context.scratch();
     const MatrixRef<T> zbv = scratch.matrix<T>(f.bv.rows(), f.bv.cols());
     apply_core(f, zbv, context);
-    detail::multiply<Kernel, T>(kernel_, {in.q, f.k_land, zbv, queries_only(in.mask)}, out, {nullptr, lse.data()},
-                                context);
+    detail::multiply<Kernel, T>(kernel_, {in.q, f.k_land, zbv, queries_only(in.mask)}, out, {nullptr, lse}, context);
   }
 
   /// gradients <- those of F Z (B v), which is out with lse the log-sums of F's rows, for its gradient dout.

@@ -135,7 +135,7 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
     Scratch scratch = context.scratch();
     MatrixRef<T> nv = scratch.matrix<T>(out.rows(), out.cols()), dnv = scratch.matrix<T>(out.rows(), out.cols());
     const std::span<detail::RowLog<T>> lse = scratch.array<detail::RowLog<T>>(out.rows());
-    nystrom.multiply_saved(in, saved.nystrom, nv, lse, context);
+    nystrom.multiply(detail::sources(in), saved.nystrom, nv, lse.data(), context);
     detail::set_zero(dnv);
     for_each_kept(in, [&](Index i, std::size_t at) { dnv.row(i) = saved.scale[at] * dout.row(i); });
     nystrom.differentiate_product(in, nv, lse, dnv, saved.nystrom, gradients, context);
