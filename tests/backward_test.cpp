@@ -1,7 +1,7 @@
 /// Gradients: of the streamed product against the oracle's, of every method against differences of its forward pass.
 #include <attn/attn.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

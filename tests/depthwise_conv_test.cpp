@@ -1,7 +1,7 @@
 #include <attn/depthwise_conv.hpp>
 
-#include "rounding.hpp"
-#include "support.hpp"
+#include "common/rounding.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

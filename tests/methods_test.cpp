@@ -2,8 +2,8 @@
 /// line in kExpectations.
 #include <attn/attn.hpp>
 
-#include "methods.hpp"
-#include "support.hpp"
+#include "common/methods.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,8 +1,8 @@
 #include <attn/metrics.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "rounding.hpp"
-#include "support.hpp"
+#include "common/rounding.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

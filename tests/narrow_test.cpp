@@ -1,8 +1,8 @@
 /// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
 #include <attn/attn.hpp>
 
-#include "rounding.hpp"
-#include "support.hpp"
+#include "common/rounding.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -2,7 +2,7 @@
 
 #include <attn/exact.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,7 +1,7 @@
 #include <attn/lifted_softmax.hpp>
 #include <attn/skyformer.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -3,7 +3,7 @@
 #include <attn/exact.hpp>
 #include <attn/nystrom.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

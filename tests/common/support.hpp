@@ -7,8 +7,8 @@
 #include <attn/openmp.hpp>
 #endif
 
-#include "inputs.hpp"
-#include "reference.hpp"
+#include "common/inputs.hpp"
+#include "common/reference.hpp"
 
 #include <gtest/gtest.h>
 

@@ -4,7 +4,7 @@
 #include <attn/any_approximator.hpp>
 
 #include "mean_pooling.hpp"
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -5,7 +5,7 @@
 #include <attn/landmarks.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <algorithm>
 #include <cmath>
