@@ -22,7 +22,11 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   target_compile_options(attn_own_settings INTERFACE ${attn_warnings})
 
   # GCC 12's AVX-512 intrinsics read a variable that they leave uninitialised on purpose (GCC bug 105593), so that there any
-  # reduction or product of Eigen's warns. Only where that is so is the warning off.
+  # reduction or product of Eigen's warns. Only where that is so is the warning off; other flags may answer otherwise.
+  if(NOT "${ATTN_EIGEN_CHECKED_WITH}" STREQUAL "${CMAKE_CXX_FLAGS}")
+    unset(ATTN_EIGEN_COMPILES_WITHOUT_WARNING CACHE)
+    set(ATTN_EIGEN_CHECKED_WITH "${CMAKE_CXX_FLAGS}" CACHE INTERNAL "")
+  endif()
   set(CMAKE_REQUIRED_FLAGS "-O3 -Wall -Werror")
   if(ATTN_NATIVE AND ATTN_HAS_MARCH_NATIVE)
     string(APPEND CMAKE_REQUIRED_FLAGS " -march=native")
