@@ -50,8 +50,7 @@ class Narrow : public ::testing::Test {
   }
 };
 
-using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
-TYPED_TEST_SUITE(Narrow, NarrowScalars);
+TYPED_TEST_SUITE(Narrow, test::NarrowScalars);
 
 TYPED_TEST(Narrow, SoftmaxFollowsTheOracle) {
   for (const auto causal : {attn::Causal::none, attn::Causal::lower_right}) {

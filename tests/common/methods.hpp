@@ -28,14 +28,6 @@ attn::AnyApproximator<T> make_method(const std::string& name, const attn::Method
   return attn::make_approximator<T>(name, options);
 }
 
-template <class T>
-std::string describe(const Inputs<T>& in) {
-  const auto text = [](Index x) { return std::to_string(x); };
-  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " +
-         text(in.v.cols()) + (in.mask.keep_key.empty() ? "" : ", keep_key") +
-         (in.mask.keep_query.empty() ? "" : ", keep_query");
-}
-
 /// Body is called for float and for double.
 template <class Body>
 void in_both_precisions(const Body& body) {
