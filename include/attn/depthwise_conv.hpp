@@ -62,21 +62,12 @@ void for_each_conv_block(Index n, Context& context, const Body& body) {
   });
 }
 
-/// Rows of m as arithmetic reads them: row(i) for those given.
+/// Some rows of m as arithmetic reads them.
 template <class T>
-class RowWindow {
- public:
-  RowWindow(const ConstMatrixRef<T>& m, Range rows, Scratch& scratch, Context& context)
-      : first_(rows.first),
-        rows_(in_type<Arithmetic<T>>(ConstMatrixRef<T>(m.middleRows(rows.first, rows.last - rows.first)), scratch,
-                                     context)) {}
-
-  const Arithmetic<T>* row(Index i) const { return rows_.data() + (i - first_) * rows_.outerStride(); }
-
- private:
-  Index first_;
-  ConstMatrixRef<Arithmetic<T>> rows_;
-};
+ConstMatrixRef<Arithmetic<T>> window(const ConstMatrixRef<T>& m, Range rows, Scratch& scratch, Context& context) {
+  const ConstMatrixRef<T> some = m.middleRows(rows.first, rows.last - rows.first);
+  return in_type<Arithmetic<T>>(some, scratch, context);
+}
 
 /// to_i <- to_i + sum_t filter_t from_(i + direction (t - (taps - 1) / 2)) over the rows that are kept; each row is
 /// rounded once.
@@ -89,7 +80,8 @@ void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, I
   const ResultRows<Wide> after{to};
   for_each_conv_block(n, context, [&](Index, Range rows, Context& of_worker) {
     Scratch scratch = of_worker.scratch();
-    const RowWindow<T> window(from, reached_rows(n, taps, rows), scratch, of_worker);
+    const Range reached = reached_rows(n, taps, rows);
+    const ConstMatrixRef<Wide> read = window(from, reached, scratch, of_worker);
     Wide* const buffer = scratch.elements<Wide>(to.cols());
     for (Index i = rows.first; i < rows.last; ++i) {
       if (!keeps_row(keep_to, i)) continue;
@@ -99,7 +91,7 @@ void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, I
       for (Index j = near.first; j < near.last; ++j) {
         if (!keeps_row(keep_from, j)) continue;
         const T tap = filter[static_cast<std::size_t>(direction * (j - i) + taps / 2)];
-        add_row(static_cast<Wide>(tap), window.row(j), sum, to.cols());
+        add_row(static_cast<Wide>(tap), row_of(read, j - reached.first), sum, to.cols());
       }
       after.finish_row(i, sum);
     }
@@ -117,14 +109,17 @@ void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& do
   set_zero(parts);
   for_each_conv_block(n, context, [&](Index block, Range rows, Context& of_worker) {
     Scratch temporary = of_worker.scratch();
-    const RowWindow<T> values(v, reached_rows(n, taps, rows), temporary, of_worker);
-    const RowWindow<T> douts(dout, rows, temporary, of_worker);
+    const Range reached = reached_rows(n, taps, rows);
+    const ConstMatrixRef<Wide> values = window(v, reached, temporary, of_worker),
+                               douts = window(dout, rows, temporary, of_worker);
     Wide* const sums = parts.data() + block * taps;
     for (Index i = rows.first; i < rows.last; ++i) {
       if (!keeps_row(mask.keep_query, i)) continue;
       const Range near = reached_rows(n, taps, {i, i + 1});
       for (Index j = near.first; j < near.last; ++j) {
-        if (keeps_row(mask.keep_key, j)) sums[j - i + taps / 2] += dot_product(douts.row(i), values.row(j), v.cols());
+        if (!keeps_row(mask.keep_key, j)) continue;
+        sums[j - i + taps / 2] +=
+            dot_product(row_of(douts, i - rows.first), row_of(values, j - reached.first), v.cols());
       }
     }
   });

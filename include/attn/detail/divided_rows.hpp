@@ -93,7 +93,7 @@ void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, con
     dparts.row(i).setZero();
     if (!keeps_query(in, i)) continue;
     dparts.row(i) = parts.row(i);
-    divide_row_backward(out.data() + i * out.outerStride(), dout.data() + i * dout.outerStride(), d_v, &dparts(i, 0));
+    divide_row_backward(row_of(out, i), row_of(dout, i), d_v, row_of(dparts, i));
   }
   multiply_backward<GaussianKernel, T>(kernel, queries, parts, lse, dparts, {dq, dland, dall}, context);
   dvalues = dall.leftCols(d_v + 1);

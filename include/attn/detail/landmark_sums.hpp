@@ -33,38 +33,28 @@ inline GaussianKernel with_rows(const GaussianKernel& kernel, Rows rows) {
   return {.bandwidth = kernel.bandwidth, .rows = rows};
 }
 
-/// Key biases: the largest finite one of the kept keys (0 if there is none), and all of them relative to it, which
-/// overflows nowhere; those of -infinity stay so. Rows that are divided by their sums depend on the relative ones
-/// alone.
+/// Key biases relative to the largest finite one of the kept keys (0 if there is none), which overflows nowhere; those
+/// of -infinity stay so. Rows that are divided by their sums depend on these alone; raw ones have 2^exponent, the
+/// largest one's weight, in common, which is finite.
 template <class T>
 struct KeyBias {
-  T largest = 0;
   std::span<const T> relative{};
+  double exponent = 0;
+
+  double common_exponent(Rows rows) const { return rows == Rows::raw ? exponent : 0; }
 };
 
 template <class T>
 KeyBias<T> relative_bias(const Sources<T>& in, Scratch& scratch) {
   constexpr T kLowest = std::numeric_limits<T>::lowest();
+  constexpr double kMost = 1e300;
   if (in.key_bias.empty()) return {};
   const T largest = BiasOrigins<T>::of_inputs(in, scratch).common;
-  if (largest == 0) return {0, in.key_bias};
+  if (largest == 0) return {in.key_bias};
   const std::span<T> relative = scratch.array<T>(in.k.rows());
   std::transform(in.key_bias.begin(), in.key_bias.end(), relative.begin(),
                  [&](T bias) { return bias < kLowest ? bias : std::max(bias - largest, kLowest); });
-  return {largest, relative};
-}
-
-/// log2 of the weight that is common to all keys, where the rows of the result have it too; finite.
-template <class T>
-double common_exponent(const GaussianKernel& kernel, const KeyBias<T>& bias) {
-  constexpr double kMost = 1e300;
-  return kernel.rows == Rows::raw ? std::numbers::log2e * std::clamp(static_cast<double>(bias.largest), -kMost, kMost)
-                                  : 0;
-}
-
-template <class M>
-auto row_of(const M& m, Index i) {
-  return m.data() + i * m.outerStride();
+  return {relative, std::numbers::log2e * std::clamp(static_cast<double>(largest), -kMost, kMost)};
 }
 
 template <class T>
@@ -121,7 +111,7 @@ LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in
   const std::span<double> exponents = scratch.array<double>(m);
   const RowStates<T> states{scratch.array<T>(m), scratch.array<T>(m), left_columns(sums, d_v)};
   multiply_partial(kernel, Sources<T>{land, in.k, in.v, keys_only(in.mask), bias.relative}, states, context);
-  const double common = common_exponent(kernel, bias);
+  const double common = bias.common_exponent(kernel.rows);
   for (std::size_t l = 0; l < exponents.size(); ++l) {
     row_of(sums, static_cast<Index>(l))[d_v] = states.sum[l];
     exponents[l] =
@@ -167,7 +157,7 @@ void sum_over_keys_backward(const GaussianKernel& kernel, const Inputs<T>& in, c
   Scratch scratch = context.scratch();
   const Index m = land.rows(), n = in.v.rows(), d_v = in.v.cols();
   const bool raw = kernel.rows == Rows::raw, spread = of_keys.spread();
-  const double common = common_exponent(kernel, bias);
+  const double common = bias.common_exponent(kernel.rows);
   const std::span<T> lse = spread ? log_sums(of_keys, common, scratch) : std::span<T>{};
   const MatrixRef<T> scaled = scratch.matrix<T>(m, raw ? d_v : d_v + 1), none = scratch.matrix<T>(m, scaled.cols());
   set_zero(none);  // sums of weights are constants here

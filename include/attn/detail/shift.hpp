@@ -307,12 +307,11 @@ void add_one_shift(const SoftmaxKernel& kernel, const Sources<T>& in, const Cons
   const MatrixRef<T> product = out.in_place() ? out.matrix() : scratch.matrix<T>(out.rows(), out.cols());
   T* const buffer = scratch.elements<T>(in.v.cols());
   multiply<SoftmaxKernel, T>(kernel, {in.q, k_land, zbv, queries_only(in.mask)}, product, nullptr, context);
-  const auto row_of = [&](Index i) { return product.data() + i * product.outerStride(); };
   for (const Index row : rows) {
-    add_row(delta, in.v.row(row, buffer), row_of(row), product.cols());
+    add_row(delta, in.v.row(row, buffer), row_of(product, row), product.cols());
     if (saved != nullptr) saved->set(row, scale, delta);
   }
-  for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, row_of(i));
+  for (Index i = 0; i < out.rows(); ++i) out.finish_row(i, row_of(product, i));
 }
 
 /// step <- gain y + added v, rows of length d. Returns |unit step|.
@@ -346,7 +345,7 @@ void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFa
     T *const buffer = scratch.elements<T>(out.cols()), *const step = scratch.elements<T>(out.cols());
     for (std::size_t i = 0; i < ranks.size(); ++i) {
       const Index row = factors.rows[static_cast<std::size_t>(ranks[i])];
-      const T* const y = product.row(static_cast<Index>(i)).data();
+      const T* const y = row_of(product, static_cast<Index>(i));
       const T gain = rows.stretch[i] - 1, added = rows.added[i];
       const T t = gate.of(set_step(gain, y, added, in.v.row(row, buffer), step, out.cols(), gate.unit));
       T* const to = out.row(row, buffer);

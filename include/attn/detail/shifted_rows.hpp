@@ -49,7 +49,7 @@ void set_variance(const TokenRows<T>& k, std::span<const Index> rows, const Cons
     chains.add(range.last - range.first, worker, sum, [&, i = range.first](Index some, T* to) mutable {
       for (const Index last = i + some; i < last; ++i) {
         const T* row = k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
-        add_squared_difference(row, means.data() + c * means.outerStride(), to, d);
+        add_squared_difference(row, row_of(means, c), to, d);
       }
     });
     for (Index a = 0; a < d; ++a) sum[a] /= static_cast<T>(range.last - range.first);
@@ -112,7 +112,7 @@ ConstMatrixRef<T> listed_rows(const TokenRows<T>& m, std::span<const Index> list
   const auto count = static_cast<Index>(list.size());
   if (m.in_place() && list.back() - list.front() + 1 == count) return m.matrix().middleRows(list.front(), count);
   const MatrixRef<T> copy = scratch.matrix<T>(count, m.cols());
-  for (Index i = 0; i < count; ++i) m.copy_row(list[static_cast<std::size_t>(i)], copy.data() + i * copy.outerStride());
+  for (Index i = 0; i < count; ++i) m.copy_row(list[static_cast<std::size_t>(i)], row_of(copy, i));
   return copy;
 }
 
