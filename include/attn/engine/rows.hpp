@@ -173,6 +173,12 @@ void weigh_row(T* row, Index n, Rows rows) {
   for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, load_row(row, j, n) / broadcast(total));
 }
 
+/// Where row i of a matrix begins.
+template <class M>
+auto row_of(const M& m, Index i) {
+  return m.data() + i * m.outerStride();
+}
+
 /// to <- factor from.
 template <class T>
 void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
