@@ -1,61 +1,211 @@
 /// Multipole attention: near keys exactly, far keys by clusters.
 #pragma once
 
+#include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/bisection.hpp>
-#include <attn/detail/far_field.hpp>
+#include <attn/detail/multipole_backward.hpp>
+#include <attn/detail/multipole_fields.hpp>
+#include <attn/detail/saved.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/problem.hpp>
+#include <attn/engine/run.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
-#include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <optional>
+#include <span>
 #include <string_view>
+#include <type_traits>
+#include <vector>
 
 namespace attn {
 
-template <class T, ScoreKernel Kernel = SoftmaxKernel>
-class Multipole {
- public:
-  using Scalar = T;
-  static constexpr std::string_view kName = "multipole";
+/// How Multipole cuts tokens. Counts that are not set follow from those of the tokens: n_k keys are cut into
+/// 4 sqrt n_k clusters of nearly equal size, queries into groups of 48, but at most 2 sqrt n_k of them, and 16 clusters
+/// are near; where that would cost more than exact attention, Multipole is exact attention.
+struct Clusters {
+  std::optional<Index> num_clusters{};  ///< of keys, at least 1; as many as keys is exact attention
+  std::optional<Index> num_groups{};    ///< of queries, at least 1
+  std::optional<Index> num_near{};      ///< clusters that each block of queries meets exactly, at least 0; all is exact
 
-  Index num_clusters = 128, num_groups = 64, num_near = 16;
-  Kernel kernel{};
+  /// Whether the options are the same.
+  friend bool operator==(const Clusters&, const Clusters&) = default;
 
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    detail::check(kName, in, out);
-    run(detail::sources(in), out, context);
+  /// Throws std::invalid_argument when an option is out of range.
+  void check(std::string_view who) const {
+    if (num_clusters) detail::check_at_least(who, "num_clusters", static_cast<double>(*num_clusters), 1);
+    if (num_groups) detail::check_at_least(who, "num_groups", static_cast<double>(*num_groups), 1);
+    if (num_near) detail::check_at_least(who, "num_near", static_cast<double>(*num_near), 0);
+  }
+};
+
+namespace detail {
+
+/// Counts of Multipole for so many kept tokens.
+struct FieldCounts {
+  Index clusters, groups, near;
+
+  static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
+    constexpr Index kGroup = 48, kNear = 16;
+    const auto root = std::sqrt(static_cast<double>(n_k));
+    FieldCounts counts{};
+    counts.clusters = std::min(n_k, options.num_clusters.value_or(static_cast<Index>(4 * root)));
+    const Index groups = std::min((n_q + kGroup - 1) / kGroup, static_cast<Index>(2 * root));
+    counts.groups = std::clamp<Index>(options.num_groups.value_or(groups), 1, std::max<Index>(n_q, 1));
+    counts.near = std::min(options.num_near.value_or(kNear), counts.clusters);
+    return counts;
   }
 
- private:
-  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context) const {
+  /// Whether exact attention is the same, or for options that are not set no dearer.
+  bool exact(const Clusters& options, Index n_q, Index n_k) const {
+    if (n_q == 0 || clusters >= n_k || near >= clusters) return true;
+    if (options != Clusters{}) return false;
+    const double of_groups = 1.5 * static_cast<double>(groups) * static_cast<double>(n_k) / static_cast<double>(n_q);
+    const double keys_met = static_cast<double>(near * n_k / clusters + clusters) + of_groups;
+    return 2 * keys_met > static_cast<double>(n_k);
+  }
+};
+
+/// What a backward pass needs of a forward pass: which tokens are in which cluster and group, which clusters are near
+/// to each block, at most most_near side by side, and the log-sums of the rows (n_q). exact: the method was exact
+/// attention, and lse are its log-sums.
+template <class T>
+struct MultipoleState {
+  std::vector<Index> keys{}, key_starts{}, queries{}, query_starts{}, near{}, near_count{};
+  std::vector<RowLog<T>> lse{};
+  Index most_near = 0;
+  bool exact = false;
+
+  void keep(const ClusteredRows& clusters, const ClusteredRows& groups) {
+    keys.assign(clusters.rows.begin(), clusters.rows.end());
+    key_starts.assign(clusters.starts.begin(), clusters.starts.end());
+    queries.assign(groups.rows.begin(), groups.rows.end());
+    query_starts.assign(groups.starts.begin(), groups.starts.end());
+  }
+
+  FieldRecord<T> record(Index blocks, Index num_near) {
+    most_near = num_near;
+    near.resize(static_cast<std::size_t>(blocks * num_near));
+    near_count.resize(static_cast<std::size_t>(blocks));
+    return {near.data(), near_count.data(), num_near, lse.data()};
+  }
+};
+
+template <class T, class Kernel>
+using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, Clusters, Clusters>>;
+
+}  // namespace detail
+
+/// [kappa] v, of which queries see near keys as they are and the others by clusters. For a group of queries with mean l
+/// a cluster c of keys is one key, one value and one log-weight, exact at q = l:
+///   r_j = softmax_{j in c}(s l.k_j + a_j)    k_c = sum r_j k_j    v_c = sum r_j v_j
+///   e_c = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c
+///   out(q) = sum_far exp(s q.k_c + e_c) v_c + sum_near exp(s q.k_j + a_j) v_j, divided by the same sums without v
+/// with a_j the key bias, and less b |k_j|^2 for a kernel of bias b; raw rows are not divided. Near are, for each block
+/// of at most some dozens of queries of a group, the clusters of largest weight x spread of scores x spread of values.
+/// Clusters and groups come of balanced bisection along principal directions. All weights are positive: a row of out
+/// lies within the range of the values.
+/// Not causal. With the default counts O(sqrt n_k (n_q + n_k) (d + d_v)) time. The backward pass takes clusters, groups
+/// and near clusters as constants.
+template <class T, ScoreKernel Kernel = SoftmaxKernel>
+class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
+ public:
+  using Saved = detail::MultipoleSaved<T, Kernel>;  ///< what backward needs
+  static constexpr std::string_view kName = "multipole";
+
+  /// How tokens are cut, and the kernel.
+  explicit constexpr Multipole(Clusters clusters = {}, Kernel kernel = {}) : clusters_(clusters), kernel_(kernel) {}
+
+  /// As Approximator says.
+  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
+
+  /// @{ As MethodBase says.
+  void check(const detail::Sources<T>& in) const {
+    detail::check_not_causal(kName, in);
+    detail::check_kernel<T>(kName, kernel_, in.q.cols());
+    clusters_.check(kName);
+  }
+
+  void attend(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    const Index n_q = detail::count_kept(in.q.rows(), detail::kept_queries(in));
+    const Index n_k = detail::count_kept(in.k.rows(), detail::kept_keys(in));
+    const auto counts = detail::FieldCounts::of(clusters_, n_q, n_k);
+    const bool exact = counts.exact(clusters_, n_q, n_k);
+    if (saved != nullptr) {
+      saved->exact = exact;
+      saved->lse.resize(static_cast<std::size_t>(in.q.rows()));
+    }
+    if (!exact) return attend_fields(in, counts, out, context, saved);
+    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved == nullptr ? nullptr : saved->lse.data()}, context);
+  }
+
+  auto pass(const detail::Sources<T>& in) const {
+    return detail::ForwardPass<Kernel, Clusters, Clusters>::of(kernel_, in, clusters_, clusters_);
+  }
+
+  void differentiate(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                     const Saved& saved, const Gradients<T>& gradients, Context& context) const {
+    if (saved.exact) return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.lse, dout, gradients, context);
     using namespace detail;
     Scratch scratch = context.scratch();
-    const Product<T> product = make_product(kernel, in, Maximum::running, context.workers(), scratch);
-    const KeyClusters<T> keys = KeyClusters<T>::make(in, product.kernel, num_clusters, context, scratch);
-    const QueryGroups<T> groups = QueryGroups<T>::make(in, product.kernel, num_groups, context, scratch);
-    if (groups.groups.count() < 1 || static_cast<Index>(groups.groups.rows.size()) < out.rows()) out.set_zero();
-    const Index wave = std::min(kTileWidth<T>, groups.groups.count()), workers = context.workers();
-    Summaries<T> summaries = Summaries<T>::make(wave, keys, scratch);
-    auto* const clusters = scratch.make<ClusterRunner<T>>(workers, in, keys, scratch);
-    auto* const fields = scratch.make<FieldRunner<T>>(workers, product, keys, groups, num_near, scratch);
-    for (Index first = 0; first < groups.groups.count(); first += wave) {
-      const Range some{first, std::min(first + wave, groups.groups.count())};
-      summaries.look_from(groups, some, product.kernel.scale);
-      context.for_each(keys.clusters.count(), [&](Index c, int worker) { clusters[worker].summarize(c, summaries); });
+    const Sources<T> from = sources(in);
+    multipole_backward<T>(product_of(from, scratch), saved, out, dout, gradients, context);
+  }
+
+  constexpr auto wide() const
+    requires NarrowScalar<T>
+  {
+    return Multipole<float, Kernel>(clusters_, kernel_);
+  }
+  /// @}
+
+ private:
+  /// What a cluster weighs is not at most 1, though a key may be.
+  detail::Product<T> product_of(const detail::Sources<T>& in, Scratch& scratch) const {
+    detail::Product<T> product = detail::make_product(kernel_, in, detail::Maximum::running, 1, scratch);
+    product.bounded = false;
+    return product;
+  }
+
+  void attend_fields(const detail::Sources<T>& in, const detail::FieldCounts& counts, const detail::ResultRows<T>& out,
+                     Context& context, Saved* saved) const {
+    using namespace detail;
+    Scratch scratch = context.scratch();
+    const Product<T> product = product_of(in, scratch);
+    const ClusteredRows clusters = cluster_rows(in.k, kept_keys(in), counts.clusters, context, scratch),
+                        groups = cluster_rows(in.q, kept_queries(in), counts.groups, context, scratch);
+    const QueryBlocks blocks(groups, kTileWidth<T>, scratch);
+    FieldRecord<T> record{};
+    if (saved != nullptr) {
+      saved->keep(clusters, groups);
+      record = saved->record(blocks.count(), counts.near);
+    }
+    if (static_cast<Index>(groups.rows.size()) < out.rows()) out.set_zero();
+    const auto keys = KeyClusters<T>::make(in, product.kernel, clusters, context, scratch);
+    const auto queries = QueryGroups<T>::make(in, product.kernel, groups, context, scratch);
+    const Index wave = std::min(kTileWidth<T>, groups.count()), workers = context.workers();
+    auto summaries = Summaries<T>::make(wave, keys, scratch);
+    auto* const summers = scratch.make<ClusterRunner<T>>(workers, in, keys, scratch);
+    auto* const fields = scratch.make<FieldRunner<T>>(workers, product, keys, queries, counts.near, scratch);
+    for (Index first = 0; first < groups.count(); first += wave) {
+      const Range some{first, std::min(first + wave, groups.count())};
+      summaries.look_from(queries, some, product.kernel.scale);
+      context.for_each(keys.clusters.count(), [&](Index c, int worker) { summers[worker].summarize(c, summaries); });
       context.for_each(some.last - some.first, [&](Index lane, int worker) {
-        const Range range = groups.groups.range(some.first + lane);
-        const Index blocks = (range.last - range.first + kTileWidth<T> - 1) / kTileWidth<T>;
-        for (Index b = 0; b < blocks; ++b) {
-          const Range part = nth_part(range.last - range.first, blocks, b);
-          fields[worker].attend({{range.first + part.first, range.first + part.last}, some.first + lane, lane},
-                                summaries, out);
+        for (Index b = 0; b < blocks.count(first + lane); ++b) {
+          fields[worker].attend(blocks.block(first + lane, b, lane), summaries, out, record);
         }
       });
     }
   }
+
+  Clusters clusters_;
+  Kernel kernel_;
 };
 
 }  // namespace attn

@@ -28,6 +28,15 @@ struct ClusteredRows {
   Range range(Index c) const { return {starts.data()[c], starts.data()[c + 1]}; }
 };
 
+/// Clusters as they were saved.
+inline ClusteredRows copy_of(std::span<const Index> rows, std::span<const Index> starts, Scratch& scratch) {
+  const ClusteredRows clusters{scratch.array<Index>(static_cast<Index>(rows.size())),
+                               scratch.array<Index>(static_cast<Index>(starts.size()))};
+  std::copy(rows.begin(), rows.end(), clusters.rows.begin());
+  std::copy(starts.begin(), starts.end(), clusters.starts.begin());
+  return clusters;
+}
+
 /// to <- the sum of factor_i row_i, of so many rows of width elements, one after another; a multiple of kLanes.
 template <class T>
 void add_scaled_rows(const T* factors, Index count, const T* rows, Index width, T* to) {
@@ -83,7 +92,7 @@ class Bisection {
 
  private:
   static constexpr Index kSample = 128;  ///< rows that a direction is found from
-  static constexpr int kSteps = 8;       ///< power iterations
+  static constexpr int kSteps = 5;       ///< power iterations
 
   /// Rows, and which parts they become.
   struct Node {
@@ -147,7 +156,7 @@ class Bisection {
   /// direction (d, memory beyond it) <- about the principal direction of a sample of the rows: power iterations from
   /// the coordinate of largest variance. Rows that are not finite do not count.
   void set_direction(Range node, T* direction) const {
-    const Index d = x_.cols(), width = node.last - node.first, most = std::min(kSample, width);
+    const Index d = x_.cols(), width = node.last - node.first, most = std::min(kSample, (width + 1) / 2);
     T *const next = direction + row_size_, *const mean = next + row_size_, *const rows = mean + row_size_;
     T *const panel = rows + kSample * row_size_, *const products = panel + round_up(kSample) * d;
     std::fill_n(mean, row_size_, T(0));

@@ -23,6 +23,7 @@
 #include <numbers>
 #include <numeric>
 #include <span>
+#include <type_traits>
 
 namespace attn::detail {
 
@@ -52,20 +53,17 @@ struct KeyClusters {
             .count = keys.last - keys.first};
   }
 
-  static KeyClusters make(const Sources<T>& in, const LogKernel<T>& kernel, Index parts, Context& context,
-                          Scratch& scratch) {
+  static KeyClusters make(const Sources<T>& in, const LogKernel<T>& kernel, const ClusteredRows& clusters,
+                          Context& context, Scratch& scratch) {
     const Index d = in.k.cols(), d_v = in.v.cols();
-    KeyClusters keys{cluster_rows(in.k, kept_keys(in), parts, context, scratch),
-                     {nullptr, 0, 0, 0},
-                     nullptr,
-                     {nullptr, 0, 0, 0},
-                     nullptr,
-                     d};
-    const Index n = static_cast<Index>(keys.clusters.rows.size()), m = keys.clusters.count();
-    std::construct_at(&keys.tokens, scratch.matrix<T>(n, d + d_v));
-    std::construct_at(&keys.key_variance, scratch.matrix<T>(m, d));
-    keys.value_spread = scratch.elements<T>(m);
-    if (kernel.bias != 0 || !in.key_bias.empty()) keys.bias = scratch.elements<T>(n);
+    const Index n = static_cast<Index>(clusters.rows.size()), m = clusters.count();
+    const bool has_bias = kernel.bias != 0 || !in.key_bias.empty();
+    const KeyClusters keys{clusters,
+                           scratch.matrix<T>(n, d + d_v),
+                           has_bias ? scratch.elements<T>(n) : nullptr,
+                           scratch.matrix<T>(m, d),
+                           scratch.elements<T>(m),
+                           d};
     const auto means = scratch.matrix<T>(context.workers(), d + 2 * d_v);
     context.for_each(m, [&](Index c, int worker) { keys.set(in, kernel, c, means.data() + worker * means.cols()); });
     return keys;
@@ -109,10 +107,9 @@ struct QueryGroups {
   ClusteredRows groups;
   MatrixRef<T> means;  ///< relative to the center (groups, d)
 
-  static QueryGroups make(const Sources<T>& in, const LogKernel<T>& kernel, Index parts, Context& context,
-                          Scratch& scratch) {
+  static QueryGroups make(const Sources<T>& in, const LogKernel<T>& kernel, const ClusteredRows& groups,
+                          Context& context, Scratch& scratch) {
     const Index d = in.q.cols();
-    const ClusteredRows groups = cluster_rows(in.q, kept_queries(in), parts, context, scratch);
     const QueryGroups made{groups, scratch.matrix<T>(groups.count(), d)};
     const auto buffers = scratch.matrix<T>(context.workers(), d);
     context.for_each(groups.count(),
@@ -142,6 +139,7 @@ struct QueryGroups {
 template <class T>
 struct Summaries {
   QueryStrip<T> landmarks;
+  Index first;          ///< group of the first lane
   MatrixRef<T> scaled;  ///< the landmarks as rows, times the kernel's scale (lanes, d)
   MatrixRef<T> tokens;  ///< [k_c | v_c], cluster after cluster for each landmark (lanes m, d + d_v)
   MatrixRef<T> bias;    ///< e_c of each landmark and cluster (lanes, m), in units of log2
@@ -150,13 +148,14 @@ struct Summaries {
     const Index m = keys.clusters.count();
     QueryStrip<T> strip{};
     strip.panel = scratch.elements<T>(kTileWidth<T> * keys.d);
-    return {strip, scratch.matrix<T>(most, keys.d), scratch.matrix<T>(most * m, keys.tokens.cols()),
+    return {strip, 0, scratch.matrix<T>(most, keys.d), scratch.matrix<T>(most * m, keys.tokens.cols()),
             scratch.matrix<T>(most, m)};
   }
 
   /// Turns to the landmarks of groups [groups.first, groups.last), at most kTileWidth.
   void look_from(const QueryGroups<T>& queries, Range groups, T scale) {
     const Index d = scaled.cols();
+    first = groups.first;
     landmarks.count = groups.last - groups.first;
     landmarks.packets = static_cast<int>(packet_count<T>(landmarks.count));
     for (Index lane = 0; lane < landmarks.lanes(); lane += kLanes<T>) {
@@ -225,10 +224,46 @@ class ClusterRunner {
   LaneState<T> state_;
 };
 
-/// Some queries of a group, which share their near clusters. lane: the group's, in the summaries.
+/// Some queries of a group, which share their near clusters; the number-th block of all. lane: the group's, in the
+/// summaries.
 struct QueryBlock {
   Range queries;
-  Index group, lane;
+  Index number, lane;
+};
+
+/// Groups cut into blocks of nearly equal size, of at most a strip each.
+class QueryBlocks {
+ public:
+  QueryBlocks(const ClusteredRows& groups, Index width, Scratch& scratch)
+      : groups_(groups), width_(width), first_(scratch.elements<Index>(groups.count() + 1)) {
+    first_[0] = 0;
+    for (Index g = 0; g < groups.count(); ++g) {
+      const Range range = groups.range(g);
+      first_[g + 1] = first_[g] + (range.last - range.first + width - 1) / width;
+    }
+  }
+
+  Index count() const { return first_[groups_.count()]; }
+  Index count(Index group) const { return first_[group + 1] - first_[group]; }
+
+  QueryBlock block(Index group, Index i, Index lane) const {
+    const Range range = groups_.range(group), part = nth_part(range.last - range.first, count(group), i);
+    return {{range.first + part.first, range.first + part.last}, first_[group] + i, lane};
+  }
+
+ private:
+  ClusteredRows groups_;
+  Index width_;
+  Index* first_;  ///< block of each group
+};
+
+/// What a forward pass keeps for a backward pass: near clusters of each block, ascending, at most so many side by side;
+/// log-sums of all queries. Each null if it is not wanted.
+template <class T, class Count = Index>
+struct FieldRecord {
+  Count *near, *near_count;
+  Index most_near;
+  std::conditional_t<std::is_const_v<Count>, const RowLog<T>, RowLog<T>>* lse;
 };
 
 /// Computes blocks of queries. One for each worker.
@@ -255,7 +290,8 @@ class FieldRunner {
   }
 
   /// Rows of out of the block's queries.
-  void attend(const QueryBlock& block, const Summaries<T>& summaries, const ResultRows<T>& out) {
+  void attend(const QueryBlock& block, const Summaries<T>& summaries, const ResultRows<T>& out,
+              const FieldRecord<T>& record) {
     load_queries(block);
     clear(state_, strip_.lanes(), keys_.d_v());
     score_clusters(block, summaries);
@@ -268,6 +304,13 @@ class FieldRunner {
       i = last;
     }
     write(block, out);
+    if (record.near == nullptr) return;
+    record.near_count[block.number] = count;
+    std::copy_n(near_, count, record.near + block.number * record.most_near);
+    for (Index i = 0; i < strip_.count; ++i) {
+      record.lse[groups_.groups.rows.data()[block.queries.first + i]] = {row_log_sum(state_.maximum[i], state_.sum[i]),
+                                                                         T(0)};
+    }
   }
 
  private:
