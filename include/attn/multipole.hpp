@@ -25,9 +25,10 @@
 
 namespace attn {
 
-/// How Multipole cuts tokens. Counts that are not set follow from those of the tokens: n_k keys are cut into
-/// 4 sqrt n_k clusters of nearly equal size, queries into groups of 48, but at most 2 sqrt n_k of them, and 16 clusters
-/// are near; where that would cost more than exact attention, Multipole is exact attention.
+/// How Multipole cuts tokens. Counts that are not set follow from those of the kept tokens: n_k keys are cut into
+/// 4 sqrt n_k clusters of nearly equal size, n_q queries into sqrt n_q groups, rounded up to a multiple of 32 and at
+/// least 48, and 20 clusters are near: 20 n_k / (4 sqrt n_k) keys. Where nothing is set and exact attention costs no
+/// more, as up to some 1000 tokens, Multipole is exact attention.
 struct Clusters {
   std::optional<Index> num_clusters{};  ///< of keys, at least 1; as many as keys is exact attention
   std::optional<Index> num_groups{};    ///< of queries, at least 1
@@ -51,23 +52,27 @@ struct FieldCounts {
   Index clusters, groups, near;
 
   static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
-    constexpr Index kGroup = 48, kNear = 16;
-    const auto root = std::sqrt(static_cast<double>(n_k));
+    constexpr Index kNear = 20, kFewestGroups = 48, kGroupStep = 32;
+    const auto root = [](Index n) { return static_cast<Index>(std::ceil(std::sqrt(static_cast<double>(n)))); };
+    const Index groups = std::max(kFewestGroups, (root(n_q) + kGroupStep - 1) / kGroupStep * kGroupStep);
     FieldCounts counts{};
-    counts.clusters = std::min(n_k, options.num_clusters.value_or(static_cast<Index>(4 * root)));
-    const Index groups = std::min((n_q + kGroup - 1) / kGroup, static_cast<Index>(2 * root));
-    counts.groups = std::clamp<Index>(options.num_groups.value_or(groups), 1, std::max<Index>(n_q, 1));
+    counts.clusters = std::min(n_k, options.num_clusters.value_or(4 * root(n_k)));
+    counts.groups = std::min(n_q, options.num_groups.value_or(groups));
     counts.near = std::min(options.num_near.value_or(kNear), counts.clusters);
     return counts;
   }
 
-  /// Whether exact attention is the same, or for options that are not set no dearer.
+  /// Whether exact attention is the same, or where options are not set costs no more. In units of a key that a query
+  /// meets: near keys and clusters, in blocks that are not quite full; every group's summaries of all keys; and what
+  /// clustering and choosing take, as measured.
   bool exact(const Clusters& options, Index n_q, Index n_k) const {
+    constexpr double kFilled = 1.2, kSummary = 1.5, kOverhead = 250;
     if (n_q == 0 || clusters >= n_k || near >= clusters) return true;
     if (options != Clusters{}) return false;
-    const double of_groups = 1.5 * static_cast<double>(groups) * static_cast<double>(n_k) / static_cast<double>(n_q);
-    const double keys_met = static_cast<double>(near * n_k / clusters + clusters) + of_groups;
-    return 2 * keys_met > static_cast<double>(n_k);
+    const auto keys_a_query = static_cast<double>(n_k) / static_cast<double>(n_q);
+    const double cost = kFilled * static_cast<double>(near * n_k / clusters + clusters) +
+                        kSummary * static_cast<double>(groups) * keys_a_query + kOverhead * (1 + keys_a_query);
+    return cost > 0.95 * static_cast<double>(n_k);
   }
 };
 
@@ -188,7 +193,8 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     if (static_cast<Index>(groups.rows.size()) < out.rows()) out.set_zero();
     const auto keys = KeyClusters<T>::make(in, product.kernel, clusters, context, scratch);
     const auto queries = QueryGroups<T>::make(in, product.kernel, groups, context, scratch);
-    const Index wave = std::min(kTileWidth<T>, groups.count()), workers = context.workers();
+    const Index waves = (groups.count() + kTileWidth<T> - 1) / kTileWidth<T>, workers = context.workers();
+    const Index wave = (groups.count() + waves - 1) / waves;
     auto summaries = Summaries<T>::make(wave, keys, scratch);
     auto* const summers = scratch.make<ClusterRunner<T>>(workers, in, keys, scratch);
     auto* const fields = scratch.make<FieldRunner<T>>(workers, product, keys, queries, counts.near, scratch);

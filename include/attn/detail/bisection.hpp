@@ -9,6 +9,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -37,24 +38,36 @@ inline ClusteredRows copy_of(std::span<const Index> rows, std::span<const Index>
   return clusters;
 }
 
-/// to <- the sum of factor_i row_i, of so many rows of width elements, one after another; a multiple of kLanes.
-template <class T>
-void add_scaled_rows(const T* factors, Index count, const T* rows, Index width, T* to) {
-  constexpr int kAtOnce = 4;  // chains of sums that do not wait for one another
-  for (Index c = 0; c < width; c += kAtOnce * kLanes<T>) {
-    Packet<T> total[array_size(kAtOnce)];
-    const Index packets = std::min<Index>(kAtOnce, (width - c) / kLanes<T>);
-    for (int p = 0; p < kAtOnce; ++p) total[p] = broadcast(T(0));
-    for (Index i = 0; i < count; ++i) {
-      const auto factor = broadcast(factors[i]);
+/// The sum of factor_i row(i), of so many rows: kPackets packets from the element at on, as far as rows of d elements
+/// go, to memory that has room for whole packets.
+template <int kPackets, class T, class Row>
+void sum_some_packets(const T* factors, Index count, const Row& row, Index at, Index d, T* to) {
+  Packet<T> total[array_size(kPackets)];
 #pragma GCC unroll 4
-      for (int p = 0; p < kAtOnce; ++p) {
-        const Index at = c + std::min<Index>(p, packets - 1) * kLanes<T>;
-        total[p] = multiply_add(factor, load(rows + i * width + at), total[p]);
-      }
+  for (int p = 0; p < kPackets; ++p) total[p] = broadcast(T(0));
+  for (Index i = 0; i < count; ++i) {
+    const auto factor = broadcast(factors[i]);
+    const T* const from = row(i);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPackets; ++p) {
+      const auto x = kPackets > 1 ? load_unaligned(from + at + p * kLanes<T>) : load_row(from, at, d);
+      total[p] = multiply_add(factor, x, total[p]);
     }
-    for (int p = 0; p < packets; ++p) store(to + c + p * kLanes<T>, total[p]);
   }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) store(to + at + p * kLanes<T>, total[p]);
+}
+
+/// to <- the sum of factor_i row(i), of so many rows of d elements; whole packets of to are written. Some packets at a
+/// time, for chains of sums that do not wait for one another.
+template <class T, class Row>
+[[gnu::noinline]] void sum_scaled_rows(const T* factors, Index count, const Row& row, Index d, T* to) {
+  constexpr int kAtOnce = 4;
+  Index c = 0;
+  for (; c + kAtOnce * kLanes<T> <= d; c += kAtOnce * kLanes<T>) {
+    sum_some_packets<kAtOnce>(factors, count, row, c, d, to);
+  }
+  for (; c < d; c += kLanes<T>) sum_some_packets<1>(factors, count, row, c, d, to);
 }
 
 /// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w floor(p / 2) / p)
@@ -118,7 +131,7 @@ class Bisection {
       : x_(x),
         clusters_(clusters),
         places_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()))),
-        sorted_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()))),
+        sorted_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()) + 1)),
         sample_size_(round_up(kSample) * (x.cols() + 1)),
         row_size_(round_up(x.cols())),
         memory_(scratch.elements<T>(workers * memory_size())) {}
@@ -142,63 +155,91 @@ class Bisection {
       alignas(64) T along[array_size(kLanes<T>)];
       store(along, dot_products<T>(some, direction, x_.cols()));
       for (Index i = first; i < std::min(first + kLanes<T>, node.rows.last); ++i) {
-        places_[i] = sorted_[i] = place(along[i - first], rows[i]);
+        places_[i] = place(along[i - first], rows[i]);
       }
     }
-    const Index middle = node.middle();
-    std::nth_element(sorted_ + node.rows.first, sorted_ + middle, sorted_ + node.rows.last);
-    Index first = node.rows.first, second = middle;
+    const std::uint64_t pivot = nth_place(node.rows, node.middle());
+    Index first = node.rows.first, second = node.middle();
     for (Index i = node.rows.first; i < node.rows.last; ++i) {
-      rows[places_[i] < sorted_[middle] ? first++ : second++] = static_cast<Index>(places_[i] & 0xffffffffU);
+      const bool less = places_[i] < pivot;
+      rows[less ? first : second] = static_cast<Index>(places_[i] & 0xffffffffU);
+      first += less ? 1 : 0;
+      second += less ? 0 : 1;
     }
+  }
+
+  /// The place that would be at middle if places_ were in order within the range. Most places are told from it by the
+  /// part of the range of places that they lie in; the others are in sorted_.
+  std::uint64_t nth_place(Range range, Index middle) const {
+    constexpr Index kParts = 128;
+    std::uint64_t lowest = places_[range.first], highest = lowest;
+    for (Index i = range.first; i < range.last; ++i) {
+      lowest = std::min(lowest, places_[i]);
+      highest = std::max(highest, places_[i]);
+    }
+    const int shift = std::max(0, static_cast<int>(std::bit_width(highest - lowest)) - 7);  // of 128 parts
+    std::array<Index, kParts> counts{};
+    for (Index i = range.first; i < range.last; ++i) ++counts[(places_[i] - lowest) >> shift];
+    Index before = range.first;
+    std::size_t part = 0;
+    while (before + counts[part] <= middle) before += counts[part++];
+    std::uint64_t* last = sorted_ + range.first;
+    for (Index i = range.first; i < range.last; ++i) {
+      *last = places_[i];
+      last += (places_[i] - lowest) >> shift == part ? 1 : 0;
+    }
+    std::uint64_t* const nth = sorted_ + range.first + (middle - before);
+    std::nth_element(sorted_ + range.first, nth, last);
+    return *nth;
   }
 
   /// direction (d, memory beyond it) <- about the principal direction of a sample of the rows: power iterations from
   /// the coordinate of largest variance. Rows that are not finite do not count.
   void set_direction(Range node, T* direction) const {
-    const Index d = x_.cols(), width = node.last - node.first, most = std::min(kSample, (width + 1) / 2);
-    T *const next = direction + row_size_, *const mean = next + row_size_, *const rows = mean + row_size_;
-    T *const panel = rows + kSample * row_size_, *const products = panel + round_up(kSample) * d;
-    std::fill_n(mean, row_size_, T(0));
-    Index count = 0;
+    const Index d = x_.cols(), width = node.last - node.first,
+                most = std::min(kSample, std::max<Index>(std::min<Index>(width, 48), width / 2));
+    T *const next = direction + row_size_, *const mean = next + row_size_, *const copies = mean + row_size_;
+    T *const panel = copies + kSample * row_size_, *const products = panel + round_up(kSample) * d;
+    const T* rows[array_size(kSample)];
     for (Index i = 0; i < most; ++i) {
-      T* const row = rows + count * row_size_;
-      x_.copy_row(clusters_.rows.data()[node.first + (2 * i + 1) * width / (2 * most)], row);
-      if (!is_finite(squared_norm(row, d))) continue;
-      add_row(T(1), row, mean, d);
-      ++count;
+      rows[i] = x_.row(clusters_.rows.data()[node.first + (2 * i + 1) * width / (2 * most)], copies + i * row_size_);
+    }
+    const auto row = [&](Index i) { return rows[i]; };
+    const auto set_mean = [&](Index of) {
+      std::fill_n(products, of, 1 / static_cast<T>(of));
+      sum_scaled_rows(products, of, row, d, mean);
+      return is_finite(squared_norm(mean, d));
+    };
+    Index count = most;
+    if (!set_mean(count)) {
+      const auto finite = [&](const T* x) { return is_finite(squared_norm(x, d)); };
+      count = std::partition(rows, rows + most, finite) - rows;
+      if (count > 0) set_mean(count);
     }
     std::fill_n(direction, row_size_, T(0));
-    direction[0] = 1;
-    if (count == 0) return;
-    scale_row(1 / static_cast<T>(count), mean, mean, d);
-    for (Index i = 0; i < count; ++i) std::fill_n(rows + i * row_size_ + d, row_size_ - d, T(0));
-    const Index lanes = round_up(count);
-    const auto widest = center_sample(rows, count, mean, panel, lanes);
-    std::fill_n(direction, d, T(0));
-    direction[widest] = 1;
-    for (int step = 0; step < kSteps; ++step) {
-      add_scaled_rows(direction, d, panel, lanes, products);
-      add_scaled_rows(products, count, rows, row_size_, next);
+    direction[count == 0 ? 0 : center_sample(rows, count, mean, panel)] = 1;
+    for (int step = 0; step < kSteps && count > 0; ++step) {
+      sum_scaled_rows(
+          direction, d, [&](Index c) { return panel + c * round_up(count); }, round_up(count), products);
+      sum_scaled_rows(products, count, row, d, next);  // products of centered rows add up to 0
       const T norm = std::sqrt(squared_norm(next, d));
       if (!(norm > 0) || !is_finite(norm)) return;
       scale_row(1 / norm, next, direction, d);
     }
   }
 
-  /// Rows relative to their mean, in place and as a panel of so many lanes. Returns the coordinate of largest variance.
-  Index center_sample(T* rows, Index count, const T* mean, T* panel, Index lanes) const {
-    const Index d = x_.cols();
+  /// panel <- rows relative to their mean, along lanes. Returns the coordinate of largest variance.
+  Index center_sample(const T* const* rows, Index count, const T* mean, T* panel) const {
+    const Index d = x_.cols(), lanes = round_up(count);
     for (Index lane = 0; lane < lanes; lane += kLanes<T>) {
       const T* some[kLanes<T>];
-      for (Index i = 0; i < kLanes<T>; ++i) some[i] = lane + i < count ? rows + (lane + i) * row_size_ : nullptr;
+      for (Index i = 0; i < kLanes<T>; ++i) some[i] = lane + i < count ? rows[lane + i] : nullptr;
       pack_rows<T>(some, d, mean, T(1), panel + lane, lanes);
     }
-    for (Index i = 0; i < count; ++i) add_row(T(-1), mean, rows + i * row_size_, d);
     Index widest = 0;
     T most = -1;
     for (Index c = 0; c < d; ++c) {
-      for (Index i = count; i < lanes; ++i) panel[c * lanes + i] = 0;
+      std::fill_n(panel + c * lanes + count, lanes - count, T(0));
       const T variance = squared_norm(panel + c * lanes, lanes);
       if (variance > most) {
         most = variance;

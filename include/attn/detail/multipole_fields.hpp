@@ -121,17 +121,23 @@ struct QueryGroups {
   /// Rows that are not finite do not count: they reach no other row.
   void set_mean(const TokenRows<T>& q, const T* center, Index g, T* buffer) const {
     const Range range = groups.range(g);
-    T* const mean = means.data() + g * means.cols();
-    std::fill_n(mean, means.cols(), T(0));
-    Index count = 0;
-    for (Index i = range.first; i < range.last; ++i) {
-      const T* const row = q.row(groups.rows.data()[i], buffer);
-      if (!is_finite(squared_norm(row, means.cols()))) continue;
-      add_row(T(1), row, mean, means.cols());
-      ++count;
-    }
-    scale_row(1 / static_cast<T>(std::max<Index>(count, 1)), mean, mean, means.cols());
-    if (center != nullptr && count > 0) add_row(T(-1), center, mean, means.cols());
+    const Index d = means.cols();
+    T* const mean = means.data() + g * d;
+    const auto add = [&](bool finite_only) {
+      Index count = 0;
+      std::fill_n(mean, d, T(0));
+      for (Index i = range.first; i < range.last; ++i) {
+        const T* const row = q.row(groups.rows.data()[i], buffer);
+        if (finite_only && !is_finite(squared_norm(row, d))) continue;
+        add_row(T(1), row, mean, d);
+        ++count;
+      }
+      return count;
+    };
+    Index count = add(false);
+    if (!is_finite(squared_norm(mean, d))) count = add(true);
+    scale_row(1 / static_cast<T>(std::max<Index>(count, 1)), mean, mean, d);
+    if (center != nullptr && count > 0) add_row(T(-1), center, mean, d);
   }
 };
 
