@@ -26,7 +26,7 @@
 namespace attn {
 
 /// How Multipole cuts tokens. Counts that are not set follow from those of the kept tokens: n_k keys are cut into
-/// 4 sqrt n_k clusters of nearly equal size, n_q queries into sqrt n_q groups, rounded up to a multiple of 32 and at
+/// 4 sqrt n_k clusters of nearly equal size, n_q queries into sqrt n_q groups, rounded up to a multiple of 16 and at
 /// least 48, and 20 clusters are near: 20 n_k / (4 sqrt n_k) keys. Where nothing is set and exact attention costs no
 /// more, as up to some 1000 tokens, Multipole is exact attention.
 struct Clusters {
@@ -52,7 +52,7 @@ struct FieldCounts {
   Index clusters, groups, near;
 
   static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
-    constexpr Index kNear = 20, kFewestGroups = 48, kGroupStep = 32;
+    constexpr Index kNear = 20, kFewestGroups = 48, kGroupStep = 16;
     const auto root = [](Index n) { return static_cast<Index>(std::ceil(std::sqrt(static_cast<double>(n)))); };
     const Index groups = std::max(kFewestGroups, (root(n_q) + kGroupStep - 1) / kGroupStep * kGroupStep);
     FieldCounts counts{};
@@ -66,7 +66,7 @@ struct FieldCounts {
   /// meets: near keys and clusters, in blocks that are not quite full; every group's summaries of all keys; and what
   /// clustering and choosing take, as measured.
   bool exact(const Clusters& options, Index n_q, Index n_k) const {
-    constexpr double kFilled = 1.2, kSummary = 1.5, kOverhead = 250;
+    constexpr double kFilled = 1.2, kSummary = 1.5, kOverhead = 280;
     if (n_q == 0 || clusters >= n_k || near >= clusters) return true;
     if (options != Clusters{}) return false;
     const auto keys_a_query = static_cast<double>(n_k) / static_cast<double>(n_q);
