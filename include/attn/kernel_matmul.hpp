@@ -22,12 +22,12 @@ namespace attn {
 
 /// States of n_q rows after some keys. With kappa_ij the kernel's entries (key bias included),
 ///   sum_i = sum_j kappa_ij 2^-maximum_i     weighted_i = sum_j kappa_ij 2^-maximum_i v_j
-/// maximum (n_q), sum (n_q), weighted (n_q, d_v); a row that has seen no key has sum 0, and its maximum means nothing.
-/// States of disjoint sets of keys merge.
+/// A row that has seen no key has sum 0, and its maximum means nothing. States of disjoint sets of keys merge.
 template <class T>
 struct RowStates {
-  std::span<T> maximum, sum;
-  MatrixRef<T> weighted;
+  std::span<T> maximum;   ///< (n_q), in units of log2
+  std::span<T> sum;       ///< (n_q)
+  MatrixRef<T> weighted;  ///< (n_q, d_v)
 };
 
 /// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when

@@ -83,7 +83,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
                                   detail::NystromSaved<T, Kernel, Landmarks, Inverse>> {
  public:
   using Saved = detail::NystromSaved<T, Kernel, Landmarks, Inverse>;  ///< what backward needs
-  static constexpr std::string_view kName = "nystrom";
+  static constexpr std::string_view kName = "nystrom";                ///< in tables and error messages
 
   /// How landmarks are chosen, what stands for A^+, and the kernel.
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})

@@ -58,7 +58,7 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
  public:
   using Saved = detail::SkyformerSaved<T, GaussianKernel, Landmarks, Inverse>;  ///< what backward needs
   using MethodBase<Skyformer, T, Saved>::backward;
-  static constexpr std::string_view kName = "skyformer";
+  static constexpr std::string_view kName = "skyformer";  ///< in tables and error messages
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})

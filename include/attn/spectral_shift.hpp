@@ -77,8 +77,8 @@ template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxK
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T, detail::ShiftSaved<T>> {
  public:
-  using Saved = detail::ShiftSaved<T>;  ///< what backward needs
-  static constexpr std::string_view kName = "shifted-nystrom";
+  using Saved = detail::ShiftSaved<T>;                          ///< what backward needs
+  static constexpr std::string_view kName = "shifted-nystrom";  ///< in tables and error messages
 
   /// How many landmarks, how the shift is chosen, and the kernel.
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
