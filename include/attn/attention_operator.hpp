@@ -10,11 +10,10 @@
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
 
-#include <algorithm>
 #include <concepts>
+#include <cstddef>
 #include <limits>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
