@@ -60,8 +60,8 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
     const detail::RowScale<T> scale = detail::row_scale(rows, static_cast<double>(states.maximum[i]), states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
     const Index row = static_cast<Index>(i);
-    const T* weighted = states.weighted.data() + row * states.weighted.outerStride();
-    T* to = out.data() + row * out.outerStride();
+    const T* weighted = detail::row_of(states.weighted, row);
+    T* to = detail::row_of(out, row);
     detail::scale_row(scale.first, weighted, to, out.cols());
     if (scale.second != 1) detail::scale_row(scale.second, to, to, out.cols());
   }
@@ -80,11 +80,11 @@ void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&&
     const auto row = static_cast<std::size_t>(i);
     for (Index c = 0; c < to.cols(); c += kColumns) {
       const Index count = std::min(kColumns, to.cols() - c);
-      float* weighted = states.weighted.data() + i * states.weighted.outerStride() + c;
+      float* weighted = detail::row_of(states.weighted, i) + c;
       const RowStates<float> some{
           states.maximum.subspan(row, 1), states.sum.subspan(row, 1), {weighted, 1, count, count}};
       finish(kernel, some, d, MatrixRef<float>(wide, 1, count, count), lse.empty() ? lse : lse.subspan(row, 1));
-      detail::convert_row(wide, to.data() + i * to.outerStride() + c, count);
+      detail::convert_row(wide, detail::row_of(to, i) + c, count);
     }
   }
 }

@@ -105,7 +105,7 @@ template <int kPackets, class T>
   for (Index i = 0; i < a.rows; i += kRows) {
     const Index rows = std::min<Index>(kRows, a.rows - i);
     const bool stores = keep == 0 && c.cols() == kWidth && rows == kRows;
-    T* const to = c.data() + i * c.outerStride();
+    T* const to = row_of(c, i);
     T* const out = stores ? to : buffer;
     const Index out_stride = stores ? c.outerStride() : kWidth;
     prefetch.fetch(i, kRows, a.rows);
