@@ -37,13 +37,13 @@ void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& f
   detail::check_merge("merge", into, from);
   for (std::size_t i = 0; i < into.sum.size(); ++i) {
     const T top = detail::merged_maximum(into.maximum[i], into.sum[i], from.maximum[i], from.sum[i]);
-    const T keep = detail::merge_factor(into.maximum[i], into.sum[i], top),
-            add = detail::merge_factor(from.maximum[i], from.sum[i], top);
+    const T of_into = detail::merge_factor(into.maximum[i], into.sum[i], top),
+            of_from = detail::merge_factor(from.maximum[i], from.sum[i], top);
     into.maximum[i] = top;
-    into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
+    into.sum[i] = into.sum[i] * of_into + from.sum[i] * of_from;
     T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
-    detail::scale_row(keep, row, row, into.weighted.cols());
-    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row,
+    detail::scale_row(of_into, row, row, into.weighted.cols());
+    detail::add_row(of_from, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row,
                     into.weighted.cols());
   }
 }

@@ -111,7 +111,7 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
     if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
     Scratch scratch = context.scratch();
     const auto f = detail::NystromFactors<T>::of(kName, landmarks_, kernel_, in, scratch, context);
-    if (saved != nullptr) saved->nystrom.keep(f);
+    if (saved != nullptr) saved->nystrom.copy(f);
     if (shift_.mode == ShiftMode::paper) return shift_by_trace(in, f, out, saved, context);
     detail::ShiftFactors<T> factors(in, kernel_, f, shift_.iterations, context, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);

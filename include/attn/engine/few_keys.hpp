@@ -1,7 +1,7 @@
 /// Many queries meet few keys, all of them at once: what a landmark method's wide factor is.
 ///
 ///   for each strip of queries:                             keys lie along the lanes, packed once for all strips
-///     score[i]  = scale q_i.k + bias                       register tiles, keep c + diag(factor) a b
+///     score[i]  = scale q_i.k + bias                       register tiles, beta c + diag(factor) a b
 ///     weight[i] = 2^(score[i] - their maximum)
 ///     out[i]    = factor_i sum_j weight[i][j] v_j          register tiles
 ///
