@@ -6,6 +6,7 @@
 ///   table: median over the rounds, with quartiles and extremes
 #include "common/flops.hpp"
 #include "common/fma_peak.hpp"
+#include "common/parse_options.hpp"
 #include "common/samples.hpp"
 #include "common/tokens.hpp"
 #include "peers/peer.hpp"
@@ -300,9 +301,7 @@ bool write_json(const Settings& settings, const OneCore& one_core, const std::ve
   return file.good();
 }
 
-Settings parse(int argc, char** argv) {
-  Settings settings;
-  CLI::App app{"attn against the FMA peak of this machine, as ratios within one run"};
+void add_options(CLI::App& app, Settings& settings) {
   const auto add = [&](const char* name, auto& value, const char* text) {
     app.add_option(name, value, text)->check(CLI::PositiveNumber)->capture_default_str();
   };
@@ -312,18 +311,13 @@ Settings parse(int argc, char** argv) {
   add("--sample-ms", settings.sample_ms, "length of a sample");
   add("--max-seconds", settings.max_seconds, "no new round after this");
   app.add_option("--json", settings.json, "also write every sample to this file");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    std::exit(app.exit(error));
-  }
-  return settings;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Settings settings = parse(argc, argv);
+  const Settings settings =
+      parse_options("attn against the FMA peak of this machine, as ratios within one run", add_options, argc, argv);
   const auto after = [start = Clock::now()](double seconds) {
     return start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   };

@@ -2,8 +2,8 @@
 /// where there is no memory, std::bad_alloc comes out and everything stays usable. This program replaces both.
 #include <attn/attn.hpp>
 
-#include "inputs.hpp"
-#include "methods.hpp"
+#include "common/inputs.hpp"
+#include "common/methods.hpp"
 #include "thread_executor.hpp"
 
 #include <gtest/gtest.h>

@@ -1,7 +1,7 @@
 #include <attn/attn.hpp>
 
 #include "mean_pooling.hpp"
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,7 +1,7 @@
 /// Gradients: of the streamed product against the oracle's, of every method against differences of its forward pass.
 #include <attn/attn.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -28,6 +28,7 @@ using attn::SegmentMeans;
 using attn::ShiftMode;
 using attn::SpectralShift;
 using test::Context;
+using test::describe;
 using test::Family;
 using test::Index;
 using test::Inputs;
@@ -63,15 +64,6 @@ class Conditions {
   std::vector<std::uint8_t> keep_query_, keep_key_;
   std::vector<T> key_bias_;
 };
-
-template <class T>
-std::string describe(const Inputs<T>& in) {
-  const auto text = [](Index x) { return std::to_string(x); };
-  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " +
-         text(in.v.cols()) + ", causal " + text(static_cast<Index>(in.mask.causal)) +
-         (in.mask.keep_key.empty() ? "" : ", keep_key") + (in.mask.keep_query.empty() ? "" : ", keep_query") +
-         (in.key_bias.empty() ? "" : ", key_bias");
-}
 
 /// The oracle's kernel as the library's.
 struct Kernel {
@@ -393,9 +385,7 @@ TEST(Gradients, OfSkyformerInFloatAreThoseInDoubleWhereTokensAreFarFromOneAnothe
   const auto keep_query = test::random_keep(90, 0.8, 233), keep_key = test::random_keep(120, 0.7, 234);
   const auto bias = test::random_key_bias<float>(120, 0.1, 235);
   for (const double deviation : {3.0, 5.0}) {
-    auto x = test::make_tokens<float>(Family::unit, {90, 120, 64, 5}, 232);
-    x.q *= static_cast<float>(deviation);
-    x.k *= static_cast<float>(deviation);
+    const auto x = test::scaled(test::make_tokens<float>(Family::unit, {90, 120, 64, 5}, 232), deviation);
     for (const bool masked : {false, true}) {
       Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
       if (masked) in.mask = {.keep_key = keep_key, .keep_query = keep_query};
@@ -423,9 +413,7 @@ TEST(Gradients, OfSkyformerInFloatAreThoseInDoubleWhereTokensAreFarFromOneAnothe
 /// Where double's exponents would not do with one common factor.
 TEST(Gradients, OfSkyformerAreItsDerivativesWhereTokensAreFarFromOneAnother) {
   Context context;
-  auto x = test::make_tokens<double>(Family::unit, {40, 50, 32, 4}, 237);
-  x.q *= 12;
-  x.k *= 12;
+  const auto x = test::scaled(test::make_tokens<double>(Family::unit, {40, 50, 32, 4}, 237), 12);
   const std::vector<double> bias(50, 400);
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
     Inputs<double> in{.q = x.q, .k = x.k, .v = x.v};

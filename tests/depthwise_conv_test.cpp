@@ -1,14 +1,13 @@
 #include <attn/depthwise_conv.hpp>
 
-#include "rounding.hpp"
-#include "support.hpp"
+#include "common/rounding.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -105,8 +104,7 @@ TYPED_TEST(DepthwiseConvOf, BitwiseEqualWhateverTheWorkersAndStrides) {
 
 template <class T>
 class NarrowDepthwiseConv : public ::testing::Test {};
-using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
-TYPED_TEST_SUITE(NarrowDepthwiseConv, NarrowScalars);
+TYPED_TEST_SUITE(NarrowDepthwiseConv, test::NarrowScalars);
 
 TYPED_TEST(NarrowDepthwiseConv, RoundsItsSumsOnce) {
   using T = TypeParam;
@@ -173,17 +171,11 @@ TYPED_TEST(NarrowDepthwiseConv, TakesViews) {
 }
 
 TEST(DepthwiseConv, RefusesWhatDoesNotFit) {
-  const auto error = [](Index rows, Index out_rows, Index out_cols, std::size_t taps,
-                        const Mask& mask = {}) -> std::string {
+  const auto error = [](Index rows, Index out_rows, Index out_cols, std::size_t taps, const Mask& mask = {}) {
     const Matrix<float> v = Matrix<float>::Zero(rows, 4);
     Matrix<float> out = Matrix<float>::Zero(out_rows, out_cols);
     Context context;
-    try {
-      attn::depthwise_conv<float>(v, std::vector<float>(taps), out, context, mask);
-    } catch (const std::invalid_argument& e) {
-      return e.what();
-    }
-    return "no error";
+    return test::error_of([&] { attn::depthwise_conv<float>(v, std::vector<float>(taps), out, context, mask); });
   };
   const std::vector<std::uint8_t> five(5, 1);
   EXPECT_EQ(error(6, 6, 4, 3), "no error");
@@ -256,13 +248,8 @@ TEST(DepthwiseConv, BackwardRefusesWhatDoesNotFit) {
   Matrix<float> dv = Matrix<float>::Zero(6, 4);
   std::vector<float> filter(3), dfilter(2);
   Context context;
-  const auto error = [&](const Matrix<float>& gradient) -> std::string {
-    try {
-      attn::depthwise_conv_backward<float>(v, filter, gradient, dv, dfilter, context);
-    } catch (const std::invalid_argument& e) {
-      return e.what();
-    }
-    return "no error";
+  const auto error = [&](const Matrix<float>& gradient) {
+    return test::error_of([&] { attn::depthwise_conv_backward<float>(v, filter, gradient, dv, dfilter, context); });
   };
   EXPECT_EQ(error(dout), "depthwise_conv_backward: dout is 5 x 4, should be 6 x 4");
   EXPECT_EQ(error(v), "depthwise_conv_backward: dfilter has 2 entries, filter has 3");

@@ -1,7 +1,7 @@
 /// Refused arguments: every error is a std::invalid_argument that names the method, the argument and the numbers.
 #include <attn/attn.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

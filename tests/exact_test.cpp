@@ -1,6 +1,6 @@
 #include <attn/exact.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

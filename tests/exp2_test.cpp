@@ -1,6 +1,6 @@
 #include <attn/engine/exp2.hpp>
 
-#include "inputs.hpp"
+#include "common/inputs.hpp"
 
 #include <gtest/gtest.h>
 

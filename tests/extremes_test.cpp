@@ -2,8 +2,8 @@
 #include <attn/any_approximator.hpp>
 #include <attn/exact.hpp>
 
-#include "methods.hpp"
-#include "support.hpp"
+#include "common/methods.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -32,10 +32,7 @@ class Extremes : public test::MethodTest {
  protected:
   template <class T>
   Matrix<T> forward(const Tokens<T>& x, attn::MethodOptions options = kNormalized) const {
-    Matrix<T> out = Matrix<T>::Constant(x.q.rows(), x.v.cols(), test::kNaN<T>);
-    Context context;
-    make<T>(kLandmarks, options).forward(Inputs<T>{.q = x.q, .k = x.k, .v = x.v}, out, context);
-    return out;
+    return test::forward(make<T>(kLandmarks, options), {.q = x.q, .k = x.k, .v = x.v});
   }
 
   /// The sum of all gradients' magnitudes.
@@ -57,10 +54,7 @@ INSTANTIATE_TEST_SUITE_P(Every, Extremes, ::testing::ValuesIn(test::method_names
 
 template <class T>
 Tokens<T> tokens_of_size(T size, Family family = Family::unit) {
-  Tokens<T> x = test::make_tokens<T>(family, {kLength, kLength, 16, 7}, 801);
-  x.q *= size;
-  x.k *= size;
-  return x;
+  return test::scaled(test::make_tokens<T>(family, {kLength, kLength, 16, 7}, 801), size);
 }
 
 template <class T>

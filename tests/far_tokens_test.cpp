@@ -4,7 +4,7 @@
 #include <attn/kernel_matmul.hpp>
 #include <attn/skyformer.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

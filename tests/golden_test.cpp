@@ -3,7 +3,7 @@
 #include <attn/attn.hpp>
 
 #include "common/npy.hpp"
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>

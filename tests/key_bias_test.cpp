@@ -3,7 +3,7 @@
 #include <attn/exact.hpp>
 #include <attn/kernel_matmul.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,6 +1,6 @@
 #include <attn/landmarks.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -2,8 +2,8 @@
 #include <attn/multi_head.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "methods.hpp"
-#include "support.hpp"
+#include "common/methods.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

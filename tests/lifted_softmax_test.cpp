@@ -2,14 +2,13 @@
 
 #include <attn/exact.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,6 +21,7 @@ using attn::SoftmaxKernel;
 using attn::StridedSample;
 using test::Context;
 using test::Family;
+using test::forward;
 using test::Index;
 using test::Inputs;
 using test::Mask;
@@ -29,14 +29,6 @@ using test::Matrix;
 
 template <class T>
 using Strided = LiftedSoftmax<T, StridedSample>;
-
-template <class T>
-Matrix<T> forward(const Strided<T>& method, const Inputs<T>& in) {
-  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), test::kNaN<T>);
-  Context context;
-  method.forward(in, out, context);
-  return out;
-}
 
 reference::Matrix defined(const reference::Problem& p, Index m, double gamma, double scale) {
   return lifted_softmax(scale, p, strided_landmarks(p, m), gamma);
@@ -67,20 +59,20 @@ TYPED_TEST(LiftedSoftmaxOf, IsItsDefinition) {
 TEST(LiftedSoftmax, ARotationChangesNothing) {
   auto x = test::make_tokens<double>(Family::smooth, {120, 150, 16, 12}, 505);
   const Strided<double> method(StridedSample{.num_landmarks = 32});
-  const Matrix<double> before = forward<double>(method, {.q = x.q, .k = x.k, .v = x.v});
+  const Matrix<double> before = forward(method, {.q = x.q, .k = x.k, .v = x.v});
   Eigen::VectorXd axis = test::Random(506).normal(16, 1).col(0);
   axis.normalize();
   x.q -= (2 * (x.q * axis) * axis.transpose()).eval();
   x.k -= (2 * (x.k * axis) * axis.transpose()).eval();
-  EXPECT_LE(test::relative_error(forward<double>(method, {.q = x.q, .k = x.k, .v = x.v}), before), 1e-9);
+  EXPECT_LE(test::relative_error(forward(method, {.q = x.q, .k = x.k, .v = x.v}), before), 1e-9);
 }
 
 TEST(LiftedSoftmax, ACommonWeightOfAllKeysChangesNothing) {
   const auto x = test::make_tokens<double>(Family::init, {80, 90, 16, 12}, 507);
   const Strided<double> method(StridedSample{.num_landmarks = 32});
   const std::vector<double> common(90, 3.0);
-  EXPECT_LE(test::relative_error(forward<double>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = common}),
-                                 forward<double>(method, {.q = x.q, .k = x.k, .v = x.v})),
+  EXPECT_LE(test::relative_error(forward(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = common}),
+                                 forward(method, {.q = x.q, .k = x.k, .v = x.v})),
             1e-10);
 }
 
@@ -96,7 +88,7 @@ TYPED_TEST(LiftedSoftmaxOf, ALargeCommonWeightOfAllKeysChangesNothing) {
     for (const double common : {89.0, 1e4, -1e4, 1e30, static_cast<double>(std::numeric_limits<T>::lowest())}) {
       std::fill(bias.begin(), bias.end(), static_cast<T>(common));
       if (some_removed) bias[4] = -test::kInf<T>;
-      EXPECT_LE(test::relative_error(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}), expected),
+      EXPECT_LE(test::relative_error(forward(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}), expected),
                 sizeof(T) == 4 ? 1e-4 : 1e-10)
           << common;
     }
@@ -108,7 +100,7 @@ TEST(LiftedSoftmax, ComesCloseToSoftmaxOnSmoothInputsWithManyLandmarks) {
   const Matrix<double> exact = attn::attention(SoftmaxAttention<double>{}, x.q, x.k, x.v);
   const auto error = [&](Index m, double gamma) {
     const Strided<double> method(StridedSample{.num_landmarks = m}, RidgeInverse{.gamma = gamma});
-    return test::relative_error(forward<double>(method, {.q = x.q, .k = x.k, .v = x.v}), exact);
+    return test::relative_error(forward(method, {.q = x.q, .k = x.k, .v = x.v}), exact);
   };
   EXPECT_LE(error(200, 1e-3), 0.1);
   EXPECT_LE(error(600, 1e-10), 1e-5) << "every token is a landmark";
@@ -117,11 +109,9 @@ TEST(LiftedSoftmax, ComesCloseToSoftmaxOnSmoothInputsWithManyLandmarks) {
 TYPED_TEST(LiftedSoftmaxOf, LargeKeysDoNotOverflow) {
   using T = TypeParam;
   for (const double size : {8.0, 30.0}) {
-    auto x = test::make_tokens<T>(Family::unit, {90, 90, 16, 7}, 509);
-    x.q *= static_cast<T>(size);
-    x.k *= static_cast<T>(size);
+    const auto x = test::scaled(test::make_tokens<T>(Family::unit, {90, 90, 16, 7}, 509), size);
     for (const Index m : {2, 20, 180}) {
-      EXPECT_TRUE(forward<T>(Strided<T>(StridedSample{.num_landmarks = m}), {.q = x.q, .k = x.k, .v = x.v}).allFinite())
+      EXPECT_TRUE(forward(Strided<T>(StridedSample{.num_landmarks = m}), {.q = x.q, .k = x.k, .v = x.v}).allFinite())
           << size;
     }
   }
@@ -131,9 +121,7 @@ TYPED_TEST(LiftedSoftmaxOf, LargeKeysDoNotOverflow) {
 TYPED_TEST(LiftedSoftmaxOf, IsItsDefinitionWithLargeKeys) {
   using T = TypeParam;
   for (const double size : {3.0, 5.0, 8.0}) {
-    auto x = test::make_tokens<T>(Family::unit, {90, 90, 32, 7}, 511);
-    x.q *= static_cast<T>(size);
-    x.k *= static_cast<T>(size);
+    const auto x = test::scaled(test::make_tokens<T>(Family::unit, {90, 90, 32, 7}, 511), size);
     const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
     for (const Index m : {20, 60}) {
       const Strided<T> method(StridedSample{.num_landmarks = m});
@@ -147,14 +135,9 @@ TYPED_TEST(LiftedSoftmaxOf, IsItsDefinitionWithLargeKeys) {
 
 TEST(LiftedSoftmax, RefusesWhatItCannotDo) {
   const Matrix<float> x = Matrix<float>::Zero(6, 4);
-  const auto error = [&](Index m, double gamma, double scale, const Mask& mask = {}) -> std::string {
+  const auto error = [&](Index m, double gamma, double scale, const Mask& mask = {}) {
     const Strided<float> method(StridedSample{m}, RidgeInverse{gamma}, SoftmaxKernel{.scale = scale});
-    try {
-      attn::attention(method, x, x, x, mask);
-    } catch (const std::invalid_argument& e) {
-      return e.what();
-    }
-    return "no error";
+    return test::error_of([&] { attn::attention(method, x, x, x, mask); });
   };
   EXPECT_EQ(error(4, 1e-3, 1), "no error");
   EXPECT_EQ(error(0, 1e-3, 1), "lifted-softmax: num_landmarks is 0, should be at least 1");

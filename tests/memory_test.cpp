@@ -1,7 +1,7 @@
 /// How much scratch memory a method takes beside its inputs and its result.
 #include <attn/any_approximator.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

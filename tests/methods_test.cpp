@@ -2,8 +2,8 @@
 /// line in kExpectations.
 #include <attn/attn.hpp>
 
-#include "methods.hpp"
-#include "support.hpp"
+#include "common/methods.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -20,6 +20,7 @@ using attn::Causal;
 using test::Context;
 using test::describe;
 using test::Family;
+using test::forward;
 using test::in_both_precisions;
 using test::Index;
 using test::Inputs;
@@ -39,19 +40,6 @@ struct Expectation {
 constexpr Expectation kExpectations[] = {{"softmax", "softmax", 0},      {"gaussian", "gaussian", 0},
                                          {"nystrom", "softmax", 0.2},    {"shifted-nystrom", "softmax", 0.2},
                                          {"skyformer", "gaussian", 0.2}, {"lifted-softmax", "softmax", 0.3}};
-
-template <class T>
-Matrix<T> forward(const AnyApproximator<T>& method, const Inputs<T>& in, Context& context) {
-  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), test::kNaN<T>);
-  method.forward(in, out, context);
-  return out;
-}
-
-template <class T>
-Matrix<T> forward(const AnyApproximator<T>& method, const Inputs<T>& in) {
-  Context context;
-  return forward(method, in, context);
-}
 
 class Methods : public test::MethodTest {
  protected:
@@ -266,9 +254,7 @@ TEST_P(Methods, FollowExactAttentionOnSmoothInputs) {
 TEST_P(Methods, StayFiniteOnLargeInputs) {
   in_both_precisions([&]<class T>(T) {
     for (const double size : {1e-6, 8.0, 30.0}) {
-      auto x = test::make_tokens<T>(Family::unit, {90, 90, 16, 7}, 117);
-      x.q *= static_cast<T>(size);
-      x.k *= static_cast<T>(size);
+      const auto x = test::scaled(test::make_tokens<T>(Family::unit, {90, 90, 16, 7}, 117), size);
       for (const Index m : {1, 10, 90}) {
         EXPECT_TRUE(forward(make<T>(m), {.q = x.q, .k = x.k, .v = x.v}).allFinite())
             << size << ", " << m << " landmarks";

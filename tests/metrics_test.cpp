@@ -1,8 +1,8 @@
 #include <attn/metrics.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "rounding.hpp"
-#include "support.hpp"
+#include "common/rounding.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -30,16 +30,20 @@ using test::Mask;
 using test::Matrix;
 using test::MatrixRef;
 
-/// A stored matrix as an operator.
-template <class T>
+/// A matrix stored in S as an operator on blocks of T, as a user would write it.
+template <class T, class S = T>
 struct Dense {
   using Scalar = T;
-  Matrix<T> a;
+  Matrix<S> a;
 
   Index rows() const { return a.rows(); }
   Index cols() const { return a.cols(); }
-  void apply(ConstMatrixRef<T> x, MatrixRef<T> y, Context&) const { y = a.lazyProduct(x); }
-  void apply_transpose(ConstMatrixRef<T> x, MatrixRef<T> y, Context&) const { y = a.transpose().lazyProduct(x); }
+  void apply(ConstMatrixRef<T> x, MatrixRef<T> y, Context&) const {
+    y = a.lazyProduct(x.template cast<S>()).template cast<T>();
+  }
+  void apply_transpose(ConstMatrixRef<T> x, MatrixRef<T> y, Context&) const {
+    y = a.transpose().lazyProduct(x.template cast<S>()).template cast<T>();
+  }
 };
 static_assert(attn::LinearOperator<Dense<double>> && attn::LinearOperator<attn::ExactOperator<float, SoftmaxKernel>>);
 
@@ -391,8 +395,7 @@ class NarrowOperator : public ::testing::Test {
   test::Tokens<double> exact_;
   Context context;
 };
-using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
-TYPED_TEST_SUITE(NarrowOperator, NarrowScalars);
+TYPED_TEST_SUITE(NarrowOperator, test::NarrowScalars);
 
 /// Both products of an operator of T, against a matrix in double.
 template <class Op>
@@ -455,22 +458,6 @@ TYPED_TEST(NarrowOperator, RoundsTheProductsOfMethodsAndOfDifferencesOnce) {
   }
 }
 
-/// A narrow operator as a user would write it, of blocks of T alone.
-template <class T>
-struct OwnNarrow {
-  using Scalar = T;
-  Matrix<double> a;
-
-  Index rows() const { return a.rows(); }
-  Index cols() const { return a.cols(); }
-  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const {
-    y = (a * x.template cast<double>()).template cast<T>();
-  }
-  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context&) const {
-    y = (a.transpose() * x.template cast<double>()).template cast<T>();
-  }
-};
-
 TYPED_TEST(NarrowOperator, HasTheSingularValuesOfTheMatrix) {
   using T = TypeParam;
   const Matrix<double> dense = dense_attention(reference::softmax_kernel(16), this->exact_, {});
@@ -483,10 +470,10 @@ TYPED_TEST(NarrowOperator, HasTheSingularValuesOfTheMatrix) {
   EXPECT_LE(attn::spectral_norm_lower_bound(exact, 20, 1, this->context), expected[0] * (1 + 1e-5));
   // An operator that rounds, to the size of its rounding.
   constexpr double kUnit = std::is_same_v<T, Eigen::half> ? 0x1p-10 : 0x1p-7;
-  const auto rounded = attn::leading_singular_values(OwnNarrow<T>{dense}, 6, options, this->context);
+  const auto rounded = attn::leading_singular_values(Dense<T, double>{dense}, 6, options, this->context);
   EXPECT_TRUE(rounded.converged);
   EXPECT_LE((rounded.values - expected).cwiseAbs().maxCoeff(), 2 * kUnit * expected[0]);
-  const attn::Difference none(OwnNarrow<T>{dense}, exact);
+  const attn::Difference none(Dense<T, double>{dense}, exact);
   EXPECT_LE(attn::spectral_norm(none, {}, this->context), 2 * kUnit * expected[0]);
 }
 

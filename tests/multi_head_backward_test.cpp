@@ -2,7 +2,7 @@
 #include <attn/multi_head.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -140,18 +140,11 @@ TEST(MultiHeadBackward, SavedOfOtherHeadsAndWrongShapesAreRefused) {
   Step step(6);
   Context context;
   std::vector<attn::SoftmaxAttention<double>::Saved> saved(3);
-  const auto message = [](const auto& body) {
-    try {
-      body();
-    } catch (const std::invalid_argument& e) {
-      return std::string(e.what());
-    }
-    return std::string("nothing was thrown");
-  };
-  EXPECT_EQ(message([&] { step.backward(a, {}, context, saved); }), "multi_head: saved is of 3 heads, there are 8");
+  EXPECT_EQ(test::error_of([&] { step.backward(a, {}, context, saved); }),
+            "multi_head: saved is of 3 heads, there are 8");
   step.run(a, {}, context, saved);
   const auto queries = step.queries(std::as_const(step.q).data(), Step::kD);
-  EXPECT_EQ(message([&] {
+  EXPECT_EQ(test::error_of([&] {
               attn::multi_head_backward(a, queries, step.keys(std::as_const(step.k).data(), Step::kD),
                                         step.keys(std::as_const(step.v).data(), Step::kDv),
                                         step.queries(std::as_const(step.out).data(), Step::kDv),
@@ -225,8 +218,7 @@ struct OwnMethod {
 
 template <class T>
 class NarrowMultiHeadBackward : public ::testing::Test {};
-using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
-TYPED_TEST_SUITE(NarrowMultiHeadBackward, NarrowScalars);
+TYPED_TEST_SUITE(NarrowMultiHeadBackward, test::NarrowScalars);
 
 TYPED_TEST(NarrowMultiHeadBackward, AddsGroupsUpInFloatAndRoundsOnce) {
   using T = TypeParam;

@@ -1,7 +1,7 @@
 #include <attn/multi_head.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,8 +1,8 @@
 /// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
 #include <attn/attn.hpp>
 
-#include "rounding.hpp"
-#include "support.hpp"
+#include "common/rounding.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -50,8 +50,7 @@ class Narrow : public ::testing::Test {
   }
 };
 
-using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
-TYPED_TEST_SUITE(Narrow, NarrowScalars);
+TYPED_TEST_SUITE(Narrow, test::NarrowScalars);
 
 TYPED_TEST(Narrow, SoftmaxFollowsTheOracle) {
   for (const auto causal : {attn::Causal::none, attn::Causal::lower_right}) {

@@ -1,5 +1,5 @@
 #include "common/npy.hpp"
-#include "npy_file.hpp"
+#include "common/npy_file.hpp"
 
 #include <gtest/gtest.h>
 

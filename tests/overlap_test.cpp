@@ -6,8 +6,8 @@
 #include <attn/attention_operator.hpp>
 #include <attn/multi_head.hpp>
 
-#include "methods.hpp"
-#include "support.hpp"
+#include "common/methods.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

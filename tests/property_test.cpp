@@ -1,7 +1,7 @@
 /// What must hold of the approximations' errors whatever the numbers are.
 #include <attn/attn.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 /// Methods on random shapes, strides, masks and options, against the oracle.
-#include "random_problem.hpp"
+#include "common/random_problem.hpp"
 
 #include <gtest/gtest.h>
 

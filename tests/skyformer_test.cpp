@@ -1,7 +1,7 @@
 #include <attn/lifted_softmax.hpp>
 #include <attn/skyformer.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -24,6 +24,7 @@ using attn::StridedSample;
 using attn::UniformSample;
 using test::Context;
 using test::Family;
+using test::forward;
 using test::Index;
 using test::Inputs;
 using test::Mask;
@@ -73,13 +74,6 @@ std::vector<Index> all_rows(Index n) {
   return rows;
 }
 
-template <class T, class Method>
-Matrix<T> forward(const Method& method, const Inputs<T>& in, Context& context) {
-  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), test::kNaN<T>);
-  method.forward(in, out, context);
-  return out;
-}
-
 template <class T>
 class SkyformerOf : public ::testing::Test {};
 TYPED_TEST_SUITE(SkyformerOf, test::Scalars);
@@ -108,14 +102,14 @@ TYPED_TEST(SkyformerOf, IsItsDefinition) {
       const auto expected_kernel = reference::gaussian_kernel(shape.d, {}, rows == Rows::normalized);
       const auto ridge = [](const reference::Matrix& a) { return reference::ridge_inverse(a, 0.1); };
       EXPECT_LE(test::relative_error(
-                    forward<T>(Strided<T>(StridedSample{.num_landmarks = m}, RidgeInverse{}, kernel), in, context),
+                    forward(Strided<T>(StridedSample{.num_landmarks = m}, RidgeInverse{}, kernel), in, context),
                     skyformer(expected_kernel, p, landmarks, ridge)),
                 kTolerance<T>);
       const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
-      EXPECT_LE(test::relative_error(
-                    forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = m}, {}, kernel), in, context),
-                    skyformer(expected_kernel, p, landmarks, iterated)),
-                kTolerance<T>);
+      EXPECT_LE(
+          test::relative_error(forward(StridedIterative<T>(StridedSample{.num_landmarks = m}, {}, kernel), in, context),
+                               skyformer(expected_kernel, p, landmarks, iterated)),
+          kTolerance<T>);
     }
   }
 }
@@ -173,9 +167,7 @@ TYPED_TEST(SkyformerOf, IsItsDefinitionWhereTokensAreFarFromOneAnother) {
   const auto keep_query = test::random_keep(256, 0.8, 72), keep_key = test::random_keep(200, 0.7, 73);
   const auto bias = test::random_key_bias<T>(200, 0.1, 74);
   for (const double deviation : {3.0, 5.0, 8.0}) {
-    auto x = test::make_tokens<T>(Family::unit, {256, 200, 64, 6}, 75);
-    x.q *= static_cast<T>(deviation);
-    x.k *= static_cast<T>(deviation);
+    const auto x = test::scaled(test::make_tokens<T>(Family::unit, {256, 200, 64, 6}, 75), deviation);
     for (const bool masked : {false, true}) {
       Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
       if (masked) in.mask = {.keep_key = keep_key, .keep_query = keep_query};
@@ -186,12 +178,12 @@ TYPED_TEST(SkyformerOf, IsItsDefinitionWhereTokensAreFarFromOneAnother) {
       const auto expected_kernel = reference::gaussian_kernel(64, {}, true);
       const reference::Matrix landmarks = strided_landmarks(p, 64),
                               expected = skyformer(expected_kernel, p, landmarks, ridge);
-      const Matrix<T> out = forward<T>(Strided<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context);
+      const Matrix<T> out = forward(Strided<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context);
       EXPECT_LE(test::relative_error(out, expected), kTolerance<T>);
       expect_rows_near(out, expected, sizeof(T) == 4 ? 2e-4 : 1e-11);
       const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
       EXPECT_LE(test::relative_error(
-                    forward<T>(StridedIterative<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context),
+                    forward(StridedIterative<T>(StridedSample{.num_landmarks = 64}, {}, kernel), in, context),
                     skyformer(expected_kernel, p, landmarks, iterated)),
                 kTolerance<T>);
     }
@@ -216,12 +208,10 @@ TYPED_TEST(SkyformerOf, TakesACoreOfOneTypeWhereverTheTokensAre) {
   static_assert(!attn::Core<OwnInverse<float>, double>);
   Context context;
   for (const double deviation : {1.0, 4.0}) {
-    auto x = test::make_tokens<T>(Family::unit, {90, 90, 64, 6}, 76);
-    x.q *= static_cast<T>(deviation);
-    x.k *= static_cast<T>(deviation);
+    const auto x = test::scaled(test::make_tokens<T>(Family::unit, {90, 90, 64, 6}, 76), deviation);
     const Skyformer<T, StridedSample, OwnInverse<T>> method(StridedSample{.num_landmarks = 20}, {},
                                                             {.rows = Rows::normalized});
-    EXPECT_TRUE(forward<T>(method, {.q = x.q, .k = x.k, .v = x.v}, context).allFinite()) << deviation;
+    EXPECT_TRUE(forward(method, {.q = x.q, .k = x.k, .v = x.v}, context).allFinite()) << deviation;
   }
 }
 
@@ -247,10 +237,10 @@ TYPED_TEST(SkyformerOf, ACommonBiasOfAllKeysChangesNoNormalizedRow) {
       const Mask mask{.keep_key = keep_key};
       const reference::Problem p =
           test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = relative});
-      EXPECT_LE(test::relative_error(
-                    forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = bias}, context),
-                    skyformer(reference::gaussian_kernel(16, {}, true), p, strided_landmarks(p, 24), ridge)),
-                kTolerance<T>)
+      EXPECT_LE(
+          test::relative_error(forward(method, {.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = bias}, context),
+                               skyformer(reference::gaussian_kernel(16, {}, true), p, strided_landmarks(p, 24), ridge)),
+          kTolerance<T>)
           << common;
     }
   }
@@ -267,14 +257,13 @@ TYPED_TEST(SkyformerOf, RawRowsAreAsLargeAsTheyAre) {
     x.q.array() += static_cast<T>(distance);
     const Strided<T> method(StridedSample{.num_landmarks = 24});
     const std::vector<T> lowest(130, std::numeric_limits<T>::lowest());
-    EXPECT_TRUE(
-        (forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = lowest}, context).array() == T(0)).all());
+    EXPECT_TRUE((forward(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = lowest}, context).array() == T(0)).all());
     const reference::Problem p = test::to_reference<T>({.q = x.q, .k = x.k, .v = x.v});
     const reference::Matrix unbiased = skyformer(reference::gaussian_kernel(16), p, strided_landmarks(p, 24), ridge);
     for (const double common :
          {-0.55 * largest, -1.0, 0.5 * largest, 0.95 * largest, 0.99 * largest + 0.5, largest + 2}) {
       const std::vector<T> bias(130, static_cast<T>(common));
-      const Matrix<T> out = forward<T>(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context);
+      const Matrix<T> out = forward(method, {.q = x.q, .k = x.k, .v = x.v, .key_bias = bias}, context);
       const double exponent = static_cast<double>(bias[0]), back = std::exp(-exponent / 2);
       ASSERT_FALSE(out.array().isNaN().any()) << common;
       EXPECT_TRUE((out.col(2).array() == T(0)).all()) << common;
@@ -304,7 +293,7 @@ TYPED_TEST(SkyformerOf, TakesManyQueriesWithAMask) {
     const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.keep_query = keep_query}, .key_bias = bias};
     const reference::Problem p = test::to_reference(in);
     for (const Rows rows : {Rows::raw, Rows::normalized}) {
-      const Matrix<T> out = forward<T>(Strided<T>(StridedSample{.num_landmarks = 12}, {}, {.rows = rows}), in, context);
+      const Matrix<T> out = forward(Strided<T>(StridedSample{.num_landmarks = 12}, {}, {.rows = rows}), in, context);
       const reference::Matrix expected =
           skyformer(reference::gaussian_kernel(8, {}, rows == Rows::normalized), p, strided_landmarks(p, 12), ridge);
       EXPECT_LE(test::relative_error(out, expected), kTolerance<T>);
@@ -499,11 +488,11 @@ TYPED_TEST(SkyformerOf, KeepsItsDigitsFarFromTheOrigin) {
       const auto iterated = [](const reference::Matrix& a) { return reference::preconditioned_pinv(a, 0.1, 6); };
       const StridedSample strided{.num_landmarks = 24};
       const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-10;
-      EXPECT_LE(test::relative_error(forward<T>(Strided<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
+      EXPECT_LE(test::relative_error(forward(Strided<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
                                      skyformer(kernel, p, landmarks, ridge)),
                 tolerance);
       EXPECT_LE(
-          test::relative_error(forward<T>(StridedIterative<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
+          test::relative_error(forward(StridedIterative<T>(strided, {}, GaussianKernel{.rows = rows}), in, context),
                                skyformer(kernel, p, landmarks, iterated)),
           tolerance);
     }
@@ -635,7 +624,7 @@ TYPED_TEST(SkyformerOf, IsTheSameOnEveryExecutor) {
     for (auto& [name, context] : test::contexts()) {
       SCOPED_TRACE(name);
       for (int call = 0; call < 2; ++call) {
-        const Matrix<T> out = forward<T>(method, in, context);
+        const Matrix<T> out = forward(method, in, context);
         if (first.size() == 0) first = out;
         EXPECT_TRUE(test::bitwise_equal(out, first));
       }

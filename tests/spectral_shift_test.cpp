@@ -3,7 +3,7 @@
 #include <attn/exact.hpp>
 #include <attn/nystrom.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -490,9 +490,8 @@ TEST(ShiftedNystromErrors, StayNearNystromsOwnForHardValues) {
   for (const double size : {1.0, 2.0, 3.0, 5.0}) {
     for (const Index d : {Index{8}, Index{32}}) {
       for (int values = 0; values < 5; ++values) {
-        auto x = test::make_tokens<double>(Family::self, {200, 200, d, 1}, 280 + static_cast<std::uint64_t>(values));
-        x.q *= size;
-        x.k *= size;
+        auto x = test::scaled(
+            test::make_tokens<double>(Family::self, {200, 200, d, 1}, 280 + static_cast<std::uint64_t>(values)), size);
         x.v = hard_values(values, 200, 290);
         const DenseShift dense(x.q, x.k, x.v, 16);
         const double nystrom = test::relative_error(dense.nystrom(), dense.exact());
@@ -514,9 +513,7 @@ TYPED_TEST(ShiftedNystromOf, LosesNothingOfConstantValues) {
   for (const double size : {1.0, 3.0}) {
     for (const Index d : {Index{4}, Index{8}, Index{32}}) {
       for (std::uint64_t seed = 300; seed < 310; ++seed) {
-        auto x = test::make_tokens<T>(Family::self, {200, 200, d, 1}, seed);
-        x.q *= static_cast<T>(size);
-        x.k *= static_cast<T>(size);
+        auto x = test::scaled(test::make_tokens<T>(Family::self, {200, 200, d, 1}, seed), size);
         x.v.setOnes();
         const Matrix<T> plain = attn::attention(Nystrom<T>(SegmentMeans{.num_landmarks = 16}), x.q, x.k, x.v);
         const Matrix<T> out = attn::attention(shifted<T>(16, ShiftMode::row), x.q, x.k, x.v);
@@ -561,9 +558,7 @@ TEST(PaperShift, InFloatIsAsInDouble) {
   for (const Family family : test::kFamilies) {
     for (const double size : {1.0, 2.0, 4.0}) {
       for (const int iterations : {6, 10, 12}) {
-        auto x = test::make_tokens<float>(family, {64, 64, 8, 4}, 7);
-        x.q *= static_cast<float>(size);
-        x.k *= static_cast<float>(size);
+        const auto x = test::scaled(test::make_tokens<float>(family, {64, 64, 8, 4}, 7), size);
         const SpectralShift shift{.mode = ShiftMode::paper, .iterations = iterations};
         const Dense q = x.q.cast<double>(), k = x.k.cast<double>(), v = x.v.cast<double>();
         const Matrix<float> out =

@@ -1,8 +1,8 @@
 /// A training step of every method that has a name, and of a user's own: what their gradients have in common.
 #include <attn/attn.hpp>
 
-#include "methods.hpp"
-#include "support.hpp"
+#include "common/methods.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 

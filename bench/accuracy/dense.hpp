@@ -3,7 +3,7 @@
 
 #include <attn/matrix.hpp>
 
-#include "reference.hpp"
+#include "common/reference.hpp"
 
 #include <Eigen/Core>
 

@@ -4,6 +4,7 @@
 #include "accuracy/matrices.hpp"
 #include "accuracy/report.hpp"
 #include "accuracy/study.hpp"
+#include "common/parse_options.hpp"
 
 #include <CLI/CLI.hpp>
 #include <Eigen/Core>
@@ -34,9 +35,7 @@ struct Options {
   std::string json;
 };
 
-Options parse(int argc, char** argv) {
-  Options options;
-  CLI::App app{"The papers' claims about approximate attention, measured again"};
+void add_options(CLI::App& app, Options& options) {
   std::vector<std::string> names;
   for (const auto& study : kStudies) names.push_back(study.first);
   app.add_option("--study", options.studies, "run only these, such as features,shift")
@@ -49,12 +48,6 @@ Options parse(int argc, char** argv) {
   CLI::Option* const json = app.add_option("--json", options.json, "write all figures to this file");
   app.add_flag("--matrices", options.matrices, "run no study; write every method's matrices for 96 tokens to that file")
       ->needs(json);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    std::exit(app.exit(error));
-  }
-  return options;
 }
 
 /// Runs what is wanted, printing as it goes.
@@ -77,7 +70,8 @@ nlohmann::ordered_json run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options options = parse(argc, argv);
+  const Options options =
+      parse_options("The papers' claims about approximate attention, measured again", add_options, argc, argv);
   Eigen::setNbThreads(1);
   std::ofstream file;
   if (!options.json.empty()) file.open(options.json);

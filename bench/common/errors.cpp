@@ -1,6 +1,6 @@
 #include "errors.hpp"
 
-#include "reference.hpp"
+#include "common/reference.hpp"
 
 #include <algorithm>
 #include <cmath>

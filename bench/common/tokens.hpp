@@ -1,4 +1,4 @@
-/// Tokens to measure on: the families of the examples, with room for the output.
+/// Tokens to measure on: the families that the tests use, with room for the output.
 #pragma once
 
 #include "common/families.hpp"

@@ -7,8 +7,8 @@
 
 #include <attn/attn.hpp>
 
-#include "npy_file.hpp"
-#include "reference.hpp"
+#include "common/npy_file.hpp"
+#include "common/reference.hpp"
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>

@@ -1,6 +1,7 @@
 /// Which approximation, with how many landmarks, at what cost: runs exact attention and every approximation on a
 /// model's own queries, keys and values, and prints what each takes and how far off it is.
 #include "common/make_context.hpp"
+#include "common/run_program.hpp"
 #include "compare/measure.hpp"
 #include "compare/options.hpp"
 #include "compare/recommend.hpp"
@@ -8,7 +9,6 @@
 #include "compare/sequences.hpp"
 
 #include <cstdio>
-#include <exception>
 #include <fstream>
 #include <optional>
 #include <stdexcept>
@@ -57,11 +57,5 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options options = read_options(argc, argv);
-  try {
-    run(options);
-  } catch (const std::exception& failure) {
-    std::fprintf(stderr, "attn_compare: %s\n", failure.what());
-    return 1;
-  }
+  return run_program("attn_compare", run, read_options(argc, argv));
 }

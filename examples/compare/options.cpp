@@ -50,7 +50,7 @@ void add_inputs(CLI::App& app, Options& options) {
   v->needs(q)->needs(k);
   const auto made = [&](CLI::Option* option) { option->excludes(q); };
   made(add_name(app, "--family", options.family, kFamilyNames,
-                "without files: tokens of this family, see common/families.hpp"));
+                "without files: tokens of this family, see tests/common/families.hpp"));
   made(app.add_option("--n", options.n, "how many of them")->check(CLI::Range(Index{1}, kMost))->capture_default_str());
   made(app.add_option("--d", options.d, "with how many features each")
            ->check(CLI::Range(Index{1}, kMost))

@@ -2,6 +2,7 @@
 /// shows what each costs and how good it is. The filter itself is described in filter.hpp.
 #include "common/make_context.hpp"
 #include "common/number.hpp"
+#include "common/run_program.hpp"
 #include "common/table.hpp"
 #include "contact_sheet.hpp"
 #include "filter.hpp"
@@ -18,7 +19,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <exception>
 #include <filesystem>
 #include <stdexcept>
 #include <string>
@@ -141,11 +141,5 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Options options = read_options(argc, argv);
-  try {
-    run(options);
-  } catch (const std::exception& failure) {
-    std::fprintf(stderr, "photo_filter: %s\n", failure.what());
-    return 1;
-  }
+  return run_program("photo_filter", run, read_options(argc, argv));
 }

@@ -1,4 +1,5 @@
 /// attn's forward and backward passes against autograd on the same graphs, and the module that puts them into libtorch.
+#include "common/support.hpp"
 #include "torch/attention.hpp"
 #include "torch/graphs.hpp"
 
@@ -15,7 +16,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -174,21 +174,11 @@ TEST(TorchAttention, LearnsWhatItsOwnGradientsSay) {
   }
 }
 
-template <class Body>
-std::string refusal(const Body& body) {
-  try {
-    body();
-  } catch (const std::invalid_argument& error) {
-    return error.what();
-  }
-  return "nothing was refused";
-}
-
 TEST(TorchAttention, RefusesWithTheNumbers) {
   const Sequences s = random_sequences(20, 30);
   const Attention attention("softmax");
   const auto refused = [&](const Tensor& q, const Keep& keep) {
-    return refusal([&] { static_cast<void>(attention->forward(q, s.k, s.v, keep)); });
+    return test::error_of([&] { static_cast<void>(attention->forward(q, s.k, s.v, keep)); });
   };
   EXPECT_EQ(refused({}, {}), "attn_torch: q is undefined");
   EXPECT_EQ(refused(s.q[0], {}), "attn_torch: q has 3 dimensions, should have 4 (batch, heads, tokens, features)");
@@ -200,14 +190,14 @@ TEST(TorchAttention, RefusesWithTheNumbers) {
             "attn_torch: keep.key is [2, 31], should be [2, 30]");
   EXPECT_EQ(refused(s.q, {.key = torch::ones({2, 30})}),
             "attn_torch: keep.key should be a contiguous boolean tensor on cpu");
-  EXPECT_EQ(refusal([] { Attention("performer"); }).substr(0, 51),
+  EXPECT_EQ(test::error_of([] { Attention("performer"); }).substr(0, 51),
             "make_approximator: no method is called \"performer\";");
 }
 
 TEST(TorchAttention, RefusesGradientsOfGradients) {
   const Sequences s = random_sequences(20, 20);
   const Tensor loss = Attention("softmax")->forward(s.q, s.k, s.v).sum();
-  EXPECT_EQ(refusal([&] { torch::autograd::grad({loss}, s.all(), {}, {}, true); }),
+  EXPECT_EQ(test::error_of([&] { torch::autograd::grad({loss}, s.all(), {}, {}, true); }),
             "attn_torch: gradients have no gradients: call backward without create_graph");
 }
 

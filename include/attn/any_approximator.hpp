@@ -2,7 +2,6 @@
 #pragma once
 
 #include <attn/approximator.hpp>
-#include <attn/detail/wide_method.hpp>
 #include <attn/exact.hpp>
 #include <attn/lifted_softmax.hpp>
 #include <attn/nystrom.hpp>
@@ -15,15 +14,12 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 namespace attn {
-
-template <class T>
-class AnyApproximator;
 
 namespace detail {
 
@@ -32,34 +28,15 @@ struct AnySaved {
   std::any of_method{};  ///< empty before the first forward pass
 };
 
-/// What AnyApproximator<T> knows of a method besides: of narrow matrices, the same of float.
-template <class T>
-class WideTwin {
- protected:
-  template <class A>
-  explicit WideTwin(const A&) {}
-};
-
-template <NarrowScalar T>
-class WideTwin<T> {
- public:
-  /// The method inside, of float; saves the same.
-  const AnyApproximator<Arithmetic<T>>& wide() const { return wide_; }
-
- protected:
-  template <class A>
-  explicit WideTwin(const A& method) : wide_(wide_method(method)) {}
-
- private:
-  AnyApproximator<Arithmetic<T>> wide_;
-};
+/// What stands for a method of float where there is no need of one.
+struct NoMethod {};
 
 }  // namespace detail
 
 /// Any Approximator as one type, and an Approximator itself. Copies share the method, which is immutable; one virtual
 /// call a forward.
 template <class T>
-class AnyApproximator : public detail::WideTwin<T> {
+class AnyApproximator {
  public:
   /// @{ As Approximator says.
   using Scalar = T;
@@ -70,18 +47,28 @@ class AnyApproximator : public detail::WideTwin<T> {
     requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> &&
                 std::same_as<typename A::Scalar, T>
   explicit AnyApproximator(A method)
-      : detail::WideTwin<T>(method), method_(std::make_shared<const Holder<A>>(std::move(method))) {}
+      : wide_(wide_of(method)), method_(std::make_shared<const Holder<A>>(std::move(method))) {}
 
   /// The name of the method inside.
   std::string_view name() const { return method_->name(); }
   bool supports(const Inputs<T>& in) const { return method_->supports(in); }
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { method_->forward(in, out, context); }
+
+  /// Of a narrow T the method inside as one of float, which saves the same.
+  const auto& wide() const
+    requires NarrowScalar<T>
+  {
+    return wide_;
+  }
 
   /// What the method inside saves.
   using Saved = detail::AnySaved;
 
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
+    method_->forward(in, out, context, nullptr);
+  }
+
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    method_->forward(in, out, context, saved);
+    method_->forward(in, out, context, &saved);
   }
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
@@ -98,8 +85,7 @@ class AnyApproximator : public detail::WideTwin<T> {
     virtual ~Method() = default;
     virtual std::string_view name() const = 0;
     virtual bool supports(const Inputs<T>& in) const = 0;
-    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const = 0;
-    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const = 0;
+    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const = 0;
     virtual void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                           const Gradients<T>& gradients, Context& context) const = 0;
   };
@@ -109,13 +95,11 @@ class AnyApproximator : public detail::WideTwin<T> {
     explicit Holder(A a) : method(std::move(a)) {}
     std::string_view name() const override { return A::kName; }
     bool supports(const Inputs<T>& in) const override { return method.supports(in); }
-    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const override {
-      method.forward(in, out, context);
-    }
-    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const override {
-      auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
-      method.forward(in, out, context,
-                     inner != nullptr ? *inner : saved.of_method.template emplace<typename A::Saved>());
+    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const override {
+      if (saved == nullptr) return method.forward(in, out, context);
+      auto* inner = std::any_cast<typename A::Saved>(&saved->of_method);
+      if (inner == nullptr) inner = &saved->of_method.template emplace<typename A::Saved>();
+      method.forward(in, out, context, *inner);
     }
     void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                   const Gradients<T>& gradients, Context& context) const override {
@@ -126,6 +110,17 @@ class AnyApproximator : public detail::WideTwin<T> {
     A method;
   };
 
+  template <class A>
+  static auto wide_of(const A& method) {
+    if constexpr (NarrowScalar<T>) {
+      return AnyApproximator<float>(detail::wide_method(method));
+    } else {
+      return detail::NoMethod{};
+    }
+  }
+
+  [[no_unique_address]] std::conditional_t<NarrowScalar<T>, AnyApproximator<detail::Arithmetic<T>>, detail::NoMethod>
+      wide_;
   std::shared_ptr<const Method> method_;
 };
 

@@ -1,12 +1,16 @@
-/// The concept that every method models, exact ones included.
+/// The concept that every method models, exact ones included, and the base that the library's own have in common.
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <concepts>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 
 namespace attn {
 
@@ -15,8 +19,9 @@ namespace attn {
 ///   typename A::Scalar                  the type of the matrices' elements
 ///   A::kName                            its name, for tables and error messages
 ///   a.supports(inputs)                  whether forward accepts these masks and shapes
-///   a.forward(inputs, out, context)     out (n_q, d_v) is overwritten, and must not overlap q, k or v; throws
-///                                       std::invalid_argument when it does not support them
+///   a.forward(inputs, out, context)     for q (n_q, d), k (n_k, d) and v (n_k, d_v): out (n_q, d_v) is overwritten,
+///                                       and must not overlap them; throws std::invalid_argument when shapes disagree
+///                                       or are empty, an option is out of range, or inputs are not supported
 /// and for training:
 ///   typename A::Saved                   what backward needs of forward; made once, then reused from step to step
 ///   a.forward(inputs, out, context, saved)
@@ -38,6 +43,71 @@ concept Approximator =
       a.backward(inputs, dout, dout, kept, gradients, context);
     };
 
+/// What the library's own methods make of their mathematics: an Approximator. For a narrow T arithmetic and all that is
+/// saved are float, and results are rounded once: the forward pass converts rows as it reads and writes them, the
+/// backward pass holds copies of all its matrices in scratch memory. Method says, in the type of the arithmetic,
+///   m.check(in)                         throws where it does not support inputs, or an option is out of range
+///   m.attend(in, out, context, saved)   the forward pass, once all is checked; saved is null or a pointer
+///   m.pass(in)                          what backward relies on of a forward pass of in, kept as saved.pass
+///   m.differentiate(in, out, dout, saved, gradients, context)      the backward pass, likewise
+///   m.wide()                            of a narrow T: the same method of float
+template <class Method, class T, class SavedOfMethod>
+class MethodBase {
+ public:
+  /// @{ As Approximator says.
+  using Scalar = T;
+  using Saved = SavedOfMethod;
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { run(in, out, context, nullptr); }
+
+  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
+    run(in, out, context, &saved);
+  }
+
+  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
+                const Gradients<T>& gradients, Context& context) const {
+    detail::check_backward(Method::kName, in, out, dout, gradients);
+    run_backward(in, out, dout, saved, gradients, context);
+  }
+  /// @}
+
+ protected:
+  /// backward, once shapes are checked; more: what differentiate takes besides.
+  template <class... More>
+  void run_backward(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                    const Saved& saved, const Gradients<T>& gradients, Context& context, const More&... more) const {
+    const auto& method = in_arithmetic();
+    detail::backward_in_type<detail::Arithmetic<T>>(in, out, dout, gradients, context,
+                                                    [&](const auto& x, const auto& o, const auto& d_o, const auto& to) {
+                                                      saved.pass.check(Method::kName, method.pass(detail::sources(x)));
+                                                      method.differentiate(x, o, d_o, saved, to, context, more...);
+                                                    });
+  }
+
+ private:
+  /// saved: a pointer, or nullptr itself, with which nothing of saving is compiled.
+  template <class SavedPointer>
+  void run(const Inputs<T>& in, const MatrixRef<T>& out, Context& context, SavedPointer saved) const {
+    detail::check(Method::kName, in, out);
+    Scratch scratch = context.scratch();
+    const auto& method = in_arithmetic();
+    const auto from = detail::arithmetic_sources(in, scratch);
+    method.check(from);
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass = {};  // none, should attend throw
+    method.attend(from, detail::ResultRows<detail::Arithmetic<T>>(out), context, saved);
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass = method.pass(from);
+  }
+
+  decltype(auto) in_arithmetic() const {
+    const auto& method = static_cast<const Method&>(*this);
+    if constexpr (NarrowScalar<T>) {
+      return method.wide();
+    } else {
+      return (method);
+    }
+  }
+};
+
 namespace detail {
 
 /// What error messages call a method: its own name, where it holds another one that one's.
@@ -46,6 +116,67 @@ std::string_view method_name(const A& a) {
   std::string_view name = A::kName;
   if constexpr (requires { name = a.name(); }) name = a.name();
   return name;
+}
+
+/// Method A of narrow matrices, for float ones: these are rounded to A's type, and its results are widened.
+template <Approximator A>
+class Rounded {
+  using Narrow = typename A::Scalar;
+
+ public:
+  /// @{ As Approximator says.
+  using Scalar = float;
+  using Saved = typename A::Saved;
+  static constexpr std::string_view kName = A::kName;
+
+  explicit Rounded(A method) : method_(std::move(method)) {}
+
+  bool supports(const Inputs<float>& in) const {
+    Context context;
+    Scratch scratch = context.scratch();
+    return method_.supports(in_type<Narrow>(in, scratch, context));
+  }
+
+  /// saved: that of a training pass, or nothing.
+  template <std::same_as<Saved>... Training>
+  void forward(const Inputs<float>& in, MatrixRef<float> out, Context& context, Training&... saved) const {
+    Scratch scratch = context.scratch();
+    const MatrixRef<Narrow> to = result_in_type<Narrow>(out, scratch);
+    method_.forward(in_type<Narrow>(in, scratch, context), to, context, saved...);
+    set_converted(out, to, context);
+  }
+
+  void backward(const Inputs<float>& in, ConstMatrixRef<float> out, ConstMatrixRef<float> dout, const Saved& saved,
+                const Gradients<float>& gradients, Context& context) const {
+    backward_in_type<Narrow>(in, out, dout, gradients, context,
+                             [&](const auto& narrow, const auto& o, const auto& d_o, const auto& to) {
+                               method_.backward(narrow, o, d_o, saved, to, context);
+                             });
+  }
+  /// @}
+
+ private:
+  A method_;
+};
+
+/// a.wide() is the method of float behind a narrow one, which saves the same.
+template <class A>
+concept HasWideMethod = NarrowScalar<typename A::Scalar> && requires(const A& a) {
+  requires Approximator<std::remove_cvref_t<decltype(a.wide())>>;
+  requires std::same_as<typename std::remove_cvref_t<decltype(a.wide())>::Scalar, float>;
+  requires std::same_as<typename std::remove_cvref_t<decltype(a.wide())>::Saved, typename A::Saved>;
+};
+
+/// Method a in the type of its arithmetic.
+template <Approximator A>
+decltype(auto) wide_method(const A& a) {
+  if constexpr (!NarrowScalar<typename A::Scalar>) {
+    return (a);
+  } else if constexpr (HasWideMethod<A>) {
+    return a.wide();
+  } else {
+    return Rounded<A>(a);
+  }
 }
 
 }  // namespace detail

@@ -3,14 +3,12 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
+#include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/tokens.hpp>
-#include <attn/detail/wide_copies.hpp>
-#include <attn/detail/wide_method.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
-#include <attn/narrow.hpp>
 
 #include <algorithm>
 #include <concepts>
@@ -53,41 +51,54 @@ concept TakesWideBlocks =
     !NarrowScalar<typename A::Scalar> || requires(const A& a, ConstMatrixRef<WideBlock<A>> x, MatrixRef<WideBlock<A>> y,
                                                   Context& context) { a.apply_wide(x, y, context); };
 
-/// y <- product(x) for a product of blocks of T, to which x is rounded.
-template <NarrowScalar T, class Product>
-void round_blocks(const ConstMatrixRef<float>& x, MatrixRef<float> y, Context& context, const Product& product) {
-  Scratch scratch = context.scratch();
-  const MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
-  convert<T, float>(x, from, context);
-  product(ConstMatrixRef<T>(from), to);
-  convert<float, T>(to, y, context);
-}
-
-/// y <- A x in the type of the arithmetic.
-template <ForwardOperator A>
-void apply_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y, Context& context) {
-  if constexpr (!NarrowScalar<typename A::Scalar>) {
-    a.apply(x, y, context);
-  } else if constexpr (TakesWideBlocks<A>) {
+/// y <- A x in the type of the arithmetic; an operator of narrow blocks alone gets x rounded.
+template <class A>
+void apply_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, const MatrixRef<WideBlock<A>>& y, Context& context) {
+  using T = typename A::Scalar;
+  if constexpr (NarrowScalar<T> && TakesWideBlocks<A>) {
     a.apply_wide(x, y, context);
   } else {
-    round_blocks<typename A::Scalar>(x, y, context,
-                                     [&](const auto& from, const auto& to) { a.apply(from, to, context); });
+    Scratch scratch = context.scratch();
+    const MatrixRef<T> to = result_in_type<T>(y, scratch);
+    a.apply(in_type<T>(x, scratch, context), to, context);
+    set_converted(y, to, context);
   }
 }
 
-/// y <- A^T x in the type of the arithmetic.
+/// The transpose of an operator, to be applied.
 template <LinearOperator A>
-void apply_transpose_wide(const A& a, const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y,
-                          Context& context) {
-  if constexpr (!NarrowScalar<typename A::Scalar>) {
+struct Transposed {
+  using Scalar = typename A::Scalar;
+
+  const A& a;
+
+  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
     a.apply_transpose(x, y, context);
-  } else if constexpr (requires { a.apply_transpose_wide(x, y, context); }) {
-    a.apply_transpose_wide(x, y, context);
-  } else {
-    round_blocks<typename A::Scalar>(x, y, context,
-                                     [&](const auto& from, const auto& to) { a.apply_transpose(from, to, context); });
   }
+
+  void apply_wide(const ConstMatrixRef<WideBlock<A>>& x, MatrixRef<WideBlock<A>> y, Context& context) const
+    requires requires { a.apply_transpose_wide(x, y, context); }
+  {
+    a.apply_transpose_wide(x, y, context);
+  }
+};
+
+template <class A>
+Transposed(const A&) -> Transposed<A>;
+
+/// y <- A x - B x, computed in the type of the arithmetic, for blocks of that type or of the operators'.
+template <class A, class B, class Block>
+void apply_difference(const A& a, const B& b, const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y,
+                      Context& context) {
+  using Wide = WideBlock<A>;
+  Scratch scratch = context.scratch();
+  const ConstMatrixRef<Wide> from = in_type<Wide>(x, scratch, context);
+  MatrixRef<Wide> to = result_in_type<Wide>(y, scratch);
+  apply_wide(a, from, to, context);  // which refuses a wrong shape
+  const MatrixRef<Wide> other = scratch.matrix<Wide>(y.rows(), y.cols());
+  apply_wide(b, from, other, context);
+  to -= other;
+  set_converted(y, to, context);
 }
 
 /// A kernel with given parameters and raw rows.
@@ -101,6 +112,38 @@ struct RawRows {
 
 }  // namespace detail
 
+/// What the library's own operators make of two products of blocks of T or of what T is computed in: multiply(x, y,
+/// context), y <- A x, and multiply_transposed(x, y, context), y <- A^T x.
+template <class Operator, class T>
+class OperatorBase {
+ public:
+  /// @{ As ForwardOperator and LinearOperator say.
+  using Scalar = T;
+  using Wide = detail::Arithmetic<T>;  ///< what narrow blocks are computed in
+
+  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { self().multiply(x, y, context); }
+
+  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
+    self().multiply(x, y, context);
+  }
+
+  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const
+    requires Operator::kHasTranspose
+  {
+    self().multiply_transposed(x, y, context);
+  }
+
+  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const
+    requires Operator::kHasTranspose
+  {
+    self().multiply_transposed(x, y, context);
+  }
+  /// @}
+
+ private:
+  const Operator& self() const { return static_cast<const Operator&>(*this); }
+};
+
 /// The matrix A of exact attention, A_ij = kappa(q_i, k_j), divided by exp(lse_i) = sum_j kappa(q_i, k_j) if the
 /// kernel's rows are normalized; zero where the mask drops i or j.
 ///   (A x)_i   = sum_j A_ij x_j                            the streamed product with v = x
@@ -109,13 +152,11 @@ struct RawRows {
 /// disagree or are empty, the kernel's parameter is out of range, or the mask is causal. Each product costs 2 n_q n_k
 /// (d + b) flops and O(tile) memory; the operator itself keeps n_q numbers, for narrow types in float.
 template <class T, ScoreKernel Kernel>
-class ExactOperator {
-  using Wide = detail::Arithmetic<T>;
-
+class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
  public:
-  /// @{ As LinearOperator says.
-  using Scalar = T;
+  using Wide = detail::Arithmetic<T>;                          ///< what narrow blocks are computed in
   static constexpr std::string_view kName = "exact operator";  ///< in error messages
+  static constexpr bool kHasTranspose = true;                  ///< of every mask
 
   /// Of q (n_q, d) and k (n_k, d).
   ExactOperator(Kernel kernel, ConstMatrixRef<T> q, ConstMatrixRef<T> k, Mask mask, Context& context)
@@ -127,24 +168,10 @@ class ExactOperator {
     if (score_parameters(kernel_, q_.cols()).rows == Rows::normalized) find_row_weights(context);
   }
 
+  /// @{ As OperatorBase says.
   Index rows() const { return q_.rows(); }
   Index cols() const { return k_.rows(); }
 
-  void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { multiply(x, y, context); }
-
-  void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const {
-    multiply_transposed(x, y, context);
-  }
-
-  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const { multiply(x, y, context); }
-
-  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
-    multiply_transposed(x, y, context);
-  }
-  /// @}
-
- private:
-  /// Blocks of T or of float.
   template <class Block>
   void multiply(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
     check_blocks(x, cols(), y, rows());
@@ -162,7 +189,9 @@ class ExactOperator {
                                    swapped, log_row_weights_};
     detail::multiply<detail::RawRows, Wide>(raw, in, detail::ResultRows<Wide>(y), nullptr, context);
   }
+  /// @}
 
+ private:
   /// x (n_x, b) and y (n_y, b), apart.
   template <class Block>
   void check_blocks(const ConstMatrixRef<Block>& x, Index n_x, const MatrixRef<Block>& y, Index n_y) const {
@@ -180,8 +209,9 @@ class ExactOperator {
   void find_row_weights(Context& context) {
     Scratch scratch = context.scratch();
     log_row_weights_.resize(static_cast<std::size_t>(q_.rows()));
-    const Inputs<T> in{q_, k_, k_.leftCols(1), mask_};
-    kernel_matmul(kernel_, in, scratch.matrix<T>(q_.rows(), 1), log_row_weights_, context);
+    const ConstMatrixRef<T> column = k_.leftCols(1);
+    const detail::Sources<Wide> in = detail::arithmetic_sources(Inputs<T>{q_, k_, column, mask_}, scratch);
+    detail::multiply<Kernel, Wide>(kernel_, in, scratch.matrix<Wide>(q_.rows(), 1), log_row_weights_.data(), context);
     constexpr Wide kInfinity = std::numeric_limits<Wide>::infinity();
     for (Wide& x : log_row_weights_) x = x == -kInfinity ? -kInfinity : -x;
   }
@@ -196,53 +226,54 @@ class ExactOperator {
 /// mode, whose gate depends on v. q (n_q, d) and k (n_k, d) are views that must outlive it, as must the mask; the
 /// method checks them.
 template <Approximator Method>
-class ApproximatorOperator {
+class ApproximatorOperator : public OperatorBase<ApproximatorOperator<Method>, typename Method::Scalar> {
  public:
-  /// @{ As LinearOperator says.
-  using Scalar = typename Method::Scalar;
-  using Wide = detail::Arithmetic<Scalar>;  ///< what narrow blocks are computed in
+  using Scalar = typename Method::Scalar;      ///< the type of q and k
+  static constexpr bool kHasTranspose = true;  ///< by the backward pass
 
   /// Of q (n_q, d) and k (n_k, d).
   ApproximatorOperator(Method method, ConstMatrixRef<Scalar> q, ConstMatrixRef<Scalar> k, Mask mask = {})
       : method_(std::move(method)), q_(q), k_(k), mask_(mask) {}
 
+  /// @{ As OperatorBase says.
   Index rows() const { return q_.rows(); }
   Index cols() const { return k_.rows(); }
 
-  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
-    method_.forward(Inputs<Scalar>{q_, k_, x, mask_}, y, context);
+  template <class Block>
+  void multiply(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
+    with_method_of<Block>(context, [&](const auto& method, const auto& q, const auto& k) {
+      method.forward(Inputs<Block>{q, k, x, mask_}, y, context);
+    });
   }
 
   /// The gradient by v for x as the gradient by out; costs a forward and a backward pass, with matrices of its own.
-  void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
+  template <class Block>
+  void multiply_transposed(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
     constexpr std::string_view kName = "approximator operator";
-    detail::check_inputs(kName, Inputs<Scalar>{q_, k_, y, mask_});
-    detail::check_shape(kName, "x", x, rows(), y.cols());
-    const Matrix<Scalar> v = Matrix<Scalar>::Zero(y.rows(), y.cols());
-    Matrix<Scalar> out(x.rows(), x.cols()), dq(q_.rows(), q_.cols()), dk(k_.rows(), k_.cols());
-    typename Method::Saved saved;
-    const Inputs<Scalar> in{q_, k_, v, mask_};
-    method_.forward(in, out, context, saved);
-    method_.backward(in, out, x, saved, {dq, dk, y}, context);
-  }
-
-  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
-    widen(context, [&](const auto& wide) { wide.apply(x, y, context); });
-  }
-
-  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
-    widen(context, [&](const auto& wide) { wide.apply_transpose(x, y, context); });
+    with_method_of<Block>(context, [&](const auto& method, const auto& q, const auto& k) {
+      detail::check_inputs(kName, Inputs<Block>{q, k, y, mask_});
+      detail::check_shape(kName, "x", x, rows(), y.cols());
+      const Matrix<Block> v = Matrix<Block>::Zero(y.rows(), y.cols());
+      Matrix<Block> out(x.rows(), x.cols()), dq(q.rows(), q.cols()), dk(k.rows(), k.cols());
+      typename Method::Saved saved;
+      const Inputs<Block> in{q, k, v, mask_};
+      method.forward(in, out, context, saved);
+      method.backward(in, out, x, saved, {dq, dk, y}, context);
+    });
   }
   /// @}
 
  private:
-  /// product(operator) for the operator of the method in the type of its arithmetic, on copies of narrow q and k.
-  template <class Product>
-  void widen(Context& context, const Product& product) const {
-    using WideMethod = std::remove_cvref_t<decltype(detail::wide_method(method_))>;
-    Scratch scratch = context.scratch();
-    const ConstMatrixRef<Wide> q = detail::widened(q_, scratch, context), k = detail::widened(k_, scratch, context);
-    product(ApproximatorOperator<WideMethod>(detail::wide_method(method_), q, k, mask_));
+  /// product(method, q, k) in the type of Block: that of the arithmetic, on copies of narrow q and k, or the method's.
+  template <class Block, class Product>
+  void with_method_of(Context& context, const Product& product) const {
+    if constexpr (std::same_as<Block, Scalar>) {
+      product(method_, q_, k_);
+    } else {
+      Scratch scratch = context.scratch();
+      product(detail::wide_method(method_), detail::in_type<Block>(q_, scratch, context),
+              detail::in_type<Block>(k_, scratch, context));
+    }
   }
 
   Method method_;
@@ -254,11 +285,9 @@ class ApproximatorOperator {
 /// shapes disagree.
 template <ForwardOperator A, ForwardOperator B>
   requires std::same_as<typename A::Scalar, typename B::Scalar>
-class Difference {
+class Difference : public OperatorBase<Difference<A, B>, typename A::Scalar> {
  public:
-  /// @{ As ForwardOperator and LinearOperator say.
-  using Scalar = typename A::Scalar;
-  using Wide = detail::Arithmetic<Scalar>;  ///< what narrow blocks are computed in
+  static constexpr bool kHasTranspose = LinearOperator<A> && LinearOperator<B>;  ///< where both have
 
   /// Of operators of one shape.
   Difference(A a, B b) : a_(std::move(a)), b_(std::move(b)) {
@@ -266,56 +295,22 @@ class Difference {
     detail::refuse("difference", "a is %td x %td, b is %td x %td", a_.rows(), a_.cols(), b_.rows(), b_.cols());
   }
 
+  /// @{ As OperatorBase says.
   Index rows() const { return a_.rows(); }
   Index cols() const { return a_.cols(); }
 
-  void apply(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const {
-    round(x, y, context, kForward);
+  template <class Block>
+  void multiply(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
+    detail::apply_difference(a_, b_, x, y, context);
   }
 
-  void apply_transpose(const ConstMatrixRef<Scalar>& x, MatrixRef<Scalar> y, Context& context) const
-    requires LinearOperator<A> && LinearOperator<B>
-  {
-    round(x, y, context, kTransposed);
-  }
-
-  void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
-    subtract(x, y, context, kForward);
-  }
-
-  void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const
-    requires LinearOperator<A> && LinearOperator<B>
-  {
-    subtract(x, y, context, kTransposed);
+  template <class Block>
+  void multiply_transposed(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
+    detail::apply_difference(detail::Transposed{a_}, detail::Transposed{b_}, x, y, context);
   }
   /// @}
 
  private:
-  static constexpr auto kForward = [](const auto& op, const auto& x, const auto& y, Context& context) {
-    detail::apply_wide(op, x, y, context);
-  };
-  static constexpr auto kTransposed = [](const auto& op, const auto& x, const auto& y, Context& context) {
-    detail::apply_transpose_wide(op, x, y, context);
-  };
-
-  template <class Product>
-  void round(const ConstMatrixRef<Scalar>& x, const MatrixRef<Scalar>& y, Context& context,
-             const Product& product) const {
-    Scratch scratch = context.scratch();
-    const MatrixRef<Wide> to = detail::wide_result(y, scratch);
-    subtract(detail::widened(x, scratch, context), to, context, product);
-    detail::set_rounded(y, to, context);
-  }
-
-  template <class Product>
-  void subtract(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context, const Product& product) const {
-    product(a_, x, y, context);  // which refuses a wrong shape
-    Scratch scratch = context.scratch();
-    MatrixRef<Wide> other = scratch.matrix<Wide>(y.rows(), y.cols());
-    product(b_, x, other, context);
-    y -= other;
-  }
-
   A a_;
   B b_;
 };

@@ -17,7 +17,6 @@
 #include <attn/matrix.hpp>
 #include <attn/metrics.hpp>
 #include <attn/multi_head.hpp>
-#include <attn/narrow.hpp>
 #include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>
 #include <attn/spectral_shift.hpp>

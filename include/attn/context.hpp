@@ -23,14 +23,14 @@ namespace attn {
 /// passed to.
 class TaskRef {
  public:
-  /// Of f, which must outlive it.
+  /// A reference to f, which must outlive it.
   template <std::invocable<Index, int> F>
     requires(!std::same_as<std::remove_cvref_t<F>, TaskRef>)
   TaskRef(F& f)  // NOLINT: implicit, as a function reference is
       : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
         call_([](void* object, Index item, int worker) { (*static_cast<F*>(object))(item, worker); }) {}
 
-  /// Calls it.
+  /// Calls what it refers to.
   void operator()(Index item, int worker) const { call_(object_, item, worker); }
 
  private:
@@ -169,7 +169,7 @@ class FirstException {
 /// Context::scratch().
 class Scratch {
  public:
-  /// What is on top of the arena from now on.
+  /// The memory above what the arena has handed out so far.
   explicit Scratch(detail::Arena& arena) : arena_(arena), mark_(arena.mark()) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -185,14 +185,14 @@ class Scratch {
     return {elements<T>(n), static_cast<std::size_t>(n)};
   }
 
-  /// The first of them.
+  /// array(n), as a pointer to its first element.
   template <class T>
     requires std::is_trivially_copyable_v<T>
   T* elements(Index n) {
     return reinterpret_cast<T*>(arena_.take(n, sizeof(T)));
   }
 
-  /// n objects, each constructed from args; the first of them. Never destroyed, so they must not need to be.
+  /// A pointer to n objects, each constructed from args. Never destroyed, so they must not need to be.
   template <class T, class... Args>
     requires std::is_trivially_destructible_v<T>
   T* make(Index n, Args&... args) {

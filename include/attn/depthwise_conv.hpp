@@ -2,9 +2,10 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/rows.hpp>
 #include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
@@ -25,91 +26,13 @@ inline bool keeps_row(std::span<const std::uint8_t> keep, Index i) {
 
 /// Shapes agree, and the taps are odd.
 template <class T>
-void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::size_t taps, const char* name,
+void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::span<const T> filter, const char* name,
                 const ConstMatrixRef<T>& other, const Mask& mask) {
   check_not_empty(who, "v", v);
   check_shape(who, name, other, v.rows(), v.cols());
   check_length(who, "keep_key", mask.keep_key.size(), "v", v.rows());
   check_length(who, "keep_query", mask.keep_query.size(), "v", v.rows());
-  if (taps % 2 == 0) refuse(who, "filter has %zu taps, should be odd", taps);
-}
-
-/// The rows that a filter of so many taps reaches from the given ones of n.
-inline Range reached_rows(Index n, Index taps, Range rows) {
-  return {std::max<Index>(0, rows.first - taps / 2), std::min(n, rows.last + taps / 2)};
-}
-
-/// The n rows of a convolution in blocks, which are tasks of their own.
-struct ConvBlocks {
-  static constexpr Index kRows = 256;
-
-  Index n, taps;
-
-  Index count() const { return (n + kRows - 1) / kRows; }
-  Range rows(Index block) const { return nth_part(n, count(), block); }
-  Range reached(Index block) const { return reached_rows(n, taps, rows(block)); }
-
-  /// The most rows that a block reaches.
-  Index most_reached() const { return std::min(n, kRows + taps - 1); }
-};
-
-/// Some rows of a matrix as arithmetic reads them: in place, or copies.
-template <class T>
-class RowWindow {
-  using Wide = Arithmetic<T>;
-
- public:
-  /// Of most rows at the most.
-  RowWindow(const ConstMatrixRef<T>& m, Index most, Scratch& scratch)
-      : rows_(m), copies_(rows_.in_place() ? nullptr : scratch.elements<Wide>(most * m.cols())) {}
-
-  /// Turns to the given rows.
-  void open(Range rows) {
-    first_ = rows.first;
-    if (rows_.in_place()) return;
-    for (Index i = rows.first; i < rows.last; ++i) rows_.copy_row(i, copies_ + (i - first_) * rows_.cols());
-  }
-
-  const Wide* row(Index i) const {
-    return rows_.in_place() ? rows_.row_or_null(i) : copies_ + (i - first_) * rows_.cols();
-  }
-
- private:
-  TokenRows<Wide> rows_;
-  Wide* copies_;
-  Index first_ = 0;
-};
-
-/// to_i <- to_i + sum_t filter_t from_(i + direction (t - (taps - 1) / 2)) over the rows that are kept; each row is
-/// rounded once.
-template <class T>
-void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, Index direction, const MatrixRef<T>& to,
-                     std::span<const std::uint8_t> keep_from, std::span<const std::uint8_t> keep_to, Context& context) {
-  using Wide = Arithmetic<T>;
-  Scratch scratch = context.scratch();
-  const ConvBlocks blocks{from.rows(), static_cast<Index>(filter.size())};
-  const Index most = blocks.most_reached();
-  RowWindow<T>* const windows = scratch.make<RowWindow<T>>(context.workers(), from, most, scratch);
-  Wide* const sums = scratch.elements<Wide>(context.workers() * to.cols());
-  const TokenRows<Wide> before{ConstMatrixRef<T>(to)};
-  const ResultRows<Wide> after{to};
-  context.for_each(blocks.count(), [&](Index block, int worker) {
-    const Range rows = blocks.rows(block);
-    Wide* const buffer = sums + worker * to.cols();
-    windows[worker].open(blocks.reached(block));
-    for (Index i = rows.first; i < rows.last; ++i) {
-      if (!keeps_row(keep_to, i)) continue;
-      before.row(i, buffer);
-      Wide* const sum = after.row(i, buffer);
-      const Range near = reached_rows(blocks.n, blocks.taps, {i, i + 1});
-      for (Index j = near.first; j < near.last; ++j) {
-        if (!keeps_row(keep_from, j)) continue;
-        const T tap = filter[static_cast<std::size_t>(direction * (j - i) + blocks.taps / 2)];
-        add_row(static_cast<Wide>(tap), windows[worker].row(j), sum, to.cols());
-      }
-      after.finish_row(i, sum);
-    }
-  });
+  if (filter.size() % 2 == 0) refuse(who, "filter has %zu taps, should be odd", filter.size());
 }
 
 /// What is written overlaps nothing; dout is empty in the forward pass.
@@ -121,35 +44,88 @@ void check_conv_apart(std::string_view who, std::span<const Memory> results, con
   check_apart(who, results, inputs);
 }
 
+/// The rows that a filter of so many taps reaches from the given ones of n.
+inline Range reached_rows(Index n, Index taps, Range rows) {
+  return {std::max<Index>(0, rows.first - taps / 2), std::min(n, rows.last + taps / 2)};
+}
+
+/// How many blocks the n rows of a convolution are cut into.
+inline Index conv_blocks(Index n) {
+  return (n + 255) / 256;
+}
+
+/// body(block, rows, context) for the n rows of a convolution in blocks, which are tasks of their own.
+template <class Body>
+void for_each_conv_block(Index n, Context& context, const Body& body) {
+  context.for_each_call(conv_blocks(n), [&](Index block, Context& of_worker) {
+    body(block, nth_part(n, conv_blocks(n), block), of_worker);
+  });
+}
+
+/// Some rows of m as arithmetic reads them.
+template <class T>
+ConstMatrixRef<Arithmetic<T>> window(const ConstMatrixRef<T>& m, Range rows, Scratch& scratch, Context& context) {
+  const ConstMatrixRef<T> some = m.middleRows(rows.first, rows.last - rows.first);
+  return in_type<Arithmetic<T>>(some, scratch, context);
+}
+
+/// to_i <- to_i + sum_t filter_t from_(i + direction (t - (taps - 1) / 2)) over the rows that are kept; each row is
+/// rounded once.
+template <class T>
+void add_convolution(const ConstMatrixRef<T>& from, std::span<const T> filter, Index direction, const MatrixRef<T>& to,
+                     std::span<const std::uint8_t> keep_from, std::span<const std::uint8_t> keep_to, Context& context) {
+  using Wide = Arithmetic<T>;
+  const Index n = from.rows(), taps = static_cast<Index>(filter.size());
+  const TokenRows<Wide> before{ConstMatrixRef<T>(to)};
+  const ResultRows<Wide> after{to};
+  for_each_conv_block(n, context, [&](Index, Range rows, Context& of_worker) {
+    Scratch scratch = of_worker.scratch();
+    const Range reached = reached_rows(n, taps, rows);
+    const ConstMatrixRef<Wide> read = window(from, reached, scratch, of_worker);
+    Wide* const buffer = scratch.elements<Wide>(to.cols());
+    for (Index i = rows.first; i < rows.last; ++i) {
+      if (!keeps_row(keep_to, i)) continue;
+      before.row(i, buffer);
+      Wide* const sum = after.row(i, buffer);
+      const Range near = reached_rows(n, taps, {i, i + 1});
+      for (Index j = near.first; j < near.last; ++j) {
+        if (!keeps_row(keep_from, j)) continue;
+        const T tap = filter[static_cast<std::size_t>(direction * (j - i) + taps / 2)];
+        add_row(static_cast<Wide>(tap), row_of(read, j - reached.first), sum, to.cols());
+      }
+      after.finish_row(i, sum);
+    }
+  });
+}
+
 /// dfilter_t <- sum_i dout_i.v_(i + t - (taps - 1) / 2) over the rows that are kept: sums of a block, then of blocks.
 template <class T>
 void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& dout, std::span<T> dfilter,
                          const Mask& mask, Context& context) {
   using Wide = Arithmetic<T>;
   Scratch scratch = context.scratch();
-  const ConvBlocks blocks{v.rows(), static_cast<Index>(dfilter.size())};
-  const Index most = blocks.most_reached(), most_own = ConvBlocks::kRows;
-  RowWindow<T>* const values = scratch.make<RowWindow<T>>(context.workers(), v, most, scratch);
-  RowWindow<T>* const douts = scratch.make<RowWindow<T>>(context.workers(), dout, most_own, scratch);
-  const MatrixRef<Wide> parts = scratch.matrix<Wide>(blocks.count(), blocks.taps);
-  context.for_each(blocks.count(), [&](Index block, int worker) {
-    const Range rows = blocks.rows(block);
-    values[worker].open(blocks.reached(block));
-    douts[worker].open(rows);
-    Wide* const sums = parts.data() + block * blocks.taps;
-    std::fill_n(sums, blocks.taps, Wide(0));
+  const Index n = v.rows(), taps = static_cast<Index>(dfilter.size());
+  const MatrixRef<Wide> parts = scratch.matrix<Wide>(conv_blocks(n), taps);
+  set_zero(parts);
+  for_each_conv_block(n, context, [&](Index block, Range rows, Context& of_worker) {
+    Scratch temporary = of_worker.scratch();
+    const Range reached = reached_rows(n, taps, rows);
+    const ConstMatrixRef<Wide> values = window(v, reached, temporary, of_worker),
+                               douts = window(dout, rows, temporary, of_worker);
+    Wide* const sums = parts.data() + block * taps;
     for (Index i = rows.first; i < rows.last; ++i) {
       if (!keeps_row(mask.keep_query, i)) continue;
-      const Range near = reached_rows(blocks.n, blocks.taps, {i, i + 1});
+      const Range near = reached_rows(n, taps, {i, i + 1});
       for (Index j = near.first; j < near.last; ++j) {
         if (!keeps_row(mask.keep_key, j)) continue;
-        sums[j - i + blocks.taps / 2] += dot_product(douts[worker].row(i), values[worker].row(j), v.cols());
+        sums[j - i + taps / 2] +=
+            dot_product(row_of(douts, i - rows.first), row_of(values, j - reached.first), v.cols());
       }
     }
   });
-  for (Index tap = 0; tap < blocks.taps; ++tap) {
+  for (Index tap = 0; tap < taps; ++tap) {
     Wide sum = 0;
-    for (Index block = 0; block < blocks.count(); ++block) sum += parts.data()[block * blocks.taps + tap];
+    for (Index block = 0; block < parts.rows(); ++block) sum += parts.data()[block * taps + tap];
     dfilter[static_cast<std::size_t>(tap)] = static_cast<T>(sum);
   }
 }
@@ -164,7 +140,7 @@ void set_filter_gradient(const ConstMatrixRef<T>& v, const ConstMatrixRef<T>& do
 template <class T>
 void depthwise_conv(ConstMatrixRef<T> v, std::span<const std::type_identity_t<T>> filter,
                     std::type_identity_t<MatrixRef<T>> out, Context& context, const Mask& mask = {}) {
-  detail::check_conv<T>("depthwise_conv", v, filter.size(), "out", out, mask);
+  detail::check_conv<T>("depthwise_conv", v, filter, "out", out, mask);
   const detail::Memory result = detail::Memory::of("out", out);
   detail::check_conv_apart<T>("depthwise_conv", {&result, 1}, v, filter, {nullptr, 0, 0, 0}, mask);
   detail::add_convolution<T>(v, filter, 1, out, mask.keep_key, mask.keep_query, context);
@@ -186,7 +162,7 @@ void depthwise_conv_backward(ConstMatrixRef<T> v, std::span<const std::type_iden
                              std::type_identity_t<ConstMatrixRef<T>> dout, std::type_identity_t<MatrixRef<T>> dv,
                              std::span<std::type_identity_t<T>> dfilter, Context& context, const Mask& mask = {}) {
   constexpr std::string_view kName = "depthwise_conv_backward";
-  detail::check_conv<T>(kName, v, filter.size(), "dout", dout, mask);
+  detail::check_conv<T>(kName, v, filter, "dout", dout, mask);
   detail::check_shape(kName, "dv", dv, v.rows(), v.cols());
   if (dfilter.size() != filter.size())
     detail::refuse(kName, "dfilter has %zu entries, filter has %zu", dfilter.size(), filter.size());

@@ -8,8 +8,8 @@
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
-#include <attn/engine/packed.hpp>
 #include <attn/engine/few_keys.hpp>
+#include <attn/engine/packed.hpp>
 #include <attn/exact.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>

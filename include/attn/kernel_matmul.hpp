@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/problem.hpp>
 #include <attn/engine/rows.hpp>
@@ -10,6 +11,8 @@
 #include <attn/kernel.hpp>
 #include <attn/matrix.hpp>
 
+#include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <span>
 #include <string_view>
@@ -64,61 +67,99 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
   }
 }
 
+/// finish for a narrow out, any matrix or view that can be written to; the log-sums stay float.
+template <ScoreKernel Kernel, class Out>
+  requires NarrowScalar<typename detail::EigenType<Out>::Scalar>
+void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&& out, std::span<float> lse = {}) {
+  using T = typename detail::EigenType<Out>::Scalar;
+  constexpr Index kColumns = 256;  // of one row, at a time
+  float wide[kColumns];
+  const MatrixRef<T> to(out);
+  detail::check_finish("finish", states, to, lse);
+  for (Index i = 0; i < to.rows(); ++i) {
+    const auto row = static_cast<std::size_t>(i);
+    for (Index c = 0; c < to.cols(); c += kColumns) {
+      const Index count = std::min(kColumns, to.cols() - c);
+      float* weighted = states.weighted.data() + i * states.weighted.outerStride() + c;
+      const RowStates<float> some{
+          states.maximum.subspan(row, 1), states.sum.subspan(row, 1), {weighted, 1, count, count}};
+      finish(kernel, some, d, MatrixRef<float>(wide, 1, count, count), lse.empty() ? lse : lse.subspan(row, 1));
+      detail::convert_row(wide, to.data() + i * to.outerStride() + c, count);
+    }
+  }
+}
+
 /// out <- [kappa] v with kappa(q_i, k_j) = exp(scale q_i.k_j - bias (|q_i|^2 + |k_j|^2) + a_j), rows divided by their
 /// sum if the kernel's are normalized. q (n_q, d), k (n_k, d), v (n_k, d_v), out (n_q, d_v), overwritten; a_j the key
 /// bias. lse: empty, or n_q entries that receive log sum_j kappa_ij, -infinity for a row that sees no key, whose out is
 /// 0. Throws std::invalid_argument when shapes disagree or are empty, or out or lse overlaps an input, the other or
-/// itself. 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few queries up to 16 row states. Milakov and
-/// Gimelshein 2018; Dao et al. 2022, Alg. 1.
+/// itself. 2 n_q n_k (d + d_v) flops; O(tile) memory a worker, and for few queries up to 16 row states. Of narrow types
+/// lse is float. Milakov and Gimelshein 2018; Dao et al. 2022, Alg. 1.
 template <ScoreKernel Kernel, class T>
-  requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
-                   std::type_identity_t<std::span<T>> lse, Context& context) {
+                   std::span<detail::Arithmetic<T>> lse, Context& context) {
+  using Wide = detail::Arithmetic<T>;
   detail::check(detail::kMatmulName, in, out, lse);
-  detail::multiply<Kernel, T>(kernel, detail::sources(in), out, detail::LogSums<T>{detail::data_or_null(lse), nullptr},
-                              context);
+  Scratch scratch = context.scratch();
+  detail::multiply<Kernel, Wide>(kernel, detail::arithmetic_sources(in, scratch), detail::ResultRows<Wide>(out),
+                                 {detail::data_or_null(lse), nullptr}, context);
 }
 
-/// The same without log-sums.
+/// kernel_matmul without log-sums.
 template <ScoreKernel Kernel, class T>
-  requires(!NarrowScalar<T>)
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
                    Context& context) {
-  kernel_matmul(kernel, in, out, std::span<T>{}, context);
+  kernel_matmul(kernel, in, out, std::span<detail::Arithmetic<T>>{}, context);
 }
 
 /// states <- the row states of these keys alone, of which there may be none: for keys that are spread over machines, or
 /// that arrive in parts (decoding with a cache). Merge the parts, then finish. Causal limits count the rows of this
 /// call's k. Throws std::invalid_argument when shapes disagree, q is empty, or states overlap an input, one another or
-/// themselves.
+/// themselves. Of narrow types states are float, and so merge without loss.
 template <ScoreKernel Kernel, class T>
-  requires(!NarrowScalar<T>)
-void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const std::type_identity_t<RowStates<T>>& states,
+void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const RowStates<detail::Arithmetic<T>>& states,
                            Context& context) {
+  using Wide = detail::Arithmetic<T>;
   detail::check_partial(detail::kMatmulName, in, states);
-  detail::multiply_partial<Kernel, T>(kernel, detail::sources(in), states, context);
+  Scratch scratch = context.scratch();
+  detail::multiply_partial<Kernel, Wide>(kernel, detail::arithmetic_sources(in, scratch), states, context);
 }
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as
 /// kernel_matmul gave them for the same inputs. lse (n_q) may be empty if the kernel's rows are raw. dbias: empty, or
 /// n_k entries that receive the gradient by the key bias. Throws std::invalid_argument when shapes disagree, or a
 /// result overlaps an argument or another. 2 n_q n_k (3 d + 2 d_v) flops, where biases or tokens are so large that lse
-/// has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Dao et al. 2022, Alg. 4.
+/// has lost digits 2 n_q n_k (d + 1) more; memory for up to 7 partial dq, or dk and dv. Of narrow types lse and dbias
+/// are float, all matrices are copied to float, and gradients are rounded once. Dao et al. 2022, Alg. 4.
 template <ScoreKernel Kernel, class T>
-  requires(!NarrowScalar<T>)
 void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
-                            std::type_identity_t<std::span<const T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
+                            std::span<const detail::Arithmetic<T>> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
                             const std::type_identity_t<Gradients<T>>& gradients, Context& context,
-                            std::type_identity_t<std::span<T>> dbias = {}) {
+                            std::span<detail::Arithmetic<T>> dbias = {}) {
+  using Wide = detail::Arithmetic<T>;
   constexpr std::string_view kName = "kernel_matmul_backward";
   detail::check_backward(kName, in, out, dout, gradients, lse, dbias);
   const bool normalized = score_parameters(kernel, in.q.cols()).rows == Rows::normalized;
   if (normalized && lse.empty())
     detail::refuse(kName, "lse is empty, should have %td entries, for rows are normalized", in.q.rows());
-  Scratch scratch = context.scratch();
-  std::span<const detail::RowLog<T>> relative{};
-  if (normalized) relative = detail::relative_log_sums<Kernel, T>(kernel, in, lse, context, scratch);
-  detail::multiply_backward<Kernel, T>(kernel, in, out, relative, dout, gradients, context, dbias);
+  detail::backward_in_type<Wide>(
+      in, out, dout, gradients, context, [&](const auto& x, const auto& o, const auto& d_o, const auto& to) {
+        Scratch scratch = context.scratch();
+        std::span<const detail::RowLog<Wide>> relative{};
+        if (normalized) relative = detail::relative_log_sums<Kernel, Wide>(kernel, x, lse, context, scratch);
+        detail::multiply_backward<Kernel, Wide>(kernel, x, o, relative, d_o, to, context, dbias);
+      });
+}
+
+/// The same with dbias of a narrow T.
+template <ScoreKernel Kernel, NarrowScalar T, std::convertible_to<std::span<T>> Bias>
+void kernel_matmul_backward(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
+                            std::span<const float> lse, std::type_identity_t<ConstMatrixRef<T>> dout,
+                            const std::type_identity_t<Gradients<T>>& gradients, Context& context, Bias&& dbias) {
+  detail::check_backward<T>("kernel_matmul_backward", in, out, dout, gradients, lse, std::span<T>(dbias));
+  detail::set_rounded(std::span<T>(dbias), context, [&](std::span<float> wide) {
+    kernel_matmul_backward(kernel, in, out, lse, dout, gradients, context, wide);
+  });
 }
 
 }  // namespace attn

@@ -247,7 +247,7 @@ struct SegmentMeans {
     return select(x, keeps, scratch, serial);
   }
 
-  /// The same, segments in parallel.
+  /// select with segments in parallel.
   template <class T, class Keeps>
   MatrixRef<T> select(const detail::TokenRows<T>& x, const Keeps& keeps, Scratch& scratch, Context& context) const {
     const Index n = detail::count_kept(x.rows(), keeps), buffer_size = kRowsAtOnce * x.cols();

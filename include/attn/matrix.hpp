@@ -67,7 +67,7 @@ concept RowMajorWithContiguousRows =
     bool(detail::EigenType<M>::IsRowMajor || detail::EigenType<M>::ColsAtCompileTime == 1) &&
     int(detail::EigenType<M>::InnerStrideAtCompileTime) == 1;
 
-/// One that can be written to as well.
+/// RowMajorWithContiguousRows that can be written to as well.
 template <class M, class T>
 concept WritableRowMajorWithContiguousRows =
     RowMajorWithContiguousRows<M, T> && !std::is_const_v<std::remove_reference_t<M>> && requires(M& m) {

@@ -188,7 +188,7 @@ SingularValues leading_singular_values(const A& a, Index count, const SubspaceIt
   while (!found.converged && found.iterations < options.max_iterations) {
     detail::apply_wide(a, x, y, context);
     detail::orthonormalize(y);
-    detail::apply_transpose_wide(a, y, x, context);
+    detail::apply_wide(detail::Transposed{a}, y, x, context);
     const Eigen::VectorXd values = detail::orthonormalize(x).head(count);
     found.converged = settled(values);
     found.values = values;

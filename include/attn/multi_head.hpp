@@ -3,10 +3,9 @@
 
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
+#include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/problem.hpp>
-#include <attn/detail/wide_copies.hpp>
-#include <attn/detail/wide_method.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
@@ -16,6 +15,7 @@
 #include <span>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace attn {
@@ -144,10 +144,7 @@ void check_masks(const HeadInputs<T>& in, const HeadsView<const T>& out) {
 /// All that can be checked without the method.
 template <class T>
 void check_heads(const HeadInputs<T>& in, const HeadsView<const T>& out) {
-  check_view("q", in.q);
-  check_view("k", in.k);
-  check_view("v", in.v);
-  check_view("out", out);
+  for (const auto& [name, x] : {std::pair{"q", in.q}, {"k", in.k}, {"v", in.v}, {"out", out}}) check_view(name, x);
   check_count("k.batch", in.k.batch, "q.batch", in.q.batch);
   check_count("v.batch", in.v.batch, "q.batch", in.q.batch);
   check_count("out.batch", out.batch, "q.batch", in.q.batch);
@@ -170,30 +167,26 @@ void check_heads_apart(std::span<const Memory> results, const HeadInputs<T>& in)
   }
 }
 
-/// gradient has the shape of x and does not overlap itself.
+/// x is like y.
 template <class T>
-void check_gradient(const char* name, const HeadsView<T>& gradient, const char* of, const HeadsView<const T>& x) {
-  check_view(name, gradient);
-  check_disjoint(name, gradient);
-  if (gradient.batch != x.batch || gradient.heads != x.heads || gradient.length != x.length || gradient.dim != x.dim) {
-    refuse(kMultiHeadName, "%s is %td x %td x %td x %td, %s is %td x %td x %td x %td", name, gradient.batch,
-           gradient.heads, gradient.length, gradient.dim, of, x.batch, x.heads, x.length, x.dim);
-  }
+void check_like(const char* name, const HeadsView<const T>& x, const char* of, const HeadsView<const T>& y) {
+  check_view(name, x);
+  if (x.batch == y.batch && x.heads == y.heads && x.length == y.length && x.dim == y.dim) return;
+  refuse(kMultiHeadName, "%s is %td x %td x %td x %td, %s is %td x %td x %td x %td", name, x.batch, x.heads, x.length,
+         x.dim, of, y.batch, y.heads, y.length, y.dim);
 }
 
 template <class T>
 void check_gradients(const HeadInputs<T>& in, const HeadsView<const T>& out, const HeadsView<const T>& dout,
                      const HeadGradients<T>& gradients) {
-  check_view("dout", dout);
-  if (dout.batch != out.batch || dout.heads != out.heads || dout.length != out.length || dout.dim != out.dim) {
-    refuse(kMultiHeadName, "dout is %td x %td x %td x %td, out is %td x %td x %td x %td", dout.batch, dout.heads,
-           dout.length, dout.dim, out.batch, out.heads, out.length, out.dim);
-  }
-  check_gradient<T>("dq", gradients.dq, "q", in.q);
-  check_gradient<T>("dk", gradients.dk, "k", in.k);
-  check_gradient<T>("dv", gradients.dv, "v", in.v);
-  const Memory results[] = {memory_of("dq", gradients.dq), memory_of("dk", gradients.dk),
-                            memory_of("dv", gradients.dv)};
+  const auto memory = [](const char* name, const HeadsView<T>& gradient, const char* of, const HeadsView<const T>& x) {
+    check_like<T>(name, gradient, of, x);
+    check_disjoint(name, gradient);
+    return memory_of(name, gradient);
+  };
+  check_like<T>("dout", dout, "out", out);
+  const Memory results[] = {memory("dq", gradients.dq, "q", in.q), memory("dk", gradients.dk, "k", in.k),
+                            memory("dv", gradients.dv, "v", in.v)};
   const Memory of_forward[] = {memory_of("out", out), memory_of("dout", dout)};
   check_heads_apart(results, in);
   check_apart_from(kMultiHeadName, results, of_forward);
@@ -270,24 +263,26 @@ void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs
   const auto& method = wide_method(a);
   Scratch scratch = context.scratch();
   const Inputs<T> in = inputs(b, first);
-  const ConstMatrixRef<Wide> k = widened(in.k, scratch, context), v = widened(in.v, scratch, context);
+  const ConstMatrixRef<Wide> k = in_type<Wide>(in.k, scratch, context), v = in_type<Wide>(in.v, scratch, context);
   const MatrixRef<T> dk = gradients.dk(b, first / group), dv = gradients.dv(b, first / group);
-  MatrixRef<Wide> sum_dk = wide_result(dk, scratch), sum_dv = wide_result(dv, scratch);
-  MatrixRef<Wide> more_dk = scratch.matrix<Wide>(dk.rows(), dk.cols()),
-                  more_dv = scratch.matrix<Wide>(dv.rows(), dv.cols());
+  MatrixRef<Wide> sum_dk = result_in_type<Wide>(dk, scratch), sum_dv = result_in_type<Wide>(dv, scratch);
+  const Index more = group > 1 ? dk.rows() : 0;
+  MatrixRef<Wide> more_dk = scratch.matrix<Wide>(more, dk.cols()), more_dv = scratch.matrix<Wide>(more, dv.cols());
   for (Index h = first; h < first + group; ++h, ++saved) {
     Scratch of_head = scratch.nested();
     const MatrixRef<T> dq = gradients.dq(b, h);
-    const Gradients<Wide> to{wide_result(dq, of_head), h == first ? sum_dk : more_dk, h == first ? sum_dv : more_dv};
-    method.backward({widened(inputs.q(b, h), of_head, context), k, v, in.mask}, widened(out(b, h), of_head, context),
-                    widened(dout(b, h), of_head, context), *saved, to, context);
-    set_rounded(dq, to.dq, context);
+    const Gradients<Wide> to{result_in_type<Wide>(dq, of_head), h == first ? sum_dk : more_dk,
+                             h == first ? sum_dv : more_dv};
+    const ConstMatrixRef<Wide> q = in_type<Wide>(inputs.q(b, h), of_head, context);
+    method.backward({q, k, v, in.mask}, in_type<Wide>(out(b, h), of_head, context),
+                    in_type<Wide>(dout(b, h), of_head, context), *saved, to, context);
+    set_converted(dq, to.dq, context);
     if (h == first) continue;
     sum_dk += more_dk;
     sum_dv += more_dv;
   }
-  set_rounded(dk, sum_dk, context);
-  set_rounded(dv, sum_dv, context);
+  set_converted(dk, sum_dk, context);
+  set_converted(dv, sum_dv, context);
 }
 
 }  // namespace detail
@@ -345,15 +340,11 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
   }
   if (q.batch == 0) return;
   const Index group = q.heads / k.heads;
-  detail::for_each_problem(k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context,
-                           [&](Index i, Context& on) {
-                             const Index b = i / k.heads, h = i % k.heads * group;
-                             const typename A::Saved* of_group = saved.data() + b * q.heads + h;
-                             if (group > 1)
-                               return detail::run_group_backward(a, inputs, out, dout, b, h, of_group, gradients, on);
-                             a.backward(inputs(b, h), out(b, h), dout(b, h), *of_group,
-                                        {gradients.dq(b, h), gradients.dk(b, h), gradients.dv(b, h)}, on);
-                           });
+  detail::for_each_problem(
+      k.batch * k.heads, 3 * group * detail::multiply_adds(inputs), context, [&](Index i, Context& on) {
+        const Index b = i / k.heads, first = i % k.heads * group;
+        detail::run_group_backward(a, inputs, out, dout, b, first, saved.data() + b * q.heads + first, gradients, on);
+      });
 }
 
 }  // namespace attn

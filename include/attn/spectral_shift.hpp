@@ -2,18 +2,19 @@
 #pragma once
 
 #include <attn/approximator.hpp>
-#include <attn/engine/checks.hpp>
 #include <attn/detail/saved.hpp>
-#include <attn/detail/shift_probes.hpp>
-#include <attn/detail/shifted_product.hpp>
+#include <attn/detail/shift.hpp>
 #include <attn/detail/shifted_rows.hpp>
+#include <attn/engine/checks.hpp>
+#include <attn/engine/few_keys.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
-#include <attn/narrow.hpp>
+#include <attn/nystrom.hpp>
 
 #include <cmath>
 #include <concepts>
+#include <cstddef>
 #include <span>
 #include <string_view>
 
@@ -39,6 +40,22 @@ struct SpectralShift {
   }
 };
 
+namespace detail {
+
+/// Whether the same tokens are kept as queries and as keys, of which there are as many.
+template <class In>
+bool same_masks(const In& in) {
+  for (Index i = 0; i < in.q.rows(); ++i) {
+    if (keeps_query(in, i) != keeps_key(in, i)) return false;
+  }
+  return true;
+}
+
+template <class T>
+using ShiftSaved = Saved<ShiftState<Arithmetic<T>>, ForwardPass<SoftmaxKernel, SegmentMeans, SpectralShift>>;
+
+}  // namespace detail
+
 /// softmax(s q k^T) v ~ (N + shift) v with N = F Z B of Nystromformer, g_i = N_ii, rho_i = (N 1)_i, s_i = S_ii:
 ///   paper    F (Z - delta Z Z) (B v) + delta v, delta = tr((I - Z A) A) / tr(I - Z A): recalled, without a bound
 ///   scalar   (1 - delta) N v + delta v, delta = mean(s - g) / max(mean(rho - g), .05) over probed rows with exact s
@@ -52,101 +69,28 @@ struct SpectralShift {
 /// In row mode t depends on v: the method is not linear in v. Each row's error is at most Nystrom's and twice the
 /// largest of Nystrom's on the probed rows; where all rows of v are the same it is at most Nystrom's. Where m reaches
 /// the number of kept tokens it is exact attention.
-/// q, k (n, d), v (n, d_v), out (n, d_v). O(n m (m + d + d_v) + m^3) time, O(m (d + d_v + m)) memory and some rows at a
-/// time. Not causal, no key bias, keep_query must equal keep_key. Throws std::invalid_argument otherwise, and when
-/// shapes disagree or are empty. Verma 2021 (paper mode, recalled from its abstract); the other modes are this
-/// library's own.
+/// As many queries as keys; not causal, no key bias, keep_query must equal keep_key. O(n m (m + d + d_v) + m^3) time,
+/// O(m (d + d_v + m)) memory and some rows at a time. Verma 2021 (paper mode, recalled from its abstract); the other
+/// modes are this library's own. The backward pass takes delta, s, alpha, g and t as constants: its gradients are those
+/// of scale_i (N v)_i + shift_i v_i.
 template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxKernel>
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
-class ShiftedNystrom {
+class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T, detail::ShiftSaved<T>> {
  public:
-  /// @{ As Approximator says.
-  using Scalar = T;
+  using Saved = detail::ShiftSaved<T>;  ///< what backward needs
   static constexpr std::string_view kName = "shifted-nystrom";
 
   /// How many landmarks, how the shift is chosen, and the kernel.
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
       : landmarks_(landmarks), shift_(shift), kernel_(kernel) {}
 
-  template <class Stored = T>
-  bool supports(const Inputs<Stored>& in) const {
+  /// As Approximator says.
+  bool supports(const Inputs<T>& in) const {
     return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() &&
            detail::same_masks(in);
   }
 
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    detail::check(kName, in, out);
-    run(detail::sources(in), out, context, nullptr);
-  }
-
-  /// What backward needs, and of which inputs and options it is.
-  struct Saved : detail::ShiftSaved<T> {
-    detail::ForwardPass<Landmarks, SpectralShift> pass{};  ///< checked by backward
-  };
-
-  void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    detail::check(kName, in, out);
-    run(detail::sources(in), out, context, &saved);
-  }
-  /// @}
-
-  /// delta, s, alpha, g and t count as constants: the gradients are those of scale_i (N v)_i + shift_i v_i.
-  void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
-                const Gradients<T>& gradients, Context& context) const {
-    detail::check_backward(kName, in, out, dout, gradients);
-    saved.pass.check(kName, kernel_, in, landmarks_, shift_);
-    if (saved.nystrom.exact)
-      return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
-    detail::shifted_backward<T>(kernel_, landmarks_, shift_.iterations, in, saved, out, dout, gradients, context);
-  }
-
- private:
-  template <NarrowScalar, class>
-  friend class detail::Widened;
-
-  /// saved may be null.
-  void run(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
-    check(in);
-    const bool exact = detail::covers(landmarks_.num_landmarks, in);
-    if (saved != nullptr) {
-      saved->pass = {};
-      saved->reset(in.q.rows(), exact);
-    }
-    if (exact) {
-      detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved != nullptr ? saved->nystrom.lse.data() : nullptr},
-                                  context);
-    } else {
-      shift(in, out, context, saved);
-    }
-    if (saved != nullptr) saved->pass.keep(kernel_, in, landmarks_, shift_);
-  }
-
-  void shift(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
-    Scratch scratch = context.scratch();
-    if (shift_.mode == ShiftMode::paper) {
-      const detail::ShiftLandmarks<T> factors(in, landmarks_, kernel_, context, scratch);
-      keep(factors, saved);
-      const double delta = detail::set_paper_values(factors, shift_.iterations, context);
-      if (saved != nullptr) saved->delta = delta;
-      return detail::add_one_shift(kernel_, in, factors, T(1), static_cast<T>(delta), out, saved, context);
-    }
-    detail::ShiftFactors<T> factors(in, landmarks_, kernel_, shift_.iterations, context, scratch);
-    keep(factors, saved);
-    const detail::ShiftPanels<T> panels(factors, scratch);
-    const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
-    if (shift_.mode == ShiftMode::row) {
-      return detail::add_row_shift(detail::fit_gate(probes, in, factors, panels, context), in, factors, panels, out,
-                                   saved, context);
-    }
-    const T delta = detail::probed_shift(probes, in, factors, panels, context);
-    factors.values *= 1 - delta;
-    detail::add_one_shift<T>(kernel_, in, factors, 1 - delta, delta, out, saved, context);
-  }
-
-  static void keep(const detail::ShiftLandmarks<T>& factors, Saved* saved) {
-    if (saved != nullptr) saved->nystrom.keep({factors.q_land, factors.k_land, factors.sums, factors.lse.data()});
-  }
-
+  /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {
     detail::check_not_causal(kName, in);
     detail::check_no_bias(kName, in);
@@ -161,21 +105,75 @@ class ShiftedNystrom {
     shift_.check(kName);
   }
 
+  void attend(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    const bool exact = detail::covers(landmarks_.num_landmarks, in);
+    detail::RowLog<T>* const lse = saved != nullptr ? saved->reset(in.q.rows(), exact) : nullptr;
+    if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
+    Scratch scratch = context.scratch();
+    const auto f = detail::NystromFactors<T>::of(kName, landmarks_, kernel_, in, scratch, context);
+    if (saved != nullptr) saved->nystrom.keep(f);
+    if (shift_.mode == ShiftMode::paper) return shift_by_trace(in, f, out, saved, context);
+    detail::ShiftFactors<T> factors(in, kernel_, f, shift_.iterations, context, scratch);
+    const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);
+    if (shift_.mode == ShiftMode::row)
+      return detail::add_row_shift<T>(detail::fit_gate(probes, in, factors, context), in, factors, out, saved, context);
+    const T delta = detail::probed_shift(probes, in, factors, context);
+    detail::set_scaled(factors.zbv, 1 - delta, factors.zbv);
+    detail::add_one_shift<T>(kernel_, in, f.k_land, factors.zbv, factors.rows, 1 - delta, delta, out, saved, context);
+  }
+
+  auto pass(const detail::Sources<T>& in) const {
+    return detail::ForwardPass<Kernel, Landmarks, SpectralShift>::of(kernel_, in, landmarks_, shift_);
+  }
+
+  void differentiate(const Inputs<T>& in, const ConstMatrixRef<T>& out, const ConstMatrixRef<T>& dout,
+                     const Saved& saved, const Gradients<T>& gradients, Context& context) const {
+    if (saved.nystrom.exact)
+      return detail::multiply_backward<Kernel, T>(kernel_, in, out, saved.nystrom.lse, dout, gradients, context);
+    const detail::ShiftedPinv core{shift_.iterations, saved.delta};
+    const Nystrom<T, Landmarks, detail::ShiftedPinv, Kernel> nystrom(landmarks_, core, kernel_);
+    Scratch scratch = context.scratch();
+    MatrixRef<T> nv = scratch.matrix<T>(out.rows(), out.cols()), dnv = scratch.matrix<T>(out.rows(), out.cols());
+    const std::span<detail::RowLog<T>> lse = scratch.array<detail::RowLog<T>>(out.rows());
+    nystrom.multiply(detail::sources(in), saved.nystrom, nv, lse.data(), context);
+    detail::set_zero(dnv);
+    for_each_kept(in, [&](Index i, std::size_t at) { dnv.row(i) = saved.scale[at] * dout.row(i); });
+    nystrom.differentiate_product(in, nv, lse, dnv, saved.nystrom, gradients, context);
+    MatrixRef<T> dv = gradients.dv;
+    for_each_kept(in, [&](Index i, std::size_t at) { dv.row(i) += saved.shift[at] * dout.row(i); });
+  }
+
+  constexpr auto wide() const
+    requires NarrowScalar<T>
+  {
+    return ShiftedNystrom<float, Landmarks, Kernel>(landmarks_, shift_, kernel_);
+  }
+  /// @}
+
+ private:
+  /// The paper mode: out <- F (Z - delta Z Z) (B v) + delta v.
+  void shift_by_trace(const detail::Sources<T>& in, const detail::NystromFactors<T>& f,
+                      const detail::ResultRows<T>& out, Saved* saved, Context& context) const {
+    Scratch scratch = context.scratch();
+    const MatrixRef<T> a = scratch.matrix<T>(f.bv.rows(), f.bv.rows());
+    detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);
+    const double delta = detail::ShiftedPinv::of_paper(a, f.bv, shift_.iterations, context).delta;
+    if (saved != nullptr) saved->delta = delta;
+    detail::add_one_shift<T>(kernel_, in, f.k_land, f.bv, detail::list_kept_keys(in, scratch), 1, static_cast<T>(delta),
+                             out, saved, context);
+  }
+
+  /// body(i, i as an index of vectors) for the kept queries.
+  template <class Body>
+  static void for_each_kept(const Inputs<T>& in, const Body& body) {
+    for (Index i = 0; i < in.q.rows(); ++i) {
+      if (detail::keeps_query(in, i)) body(i, static_cast<std::size_t>(i));
+    }
+  }
+
   Landmarks landmarks_;
   SpectralShift shift_;
   Kernel kernel_;
-};
-
-/// With narrow types in memory.
-template <NarrowScalar T, class Landmarks, ScoreKernel Kernel>
-  requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
-class ShiftedNystrom<T, Landmarks, Kernel> : public detail::Widened<T, ShiftedNystrom<float, Landmarks, Kernel>> {
-  using Wide = ShiftedNystrom<float, Landmarks, Kernel>;
-
- public:
-  /// As for float.
-  explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
-      : detail::Widened<T, Wide>(Wide(landmarks, shift, kernel)) {}
 };
 
 }  // namespace attn

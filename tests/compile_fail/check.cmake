@@ -1,15 +1,6 @@
 # cmake -DSOURCE=case.cpp -P check.cmake -- COMPILER FLAGS...     Compiles the case, with what flags its second line adds, and holds the
 # outcome against its first line.
-set(command)
-set(separator_seen FALSE)
-math(EXPR last "${CMAKE_ARGC} - 1")
-foreach(i RANGE ${last})
-  if(separator_seen)
-    list(APPEND command "${CMAKE_ARGV${i}}")
-  elseif(CMAKE_ARGV${i} STREQUAL "--")
-    set(separator_seen TRUE)
-  endif()
-endforeach()
+include(${CMAKE_CURRENT_LIST_DIR}/../common/command.cmake)
 
 file(STRINGS ${SOURCE} lines LIMIT_COUNT 2)
 list(GET lines 0 expectation)

@@ -2,16 +2,7 @@
 # undefines a macro whose name does not start with ATTN_. The macros of the other headers that it includes do not count.
 cmake_minimum_required(VERSION 3.21)
 
-set(command)
-set(separator_seen FALSE)
-math(EXPR last "${CMAKE_ARGC} - 1")
-foreach(i RANGE ${last})
-  if(separator_seen)
-    list(APPEND command "${CMAKE_ARGV${i}}")
-  elseif(CMAKE_ARGV${i} STREQUAL "--")
-    set(separator_seen TRUE)
-  endif()
-endforeach()
+include(${CMAKE_CURRENT_LIST_DIR}/../common/command.cmake)
 
 # macros_of(name text): the names of all macros that are defined after text, into the variable name.
 function(macros_of name text)

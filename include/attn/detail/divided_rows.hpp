@@ -2,13 +2,14 @@
 #pragma once
 
 #include <attn/context.hpp>
-#include <attn/engine/problem.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <span>
 #include <type_traits>
@@ -22,19 +23,20 @@ T guarded_divisor(T sum, T magnitude) {
   return std::max(sum, T(1e-6) * magnitude);
 }
 
-/// Queries [rows] of a call, with their masks, on landmarks; bias: those of the landmarks, or empty.
-template <class T>
-Sources<T> some_queries(const Sources<T>& in, Range rows, const ConstMatrixRef<T>& land,
-                        const ConstMatrixRef<T>& values, std::span<const T> bias) {
-  const Index count = rows.last - rows.first;
-  Mask mask = queries_only(in.mask);
-  if (!mask.keep_query.empty()) {
-    mask.keep_query = mask.keep_query.subspan(static_cast<std::size_t>(rows.first), static_cast<std::size_t>(count));
+/// body(first, queries) for some queries of a call at a time, from the first on, with their masks, on landmarks; bias:
+/// those of the landmarks, or empty.
+template <class T, class Body>
+void for_some_queries(const Sources<T>& in, const ConstMatrixRef<T>& land, const ConstMatrixRef<T>& values,
+                      std::span<const T> bias, const Body& body) {
+  constexpr Index kQueries = 4096;  // to keep the extra columns small
+  for (Index first = 0; first < in.q.rows(); first += kQueries) {
+    const Index count = std::min(kQueries, in.q.rows() - first);
+    Mask mask = queries_only(in.mask);
+    if (!mask.keep_query.empty())
+      mask.keep_query = mask.keep_query.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+    body(first, Sources<T>{in.q.middle_rows(first, count), land, values, mask, bias});
   }
-  return {in.q.middle_rows(rows.first, count), land, values, mask, bias};
 }
-
-inline constexpr Index kDividedRows = 4096;  ///< at a time, to keep the extra columns small
 
 /// out <- (F z) / max(F z1, 1e-6 F |z1|) for values = [z z1 |z1|], F = kappa(q, L) up to a factor of each row, which
 /// cancels: its rows are normalised, so that queries far from every landmark stay finite. bias: where given, landmark l
@@ -43,24 +45,22 @@ template <class T>
 void divide_rows(const GaussianKernel& kernel, const Sources<T>& in, const ConstMatrixRef<T>& land,
                  const MatrixRef<T>& values, const ResultRows<T>& out, Context& context,
                  std::type_identity_t<std::span<const T>> bias = {}) {
-  Scratch scratch = context.scratch();
   const Index d_v = out.cols();
-  MatrixRef<T> parts = scratch.matrix<T>(std::min(kDividedRows, out.rows()), d_v + 2);
-  for (Index first = 0; first < out.rows(); first += kDividedRows) {
-    const Range rows{first, std::min(first + kDividedRows, out.rows())};
-    multiply<GaussianKernel, T>(kernel, some_queries<T>(in, rows, land, values, bias),
-                                MatrixRef<T>(parts.topRows(rows.last - first)), nullptr, context);
-    for (Index i = first; i < rows.last; ++i) {
-      auto part = parts.row(i - first);
+  for_some_queries<T>(in, land, values, bias, [&](Index first, const Sources<T>& queries) {
+    Scratch scratch = context.scratch();
+    MatrixRef<T> parts = scratch.matrix<T>(queries.q.rows(), d_v + 2);
+    multiply<GaussianKernel, T>(kernel, queries, parts, nullptr, context);
+    for (Index i = 0; i < parts.rows(); ++i) {
+      auto part = parts.row(i);
       const T divisor = guarded_divisor(part(d_v), part(d_v + 1));
       if (divisor == 0) {
         part.setZero();
       } else {
         part.head(d_v) /= divisor;
       }
-      out.set_row(i, part.data());
+      out.set_row(first + i, part.data());
     }
-  }
+  });
 }
 
 /// dparts_i, on entry (F [z z1 |z1|])_i, <- its gradient for dout_i; out_i and dout_i have d_v elements.
@@ -93,7 +93,7 @@ void divide_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, con
     dparts.row(i).setZero();
     if (!keeps_query(in, i)) continue;
     dparts.row(i) = parts.row(i);
-    divide_row_backward(out.data() + i * out.outerStride(), dout.data() + i * dout.outerStride(), d_v, &dparts(i, 0));
+    divide_row_backward(row_of(out, i), row_of(dout, i), d_v, row_of(dparts, i));
   }
   multiply_backward<GaussianKernel, T>(kernel, queries, parts, lse, dparts, {dq, dland, dall}, context);
   dvalues = dall.leftCols(d_v + 1);

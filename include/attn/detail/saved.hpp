@@ -1,9 +1,10 @@
 /// Whether what a forward pass saved is of the same inputs and options as a backward pass, which relies on it.
 #pragma once
 
+#include <attn/detail/split_mix64.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/key_tiles.hpp>
-#include <attn/detail/split_mix64.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
@@ -12,7 +13,6 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <tuple>
 #include <type_traits>
 
 namespace attn::detail {
@@ -35,8 +35,8 @@ struct PassInputs {
   bool has_bias = false;
   ScoreParameters kernel{};
 
-  template <ScoreKernel Kernel, class In>
-  static PassInputs of(const Kernel& kernel, const In& in) {
+  template <ScoreKernel Kernel, class T>
+  static PassInputs of(const Kernel& kernel, const Sources<T>& in) {
     const bool drops_keys = !in.mask.keep_key.empty() || !in.key_bias.empty();
     return {.n_q = in.q.rows(),
             .n_k = in.k.rows(),
@@ -67,57 +67,46 @@ struct PassInputs {
   }
 };
 
-/// An option of a forward pass, where its type can be compared; of another nothing is known but its type.
+/// In the place of an option whose type cannot be compared: nothing is known of it but its type.
+struct AnyOption {
+  AnyOption() = default;
+  template <class Option>
+  explicit AnyOption(const Option&) {}
+  friend bool operator==(AnyOption, AnyOption) { return true; }
+};
+
 template <class Option>
-struct SavedOption {
-  void keep(const Option&) {}
-  bool same(const Option&) const { return true; }
-};
+using SavedOption = std::conditional_t<std::equality_comparable<Option>, std::optional<Option>, AnyOption>;
 
-template <std::equality_comparable Option>
-struct SavedOption<Option> {
-  void keep(const Option& option) { kept = option; }
-  bool same(const Option& option) const { return kept == option; }
-
-  std::optional<Option> kept{};
-};
-
-/// A forward pass of a method with a choice of landmarks and other options: what its backward pass relies on beside
-/// what is saved of the elements. Made anew before anything else is saved, so that a pass that throws leaves none.
-template <class Landmarks, class... Others>
+/// A forward pass of a method with a kernel, a choice of landmarks and another option: what its backward pass relies on
+/// beside what is saved of the elements.
+template <ScoreKernel Kernel, class Landmarks, class Option>
 struct ForwardPass {
-  template <ScoreKernel Kernel, class In>
-  void keep(const Kernel& kernel, const In& in, const Landmarks& landmarks, const Others&... others) {
-    inputs = PassInputs::of(kernel, in);
-    num_landmarks = count(landmarks);
-    landmark_options.keep(landmarks);
-    std::apply([&](auto&... kept) { (kept.keep(others), ...); }, options);
-  }
-
-  /// Throws std::invalid_argument unless it is of inputs and options like these.
-  template <ScoreKernel Kernel, class In>
-  void check(std::string_view who, const Kernel& kernel, const In& in, const Landmarks& landmarks,
-             const Others&... others) const {
-    inputs.check(who, PassInputs::of(kernel, in));
-    check_saved(who, "landmarks", num_landmarks, count(landmarks));
-    const bool same_others = std::apply([&](const auto&... kept) { return (kept.same(others) && ...); }, options);
-    if (!landmark_options.same(landmarks) || !same_others) refuse(who, "saved is of a forward pass with other options");
-  }
-
   PassInputs inputs{};
-  Index num_landmarks = 0;
-  SavedOption<Landmarks> landmark_options{};
-  std::tuple<SavedOption<Others>...> options{};
+  Index num_landmarks = 0;  ///< that the policy says it chooses, or 0
+  SavedOption<Landmarks> landmarks{};
+  SavedOption<Option> option{};
 
- private:
-  /// As many as a policy says that it chooses, or 0.
-  static Index count(const Landmarks& landmarks) {
-    if constexpr (requires { landmarks.num_landmarks; }) {
-      return static_cast<Index>(landmarks.num_landmarks);
-    } else {
-      return 0;
-    }
+  template <class T>
+  static ForwardPass of(const Kernel& kernel, const Sources<T>& in, const Landmarks& landmarks, const Option& option) {
+    Index num_landmarks = 0;
+    if constexpr (requires { landmarks.num_landmarks; }) num_landmarks = static_cast<Index>(landmarks.num_landmarks);
+    return {PassInputs::of(kernel, in), num_landmarks, SavedOption<Landmarks>(landmarks), SavedOption<Option>(option)};
   }
+
+  /// Throws std::invalid_argument unless now is the same.
+  void check(std::string_view who, const ForwardPass& now) const {
+    inputs.check(who, now.inputs);
+    check_saved(who, "landmarks", num_landmarks, now.num_landmarks);
+    if (landmarks == now.landmarks && option == now.option) return;
+    refuse(who, "saved is of a forward pass with other options");
+  }
+};
+
+/// What a backward pass needs of a forward pass: State, of its elements, and what else it relies on.
+template <class State, class Pass>
+struct Saved : State {
+  Pass pass{};
 };
 
 }  // namespace attn::detail

@@ -4,13 +4,16 @@
 
 #include <attn/context.hpp>
 #include <attn/core.hpp>
-#include <attn/engine/packed.hpp>
+#include <attn/engine/exp2.hpp>
 #include <attn/engine/few_keys.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/engine/rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
-#include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>
+#include <attn/nystrom.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -20,109 +23,87 @@
 
 namespace attn::detail {
 
-/// The m-sized side of N but for its core, over the n kept rows (their row numbers in rows).
+/// The row numbers of the kept keys.
 template <class T>
-struct ShiftLandmarks {
-  ShiftLandmarks(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, Context& context,
-                 Scratch& scratch)
-      : rows(list_kept(in, scratch)),
-        q_land(landmarks.select<T>(in.q, kept_queries(in), scratch, context)),
-        k_land(landmarks.select<T>(in.k, kept_keys(in), scratch, context)),
-        a(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
-        values(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
-        sums(scratch.matrix<T>(landmarks.num_landmarks, in.v.cols())),
-        lse(scratch.array<RowLog<T>>(landmarks.num_landmarks)) {
-    multiply<SoftmaxKernel, T>(kernel, {q_land, in.k, in.v, keys_only(in.mask)}, sums, {nullptr, lse.data()}, context);
-    kernel_matrix<SoftmaxKernel, T>(kernel, q_land, k_land, a, context);
+std::span<const Index> list_kept_keys(const Sources<T>& in, Scratch& scratch) {
+  const std::span<Index> kept = scratch.array<Index>(count_kept(in.k.rows(), kept_keys(in)));
+  std::size_t rank = 0;
+  for (Index j = 0; j < in.k.rows(); ++j) {
+    if (keeps_key(in, j)) kept[rank++] = j;
   }
+  return kept;
+}
 
-  std::span<const Index> rows;
-  MatrixRef<T> q_land, k_land;  ///< segment means (m, d)
-  MatrixRef<T> a;               ///< A (m, m)
-  MatrixRef<T> values;          ///< the core's product with B v (m, d_v), which whoever chooses the core sets
-  MatrixRef<T> sums;            ///< B v (m, d_v)
-  std::span<RowLog<T>> lse;     ///< log-sums of B's rows
-
- private:
-  static std::span<const Index> list_kept(const Sources<T>& in, Scratch& scratch) {
-    const std::span<Index> kept = scratch.array<Index>(count_kept(in.k.rows(), kept_keys(in)));
-    std::size_t rank = 0;
-    for (Index j = 0; j < in.k.rows(); ++j) {
-      if (keeps_key(in, j)) kept[rank++] = j;
-    }
-    return kept;
-  }
-};
-
-/// The same with the core Z, values Z B v, and what rows of N and the exact diagonal's estimate need.
+/// variance (m, d) <- that of each segment's keys, per coordinate; rows: the kept ones.
 template <class T>
-struct ShiftFactors : ShiftLandmarks<T> {
-  ShiftFactors(const Sources<T>& in, const SegmentMeans& landmarks, const SoftmaxKernel& kernel, int iterations,
-               Context& context, Scratch& scratch)
-      : ShiftLandmarks<T>(in, landmarks, kernel, context, scratch),
-        scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
-        variance(scratch.matrix<T>(landmarks.num_landmarks, in.k.cols())),
-        z(scratch.matrix<T>(landmarks.num_landmarks, landmarks.num_landmarks)),
-        ones(scratch.array<T>(landmarks.num_landmarks)),
-        log_length(scratch.array<T>(landmarks.num_landmarks)),
-        log_others(scratch.array<T>(landmarks.num_landmarks)) {
-    IterativePinv{.iterations = iterations}.invert<T>(this->a, z, context);
-    gemm<T>(1, z, this->sums, 0, this->values, context);
-    for (Index i = 0; i < z.rows(); ++i) ones[static_cast<std::size_t>(i)] = detail::row_sum(&z(i, 0), z.cols());
-    set_variance(in, context);
-    for (Index c = 0; c < variance.rows(); ++c) {
-      const Range range = segment(static_cast<Index>(this->rows.size()), variance.rows(), c);
-      log_length[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first));
-      log_others[static_cast<std::size_t>(c)] = std::log2(static_cast<T>(range.last - range.first - 1));
-    }
-  }
-
-  T scale;
-  MatrixRef<T> variance;    ///< of each segment's keys, per coordinate (m, d)
-  MatrixRef<T> z;           ///< what stands for A's inverse (m, m)
-  std::span<T> ones;        ///< Z B 1, which is Z 1
-  std::span<T> log_length;  ///< log2 of each segment's length
-  std::span<T> log_others;  ///< log2 of one less, -infinity for a single token
-
- private:
-  void set_variance(const Sources<T>& in, Context& context) {
-    Scratch scratch = context.scratch();
-    const Index n = static_cast<Index>(this->rows.size()), m = variance.rows(), d = variance.cols();
-    const std::span<T> buffers = scratch.array<T>(context.workers() * d);
-    const LongSums<T> chains(n / m + 1, d, context.workers(), scratch);
-    variance.setZero();
-    context.for_each(m, [&](Index c, int worker) {
-      const Range range = segment(n, m, c);
-      chains.add(range.last - range.first, worker, &variance(c, 0), [&, i = range.first](Index some, T* to) mutable {
-        for (const Index last = i + some; i < last; ++i) {
-          const T* k = in.k.row(this->rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
-          add_squared_difference(k, &this->k_land(c, 0), to, d);
-        }
-      });
-      variance.row(c) /= static_cast<T>(range.last - range.first);
+void set_variance(const TokenRows<T>& k, std::span<const Index> rows, const ConstMatrixRef<T>& means,
+                  const MatrixRef<T>& variance, Context& context) {
+  Scratch scratch = context.scratch();
+  const Index n = static_cast<Index>(rows.size()), m = variance.rows(), d = variance.cols();
+  const std::span<T> buffers = scratch.array<T>(context.workers() * d);
+  const LongSums<T> chains(n / m + 1, d, context.workers(), scratch);
+  set_zero(variance);
+  context.for_each(m, [&](Index c, int worker) {
+    const Range range = segment(n, m, c);
+    T* const sum = variance.data() + c * d;
+    chains.add(range.last - range.first, worker, sum, [&, i = range.first](Index some, T* to) mutable {
+      for (const Index last = i + some; i < last; ++i) {
+        const T* row = k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
+        add_squared_difference(row, row_of(means, c), to, d);
+      }
     });
-  }
-};
+    for (Index a = 0; a < d; ++a) sum[a] /= static_cast<T>(range.last - range.first);
+  });
+}
 
-/// What rows of N are multiplied by, packed once for all of them.
+/// The m-sized side of N over the n kept rows.
 template <class T>
-struct ShiftPanels {
-  ShiftPanels(const ShiftFactors<T>& factors, Scratch& scratch)
-      : scale(factors.scale * std::numbers::log2e_v<T>),
-        half_square(scale * factors.scale / 2),
-        k_land(Panels<T>::pack(transposed(factors.k_land), scratch)),
-        q_land(Panels<T>::pack(transposed(factors.q_land), scratch)),
-        variance(Panels<T>::pack(transposed(factors.variance), scratch)),
-        z(Panels<T>::pack(factors.z, scratch)),
-        values(Panels<T>::pack(factors.values, scratch)),
-        lse(scratch.array<T>(factors.z.rows())) {
-    std::transform(factors.lse.begin(), factors.lse.end(), lse.begin(),
-                   [](const RowLog<T>& x) { return x.value * std::numbers::log2e_v<T>; });
+struct ShiftFactors {
+  ShiftFactors(const Sources<T>& in, const SoftmaxKernel& kernel, const NystromFactors<T>& f, int iterations,
+               Context& context, Scratch& scratch)
+      : m(f.bv.rows()),
+        scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
+        log2_scale(scale * std::numbers::log2e_v<T>),
+        half_square(log2_scale * scale / 2),
+        rows(list_kept_keys(in, scratch)),
+        zbv(scratch.matrix<T>(m, in.v.cols())),
+        ones(scratch.array<T>(m)),
+        log_length(scratch.array<T>(m)),
+        log_others(scratch.array<T>(m)),
+        lse(scratch.array<T>(m)) {
+    const MatrixRef<T> a = scratch.matrix<T>(m, m), z = scratch.matrix<T>(m, m),
+                       variance = scratch.matrix<T>(m, in.k.cols());
+    kernel_matrix<SoftmaxKernel, T>(kernel, f.q_land, f.k_land, a, context);
+    IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
+    gemm<T>(1, z, f.bv, 0, zbv, context);
+    set_variance<T>(in.k, rows, f.k_land, variance, context);
+    for (Index c = 0; c < m; ++c) {
+      const auto at = static_cast<std::size_t>(c);
+      const Range range = segment(static_cast<Index>(rows.size()), m, c);
+      ones[at] = row_sum(z.data() + c * m, m);
+      log_length[at] = std::log2(static_cast<T>(range.last - range.first));
+      log_others[at] = std::log2(static_cast<T>(range.last - range.first - 1));
+      lse[at] = f.lse_land[at].value * std::numbers::log2e_v<T>;
+    }
+    packed = {Panels<T>::pack(transposed(f.k_land), scratch), Panels<T>::pack(transposed(f.q_land), scratch),
+              Panels<T>::pack(transposed(variance), scratch), Panels<T>::pack(z, scratch),
+              Panels<T>::pack(zbv, scratch)};
   }
 
-  T scale, half_square;  ///< s and s^2 / 2, in units of log2, as all scores here
-  Panels<T> k_land, q_land, variance, z, values;
-  std::span<T> lse;  ///< of B's rows
+  Index m;
+  T scale;                      ///< s
+  T log2_scale, half_square;    ///< s and s^2 / 2 in units of log2, as all scores are here
+  std::span<const Index> rows;  ///< row numbers of the kept tokens
+  MatrixRef<T> zbv;             ///< Z B v (m, d_v)
+  std::span<T> ones;            ///< Z B 1, which is Z 1
+  std::span<T> log_length;      ///< log2 of each segment's length
+  std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
+  std::span<T> lse;             ///< log-sums of B's rows
+
+  /// What rows are multiplied by, packed once for all of them. variance: of each segment's keys, per coordinate (m, d).
+  struct {
+    Panels<T> k_land, q_land, variance, z, zbv;
+  } packed;
 };
 
 /// The listed rows of m, in ascending order: in place where they follow one another, else a copy.
@@ -131,7 +112,7 @@ ConstMatrixRef<T> listed_rows(const TokenRows<T>& m, std::span<const Index> list
   const auto count = static_cast<Index>(list.size());
   if (m.in_place() && list.back() - list.front() + 1 == count) return m.matrix().middleRows(list.front(), count);
   const MatrixRef<T> copy = scratch.matrix<T>(count, m.cols());
-  for (Index i = 0; i < count; ++i) m.copy_row(list[static_cast<std::size_t>(i)], copy.data() + i * copy.outerStride());
+  for (Index i = 0; i < count; ++i) m.copy_row(list[static_cast<std::size_t>(i)], row_of(copy, i));
   return copy;
 }
 
@@ -139,12 +120,8 @@ ConstMatrixRef<T> listed_rows(const TokenRows<T>& m, std::span<const Index> list
 template <class T>
 class ShiftedRows {
  public:
-  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, const ShiftPanels<T>& panels,
-              std::span<const Index> ranks, Scratch& scratch)
-      : f(scratch.matrix<T>(static_cast<Index>(ranks.size()), factors.z.rows())),
-        factors_(factors),
-        panels_(panels),
-        ranks_(ranks) {
+  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, std::span<const Index> ranks, Scratch& scratch)
+      : f(scratch.matrix<T>(static_cast<Index>(ranks.size()), factors.m)), factors_(factors), ranks_(ranks) {
     for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch, &added}) {
       *row = scratch.array<T>(static_cast<Index>(ranks.size()));
     }
@@ -154,16 +131,17 @@ class ShiftedRows {
                    [&](Index rank) { return factors.rows[static_cast<std::size_t>(rank)]; });
     const ConstMatrixRef<T> q = listed_rows<T>(in.q, rows, temporary), k = listed_rows<T>(in.k, rows, temporary);
     MatrixRef<T> scores = temporary.matrix<T>(f.rows(), f.cols());
-    panels.k_land.multiply({&panels.scale, 0}, q, 0, scores, {});
+    factors.packed.k_land.multiply({&factors.log2_scale, 0}, q, 0, scores, {});
     set_rows_of_f(scores);
     set_diagonal(q, k, temporary);
     estimate_diagonal(q, scores, temporary);
     for (std::size_t i = 0; i < stretch.size(); ++i) set_row(i);
   }
 
-  /// to (c, d_v) <- factor times the rows of N v.
-  void multiply_values(const RowFactors<T>& factor, MatrixRef<T> to) const {
-    panels_.values.multiply(factor, f, 0, to, {});
+  /// to (c, d_v) <- the rows of N v.
+  void multiply_values(const MatrixRef<T>& to) const {
+    const T one = 1;
+    factors_.packed.zbv.multiply({&one, 0}, f, 0, to, {});
   }
 
   MatrixRef<T> f;               ///< (c, m)
@@ -204,14 +182,14 @@ class ShiftedRows {
     const Index m = f.cols();
     MatrixRef<T> fz = temporary.matrix<T>(f.rows(), m), b = temporary.matrix<T>(f.rows(), m);
     const T one = 1;
-    panels_.z.multiply({&one, 0}, f, 0, fz, {});
-    panels_.q_land.multiply({&panels_.scale, 0}, k, 0, b, {});
+    factors_.packed.z.multiply({&one, 0}, f, 0, fz, {});
+    factors_.packed.q_land.multiply({&factors_.log2_scale, 0}, k, 0, b, {});
     for (Index i = 0; i < f.rows(); ++i) {
       auto total = broadcast(T(0));
       for (Index j = 0; j < m; j += kLanes<T>) {
         // No weight is above 1 but for the rounding of large scores.
         const auto weight =
-            exp2_bounded(min(load_row(&b(i, 0), j, m) - load_row(panels_.lse.data(), j, m), broadcast(T(0))));
+            exp2_bounded(min(load_row(&b(i, 0), j, m) - load_row(factors_.lse.data(), j, m), broadcast(T(0))));
         total = multiply_add(load_row(&fz(i, 0), j, m), weight, total);
       }
       diagonal[static_cast<std::size_t>(i)] = sum(total);
@@ -225,7 +203,7 @@ class ShiftedRows {
   void estimate_diagonal(const ConstMatrixRef<T>& q, MatrixRef<T> scores, Scratch& temporary) {
     MatrixRef<T> squares = temporary.matrix<T>(q.rows(), q.cols());
     squares = q.array().square();
-    panels_.variance.multiply({&panels_.half_square, 0}, squares, 1, scores, {});
+    factors_.packed.variance.multiply({&factors_.half_square, 0}, squares, 1, scores, {});
     const auto n = static_cast<Index>(factors_.rows.size()), m = scores.cols();
     for (std::size_t i = 0; i < ranks_.size(); ++i) {
       T* row = &scores(static_cast<Index>(i), 0);
@@ -251,7 +229,6 @@ class ShiftedRows {
   }
 
   const ShiftFactors<T>& factors_;
-  const ShiftPanels<T>& panels_;
   std::span<const Index> ranks_;
 };
 

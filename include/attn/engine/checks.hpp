@@ -107,7 +107,7 @@ class Memory {
   const char* name;  ///< of the argument
 
  private:
-  /// Its steps as terms of the bytes' addresses, longest strides first, so many times x of 0 to count - 1. What follows
+  /// The steps as terms of the bytes' addresses, longest strides first, so many times x of 0 to count - 1. What follows
   /// without a gap prolongs the run, or the step before.
   struct Places {
     explicit Places(const Memory& memory) : run(memory.run_) {
@@ -242,7 +242,7 @@ bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
   }
 }
 
-/// Nor itself, nor what else is written.
+/// Results overlap no inputs, no other results, and not themselves.
 [[gnu::noinline]] inline void check_apart(std::string_view who, std::span<const Memory> results,
                                           std::span<const Memory> inputs) {
   for (std::size_t i = 0; i < results.size(); ++i) {
@@ -427,7 +427,7 @@ void check_partial(std::string_view who, const Inputs<T>& in, const States& stat
   check_apart(who, memory_of(states), memory_of(in));
 }
 
-/// Both are of as many rows, and into overlaps nothing.
+/// Both states are of as many rows, and into overlaps nothing.
 template <class States>
 void check_merge(std::string_view who, const States& into, const States& from) {
   check_not_empty(who, "weighted", into.weighted);

@@ -82,7 +82,7 @@ inline Packet<T> exp2(Packet<T> x) {
   }
 }
 
-/// The same for one number.
+/// exp2 of one number.
 template <class T>
 inline T exp2_scalar(T x) {
   alignas(64) T lanes[kLanes<T>];

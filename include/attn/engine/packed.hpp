@@ -153,7 +153,7 @@ struct Panels {
     }
   }
 
-  /// The same for the columns of one strip.
+  /// c <- keep c + diag(factor) a b for the columns of one strip alone.
   void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
                       Prefetch prefetch) const {
     const Range strip = this->strip(s);

@@ -158,7 +158,8 @@ struct LogKernel {
   BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
 };
 
-/// What weights are relative to: the largest score so far, or nothing where no weight is above 1: they are kappa itself.
+/// What weights are relative to: the largest score so far, or nothing where no weight is above 1: they are kappa
+/// itself.
 enum class Maximum { running, none };
 
 /// What no exponent of a weight is above, but for rounding.
@@ -247,7 +248,7 @@ RowScale<T> row_scale(Rows rows, std::type_identity_t<double> maximum, T sum) {
   return {static_cast<T>(std::exp2(once)), static_cast<T>(std::exp2(again))};
 }
 
-/// Those of a strip.
+/// What the rows of a strip are multiplied by.
 template <class T>
 struct RowScales {
   alignas(64) T first[array_size(kTileWidth<T>)], second[array_size(kTileWidth<T>)];
@@ -260,8 +261,8 @@ struct RowScales {
   }
 };
 
-/// What is known of rows of weights after some keys, one row a lane: the weights are 2^maximum times those that sum adds
-/// up. base: what scores are relative to, see far_pairs.hpp.
+/// What is known of rows of weights after some keys, one row a lane: the weights are 2^maximum times those that sum
+/// adds up. base: what scores are relative to, see far_pairs.hpp.
 template <class T>
 struct RowStatistics {
   T *maximum, *sum, *base;

@@ -48,7 +48,7 @@ inline Packet<T> load_row(const T* row, Index first, Index d, T fill = 0) {
   return first + kLanes<T> <= d ? load_unaligned(row + first) : load_some(row + first, d - first, fill);
 }
 
-/// The same of a row that may be null, which is all zeros.
+/// load_row of a row that may be null, which is all zeros.
 template <class T>
 inline Packet<T> load_row_if(const T* row, Index first, Index d) {
   return row == nullptr ? broadcast(T(0)) : load_row(row, first, d);
@@ -171,6 +171,12 @@ void weigh_row(T* row, Index n, Rows rows) {
   const T total = exponentiate(row, n, rows == Rows::normalized ? row_maximum(row, n) : T(0));
   if (rows == Rows::raw) return;
   for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, load_row(row, j, n) / broadcast(total));
+}
+
+/// Where row i of a matrix begins.
+template <class M>
+auto row_of(const M& m, Index i) {
+  return m.data() + i * m.outerStride();
 }
 
 /// to <- factor from.

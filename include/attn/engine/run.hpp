@@ -79,7 +79,7 @@ void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& o
       scratch);
 }
 
-/// The same; lse, unless null, are absolute.
+/// multiply with absolute log-sums alone; lse may be null.
 template <ScoreKernel Kernel, class T>
 void multiply(const Kernel& kernel, const Sources<T>& in, const ResultRows<T>& out, T* lse, Context& context) {
   multiply<Kernel, T>(kernel, in, out, LogSums<T>{lse}, context);

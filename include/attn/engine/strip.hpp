@@ -32,8 +32,8 @@
 
 namespace attn::detail {
 
-/// Row states of a strip, queries along the lanes: beside its statistics what the weights seen so far add up to with the
-/// values, weighted (d_v rows), which has room for whole tiles.
+/// Row states of a strip, queries along the lanes: beside its statistics what the weights seen so far add up to with
+/// the values, weighted (d_v rows), which has room for whole tiles.
 template <class T>
 struct LaneState : RowStatistics<T> {
   T* weighted;
@@ -294,9 +294,9 @@ class StripKernel {
     return state.maximum;
   }
 
-  /// The same for a tile whose biases are counted from another origin than those of each query, which is no smaller.
-  /// The weights are relative to the maximum as counted from the tile's origin; where that is too far below to be told
-  /// from it, to the tile's own.
+  /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no
+  /// smaller. The weights are relative to the maximum as counted from the tile's origin; where that is too far below to
+  /// be told from it, to the tile's own.
   const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
     set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
     for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];

@@ -19,7 +19,8 @@ inline constexpr int kTilePackets = 3;
 template <class T>
 inline constexpr Index kTileWidth = kTilePackets * kLanes<T>;
 
-/// The same for a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as many accumulators.
+/// Packets and rows of a tile with a packed right operand, where 64 columns are 4 packets: 6 rows by 4 packets are as
+/// many accumulators.
 inline constexpr int kPanelPackets = kVectorRegisters == 32 ? 4 : kTilePackets;
 template <int kPackets>
 inline constexpr int kPanelRows = kPackets > kTilePackets ? 6 : kTileRows;

@@ -1,7 +1,7 @@
 /// The bytes that a fuzzer chose, as a source of numbers.
 #pragma once
 
-#include "inputs.hpp"
+#include "common/inputs.hpp"
 
 #include <fuzzer/FuzzedDataProvider.h>
 

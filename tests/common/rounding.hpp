@@ -1,7 +1,7 @@
 /// How results in half and bfloat16 are held against exact ones: each entry within half a unit in the last place.
 #pragma once
 
-#include "reference.hpp"
+#include "common/reference.hpp"
 
 #include <attn/matrix.hpp>
 

@@ -5,7 +5,7 @@
 #include <attn/landmarks.hpp>
 #include <attn/any_approximator.hpp>
 
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -48,13 +48,7 @@ class RandomProblem {
   MatrixRef<T> out() { return out_.view(); }
   bool padding_untouched() const { return out_.padding_untouched(); }
 
-  std::string text() const {
-    const auto number = [](Index x) { return std::to_string(x); };
-    return "n_q " + number(shape_.n_q) + ", n_k " + number(shape_.n_k) + ", d " + number(shape_.d) + ", d_v " +
-           number(shape_.d_v) + ", causal " + number(static_cast<Index>(causal_)) +
-           (keep_key_.empty() ? "" : ", keep_key") + (keep_query_.empty() ? "" : ", keep_query") +
-           (key_bias_.empty() ? "" : ", key_bias") + (sizeof(T) == 4 ? ", float" : ", double");
-  }
+  std::string text() { return describe(inputs()) + (sizeof(T) == 4 ? ", float" : ", double"); }
 
  private:
   static constexpr double kSizes[] = {0.05, 0.55, 1.0};

@@ -1,4 +1,4 @@
-#include "reference.hpp"
+#include "common/reference.hpp"
 
 #include <Eigen/Eigenvalues>
 #include <Eigen/LU>

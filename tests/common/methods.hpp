@@ -4,7 +4,7 @@
 #include <attn/any_approximator.hpp>
 
 #include "mean_pooling.hpp"
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <gtest/gtest.h>
 
@@ -26,14 +26,6 @@ template <class T>
 attn::AnyApproximator<T> make_method(const std::string& name, const attn::MethodOptions& options = {}) {
   if (name == MeanPooling<T>::kName) return attn::AnyApproximator<T>(MeanPooling<T>{});
   return attn::make_approximator<T>(name, options);
-}
-
-template <class T>
-std::string describe(const Inputs<T>& in) {
-  const auto text = [](Index x) { return std::to_string(x); };
-  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " +
-         text(in.v.cols()) + (in.mask.keep_key.empty() ? "" : ", keep_key") +
-         (in.mask.keep_query.empty() ? "" : ", keep_query");
 }
 
 /// Body is called for float and for double.

@@ -1,6 +1,6 @@
-# attn_own: what attn's own tests, benchmarks and examples link: attn_own_settings, flags that never reach a consumer of attn::attn,
-# and what takes longest to compile, once for all of them: attn's templates (attn/extern_templates.hpp, included without a word of
-# theirs), and attn_oracle, tokens and the oracle.
+# attn_own: what attn's own tests, benchmarks and examples link: attn_own_settings, flags that never reach a consumer of
+# attn::attn, and what is compiled once for all of them: attn's templates (attn/extern_templates.hpp, included without a
+# word of theirs), which take longest, and attn_common, this folder: the oracle, tokens, files, options and tables.
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 find_package(OpenMP COMPONENTS CXX)
@@ -22,7 +22,11 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
   target_compile_options(attn_own_settings INTERFACE ${attn_warnings})
 
   # GCC 12's AVX-512 intrinsics read a variable that they leave uninitialised on purpose (GCC bug 105593), so that there any
-  # reduction or product of Eigen's warns. Only where that is so is the warning off.
+  # reduction or product of Eigen's warns. Only where that is so is the warning off; other flags may answer otherwise.
+  if(NOT "${ATTN_EIGEN_CHECKED_WITH}" STREQUAL "${CMAKE_CXX_FLAGS}")
+    unset(ATTN_EIGEN_COMPILES_WITHOUT_WARNING CACHE)
+    set(ATTN_EIGEN_CHECKED_WITH "${CMAKE_CXX_FLAGS}" CACHE INTERNAL "")
+  endif()
   set(CMAKE_REQUIRED_FLAGS "-O3 -Wall -Werror")
   if(ATTN_NATIVE AND ATTN_HAS_MARCH_NATIVE)
     string(APPEND CMAKE_REQUIRED_FLAGS " -march=native")
@@ -46,12 +50,13 @@ endif()
 
 add_library(attn_own_templates STATIC ${PROJECT_SOURCE_DIR}/cmake/extern_templates.cpp)
 target_link_libraries(attn_own_templates PUBLIC attn_own_settings)
-add_library(attn_oracle STATIC ${PROJECT_SOURCE_DIR}/tests/reference.cpp ${PROJECT_SOURCE_DIR}/examples/common/families.cpp)
-target_include_directories(attn_oracle PRIVATE ${PROJECT_SOURCE_DIR}/examples)
-target_link_libraries(attn_oracle PUBLIC attn_own_settings)
-target_compile_options(attn_oracle PRIVATE ${attn_checking_flags})
+set(common ${PROJECT_SOURCE_DIR}/tests/common)
+add_library(attn_common STATIC ${common}/families.cpp ${common}/reference.cpp ${common}/table.cpp)
+target_include_directories(attn_common PUBLIC ${PROJECT_SOURCE_DIR}/tests)
+target_link_libraries(attn_common PUBLIC attn_own_settings)
+target_compile_options(attn_common PRIVATE ${attn_checking_flags})
 add_library(attn_own INTERFACE)
-target_link_libraries(attn_own INTERFACE attn_own_templates attn_oracle)
+target_link_libraries(attn_own INTERFACE attn_own_templates attn_common)
 set(precompiled $<TARGET_PROPERTY:PRECOMPILE_HEADERS>$<TARGET_PROPERTY:PRECOMPILE_HEADERS_REUSE_FROM>)  # these have it
 target_compile_options(attn_own INTERFACE "SHELL:$<$<STREQUAL:${precompiled},>:-include attn/extern_templates.hpp>")
 

@@ -7,8 +7,8 @@
 #include <attn/openmp.hpp>
 #endif
 
-#include "inputs.hpp"
-#include "reference.hpp"
+#include "common/inputs.hpp"
+#include "common/reference.hpp"
 
 #include <gtest/gtest.h>
 
@@ -46,6 +46,7 @@ using attn::Mask;
 using attn::MatrixRef;
 
 using Scalars = ::testing::Types<float, double>;
+using NarrowScalars = ::testing::Types<Eigen::half, Eigen::bfloat16>;
 
 template <class T>
 inline constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
@@ -136,6 +137,31 @@ struct Backwards {
 
 /// A context for each kind of executor.
 std::vector<std::pair<std::string, Context>> contexts();
+
+/// What a method makes of the inputs, in a matrix that held NaN.
+template <class A>
+Matrix<typename A::Scalar> forward(const A& method, const Inputs<typename A::Scalar>& in, Context& context) {
+  using T = typename A::Scalar;
+  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), kNaN<T>);
+  method.forward(in, out, context);
+  return out;
+}
+
+template <class A>
+Matrix<typename A::Scalar> forward(const A& method, const Inputs<typename A::Scalar>& in) {
+  Context context;
+  return forward(method, in, context);
+}
+
+/// Shapes and masks, for messages.
+template <class T>
+std::string describe(const Inputs<T>& in) {
+  const auto text = [](Index x) { return std::to_string(x); };
+  return "n_q " + text(in.q.rows()) + ", n_k " + text(in.k.rows()) + ", d " + text(in.q.cols()) + ", d_v " +
+         text(in.v.cols()) + ", causal " + text(static_cast<Index>(in.mask.causal)) +
+         (in.mask.keep_key.empty() ? "" : ", keep_key") + (in.mask.keep_query.empty() ? "" : ", keep_query") +
+         (in.key_bias.empty() ? "" : ", key_bias");
+}
 
 /// The oracle's view of the same problem.
 template <class T>

@@ -21,6 +21,14 @@ using families::Random;
 using families::Shape;
 using families::Tokens;
 
+/// The tokens with q and k times size.
+template <class T>
+Tokens<T> scaled(Tokens<T> x, double size) {
+  x.q *= static_cast<T>(size);
+  x.k *= static_cast<T>(size);
+  return x;
+}
+
 /// Keeps each of n entries with the given probability; kept entries hold values other than 1 too.
 inline std::vector<std::uint8_t> random_keep(Index n, double probability, std::uint64_t seed) {
   Random random(seed);

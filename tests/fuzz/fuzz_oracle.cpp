@@ -1,6 +1,6 @@
 /// Methods on shapes, strides, masks and options that the fuzzer chooses: results are the oracle's, and padding stays
 /// as it was.
-#include "random_problem.hpp"
+#include "common/random_problem.hpp"
 #include "source.hpp"
 
 #include <cstdint>

@@ -4,7 +4,7 @@ find_package(Doxygen QUIET)
 if(DOXYGEN_FOUND)
   configure_file(${PROJECT_SOURCE_DIR}/docs/Doxyfile.in ${PROJECT_BINARY_DIR}/Doxyfile @ONLY)
   set(write_docs ${CMAKE_COMMAND} -D doxygen=${DOXYGEN_EXECUTABLE} -D folder=${PROJECT_BINARY_DIR}
-                 -P ${PROJECT_SOURCE_DIR}/cmake/run_doxygen.cmake)
+                 -P ${PROJECT_SOURCE_DIR}/docs/run_doxygen.cmake)
   add_custom_target(docs COMMAND ${write_docs}
                     VERBATIM COMMENT "Writing the reference to ${PROJECT_BINARY_DIR}/docs/html")
   if(ATTN_BUILD_TESTS)

@@ -1,4 +1,4 @@
-#include "support.hpp"
+#include "common/support.hpp"
 
 #include <algorithm>
 

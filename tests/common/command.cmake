@@ -1,0 +1,11 @@
+# For scripts: sets command to what stands behind -- on the command line.
+set(command)
+set(separator_seen FALSE)
+math(EXPR last "${CMAKE_ARGC} - 1")
+foreach(i RANGE ${last})
+  if(separator_seen)
+    list(APPEND command "${CMAKE_ARGV${i}}")
+  elseif(CMAKE_ARGV${i} STREQUAL "--")
+    set(separator_seen TRUE)
+  endif()
+endforeach()
