@@ -247,7 +247,7 @@ class LongSums {
   }
 
   template <class Add>
-  void add_level(Index count, T* partial, T* sum, Add& add) const {
+  [[gnu::noinline]] void add_level(Index count, T* partial, T* sum, Add& add) const {
     if (count <= kTerms) return add(count, sum);
     Index part = kTerms;
     while (part * kTerms < count) part *= kTerms;
