@@ -54,22 +54,23 @@ concept Approximator =
 template <class Method, class T, class SavedOfMethod>
 class MethodBase {
  public:
-  /// @{ As Approximator says.
-  using Scalar = T;
-  using Saved = SavedOfMethod;
+  using Scalar = T;             ///< the type of the matrices' elements
+  using Saved = SavedOfMethod;  ///< what backward needs of forward
 
+  /// As Approximator says.
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { run(in, out, context, nullptr); }
 
+  /// The same for training.
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
     run(in, out, context, &saved);
   }
 
+  /// As Approximator says.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
     detail::check_backward(Method::kName, in, out, dout, gradients);
     run_backward(in, out, dout, saved, gradients, context);
   }
-  /// @}
 
  protected:
   /// backward, once shapes are checked; more: what differentiate takes besides.

@@ -10,11 +10,10 @@
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
 
-#include <algorithm>
 #include <concepts>
+#include <cstddef>
 #include <limits>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -117,28 +116,30 @@ struct RawRows {
 template <class Operator, class T>
 class OperatorBase {
  public:
-  /// @{ As ForwardOperator and LinearOperator say.
-  using Scalar = T;
+  using Scalar = T;                    ///< the type of the blocks' elements
   using Wide = detail::Arithmetic<T>;  ///< what narrow blocks are computed in
 
+  /// As ForwardOperator says.
   void apply(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const { self().multiply(x, y, context); }
 
+  /// As ForwardOperator says.
   void apply_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const {
     self().multiply(x, y, context);
   }
 
+  /// As LinearOperator says.
   void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const
     requires Operator::kHasTranspose
   {
     self().multiply_transposed(x, y, context);
   }
 
+  /// As LinearOperator says.
   void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const
     requires Operator::kHasTranspose
   {
     self().multiply_transposed(x, y, context);
   }
-  /// @}
 
  private:
   const Operator& self() const { return static_cast<const Operator&>(*this); }

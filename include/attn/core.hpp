@@ -96,7 +96,7 @@ T largest_row_sum(const ConstMatrixRef<T>& a) {
   for (Index i = 0; i < a.rows(); ++i) {
     auto total = broadcast(T(0));
     for (Index j = 0; j < a.cols(); j += kLanes<T>) {
-      const auto x = load_row(a.data() + i * a.outerStride(), j, a.cols());
+      const auto x = load_row(row_of(a, i), j, a.cols());
       total = total + max(x, broadcast(T(0)) - x);
     }
     largest = std::max(largest, sum(total));
@@ -197,8 +197,7 @@ void add_row_sum_gradient(const ConstMatrixRef<T>& a, T dsum, MatrixRef<T> da) {
 template <class T>
 T sum_of_products(const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y) {
   T sum = 0;
-  for (Index i = 0; i < x.rows(); ++i)
-    sum += dot_product(x.data() + i * x.outerStride(), y.data() + i * y.outerStride(), x.cols());
+  for (Index i = 0; i < x.rows(); ++i) sum += dot_product(row_of(x, i), row_of(y, i), x.cols());
   return sum;
 }
 

@@ -36,6 +36,7 @@ template <class T, ScoreKernel Kernel>
 class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::ExactSaved<T, Kernel>> {
  public:
   using Saved = detail::ExactSaved<T, Kernel>;  ///< what backward needs
+  /// In tables and error messages.
   static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
                                             : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
                                                                                      : "exact";

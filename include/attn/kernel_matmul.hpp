@@ -22,12 +22,12 @@ namespace attn {
 
 /// States of n_q rows after some keys. With kappa_ij the kernel's entries (key bias included),
 ///   sum_i = sum_j kappa_ij 2^-maximum_i     weighted_i = sum_j kappa_ij 2^-maximum_i v_j
-/// maximum (n_q), sum (n_q), weighted (n_q, d_v); a row that has seen no key has sum 0, and its maximum means nothing.
-/// States of disjoint sets of keys merge.
+/// A row that has seen no key has sum 0, and its maximum means nothing. States of disjoint sets of keys merge.
 template <class T>
 struct RowStates {
-  std::span<T> maximum, sum;
-  MatrixRef<T> weighted;
+  std::span<T> maximum;   ///< (n_q), in units of log2
+  std::span<T> sum;       ///< (n_q)
+  MatrixRef<T> weighted;  ///< (n_q, d_v)
 };
 
 /// into <- the states of both sets of keys together. Associative up to rounding. Throws std::invalid_argument when
@@ -37,13 +37,13 @@ void merge(const RowStates<T>& into, const std::type_identity_t<RowStates<T>>& f
   detail::check_merge("merge", into, from);
   for (std::size_t i = 0; i < into.sum.size(); ++i) {
     const T top = detail::merged_maximum(into.maximum[i], into.sum[i], from.maximum[i], from.sum[i]);
-    const T keep = detail::merge_factor(into.maximum[i], into.sum[i], top),
-            add = detail::merge_factor(from.maximum[i], from.sum[i], top);
+    const T of_into = detail::merge_factor(into.maximum[i], into.sum[i], top),
+            of_from = detail::merge_factor(from.maximum[i], from.sum[i], top);
     into.maximum[i] = top;
-    into.sum[i] = into.sum[i] * keep + from.sum[i] * add;
+    into.sum[i] = into.sum[i] * of_into + from.sum[i] * of_from;
     T* row = into.weighted.data() + static_cast<Index>(i) * into.weighted.outerStride();
-    detail::scale_row(keep, row, row, into.weighted.cols());
-    detail::add_row(add, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row,
+    detail::scale_row(of_into, row, row, into.weighted.cols());
+    detail::add_row(of_from, from.weighted.data() + static_cast<Index>(i) * from.weighted.outerStride(), row,
                     into.weighted.cols());
   }
 }
@@ -60,8 +60,8 @@ void finish(const Kernel& kernel, const RowStates<T>& states, Index d, std::type
     const detail::RowScale<T> scale = detail::row_scale(rows, static_cast<double>(states.maximum[i]), states.sum[i]);
     if (!lse.empty()) lse[i] = detail::row_log_sum(states.maximum[i], states.sum[i]);
     const Index row = static_cast<Index>(i);
-    const T* weighted = states.weighted.data() + row * states.weighted.outerStride();
-    T* to = out.data() + row * out.outerStride();
+    const T* weighted = detail::row_of(states.weighted, row);
+    T* to = detail::row_of(out, row);
     detail::scale_row(scale.first, weighted, to, out.cols());
     if (scale.second != 1) detail::scale_row(scale.second, to, to, out.cols());
   }
@@ -80,11 +80,11 @@ void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&&
     const auto row = static_cast<std::size_t>(i);
     for (Index c = 0; c < to.cols(); c += kColumns) {
       const Index count = std::min(kColumns, to.cols() - c);
-      float* weighted = states.weighted.data() + i * states.weighted.outerStride() + c;
+      float* weighted = detail::row_of(states.weighted, i) + c;
       const RowStates<float> some{
           states.maximum.subspan(row, 1), states.sum.subspan(row, 1), {weighted, 1, count, count}};
       finish(kernel, some, d, MatrixRef<float>(wide, 1, count, count), lse.empty() ? lse : lse.subspan(row, 1));
-      detail::convert_row(wide, to.data() + i * to.outerStride() + c, count);
+      detail::convert_row(wide, detail::row_of(to, i) + c, count);
     }
   }
 }

@@ -32,7 +32,7 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
                                         detail::SkyformerSaved<T, SoftmaxKernel, Landmarks, Inverse>> {
  public:
   using Saved = detail::SkyformerSaved<T, SoftmaxKernel, Landmarks, Inverse>;  ///< what backward needs
-  static constexpr std::string_view kName = "lifted-softmax";
+  static constexpr std::string_view kName = "lifted-softmax";                  ///< in tables and error messages
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3},

@@ -3,9 +3,9 @@
 
 #include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
+#include <attn/detail/split_mix64.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/simd.hpp>
-#include <attn/landmarks.hpp>
 #include <attn/matrix.hpp>
 
 #include <Eigen/Core>

@@ -58,7 +58,7 @@ struct NystromState {
     return lse.data();
   }
 
-  void keep(const NystromFactors<T>& f) {
+  void copy(const NystromFactors<T>& f) {
     q_land = f.q_land;
     k_land = f.k_land;
     bv = f.bv;
@@ -83,7 +83,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
                                   detail::NystromSaved<T, Kernel, Landmarks, Inverse>> {
  public:
   using Saved = detail::NystromSaved<T, Kernel, Landmarks, Inverse>;  ///< what backward needs
-  static constexpr std::string_view kName = "nystrom";
+  static constexpr std::string_view kName = "nystrom";                ///< in tables and error messages
 
   /// How landmarks are chosen, what stands for A^+, and the kernel.
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
@@ -110,7 +110,7 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
     if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
     Scratch scratch = context.scratch();
     const auto f = detail::NystromFactors<T>::of(kName, landmarks_, kernel_, in, scratch, context);  // B v
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->keep(f);
+    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->copy(f);
     multiply(in, f, out, lse, context);
   }
 

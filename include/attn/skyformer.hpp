@@ -30,7 +30,7 @@ struct SkyformerState {
   std::vector<double> exponents{};
   double top = 0;
 
-  void keep(const ConstMatrixRef<T>& landmarks, const LandmarkSums<T>& of_keys) {
+  void copy(const ConstMatrixRef<T>& landmarks, const LandmarkSums<T>& of_keys) {
     land = landmarks;
     sums = of_keys.sums;
     exponents.assign(of_keys.exponents.begin(), of_keys.exponents.end());
@@ -58,7 +58,7 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
  public:
   using Saved = detail::SkyformerSaved<T, GaussianKernel, Landmarks, Inverse>;  ///< what backward needs
   using MethodBase<Skyformer, T, Saved>::backward;
-  static constexpr std::string_view kName = "skyformer";
+  static constexpr std::string_view kName = "skyformer";  ///< in tables and error messages
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
@@ -100,7 +100,7 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
     detail::check_landmark_rows(kName, "q and k", land, detail::any_kept(in) ? 1 : 0, in.q.cols());
     const detail::LandmarkSums<T> sums =
         detail::sum_over_keys<T>(kernel_, in, detail::relative_bias(in, scratch), land, scratch, context);
-    if (saved != nullptr) saved->keep(land, sums);
+    if (saved != nullptr) saved->copy(land, sums);
     if (land.rows() == 0) return out.set_zero();  // no query or no key is kept
     if (sums.spread()) return multiply<WideScalar>(in, land, sums, out, context);
     multiply<T>(in, land, sums, out, context);

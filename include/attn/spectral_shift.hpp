@@ -77,8 +77,8 @@ template <class T, class Landmarks = SegmentMeans, ScoreKernel Kernel = SoftmaxK
   requires std::same_as<Landmarks, SegmentMeans> && std::same_as<Kernel, SoftmaxKernel>
 class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T, detail::ShiftSaved<T>> {
  public:
-  using Saved = detail::ShiftSaved<T>;  ///< what backward needs
-  static constexpr std::string_view kName = "shifted-nystrom";
+  using Saved = detail::ShiftSaved<T>;                          ///< what backward needs
+  static constexpr std::string_view kName = "shifted-nystrom";  ///< in tables and error messages
 
   /// How many landmarks, how the shift is chosen, and the kernel.
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
@@ -111,7 +111,7 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
     if (exact) return detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, lse}, context);
     Scratch scratch = context.scratch();
     const auto f = detail::NystromFactors<T>::of(kName, landmarks_, kernel_, in, scratch, context);
-    if (saved != nullptr) saved->nystrom.keep(f);
+    if (saved != nullptr) saved->nystrom.copy(f);
     if (shift_.mode == ShiftMode::paper) return shift_by_trace(in, f, out, saved, context);
     detail::ShiftFactors<T> factors(in, kernel_, f, shift_.iterations, context, scratch);
     const auto probes = detail::probe_rows<T>(kernel_, shift_.num_probes, in, factors, context, scratch);

@@ -3,7 +3,6 @@
 
 #include <attn/detail/split_mix64.hpp>
 #include <attn/engine/checks.hpp>
-#include <attn/engine/key_tiles.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/mask.hpp>

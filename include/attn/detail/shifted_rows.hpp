@@ -7,7 +7,6 @@
 #include <attn/engine/exp2.hpp>
 #include <attn/engine/few_keys.hpp>
 #include <attn/engine/packed.hpp>
-#include <attn/engine/problem.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
@@ -17,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <numbers>
 #include <span>

@@ -211,7 +211,7 @@ class BackwardRunner {
     for (Index i = 0; i < kLanes<T>; ++i) {
       const Index row = strip.queries.first + lane + i;
       const bool real = strip.queries.holds(product_, lane + i);
-      dout[i] = real ? rows_.dout.data() + row * rows_.dout.outerStride() : nullptr;
+      dout[i] = real ? row_of(rows_.dout, row) : nullptr;
       const bool finite = slice_row(real ? q.row_or_null(row) : nullptr, q.cols(), product_.kernel.center, scale,
                                     strip.query_rows, strip.queries.lanes(), lane + i);
       strip.finite &=
@@ -338,17 +338,17 @@ class BackwardRunner {
     for (Index p = 0; p < strip.queries.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
-        rows[i] = p + i < strip.queries.count ? dq.data() + (strip.queries.first + p + i) * dq.outerStride() : nullptr;
+        rows[i] = p + i < strip.queries.count ? row_of(dq, strip.queries.first + p + i) : nullptr;
       }
       unpack_rows(strip.dq + p, strip.queries.lanes(), dq.cols(), broadcast(scale), rows);
     }
     for (Index i = 0; i < strip.queries.count; ++i) {
       const Index row = strip.queries.first + i;
-      T* to = dq.data() + row * dq.outerStride();
+      T* to = row_of(dq, row);
       if (!keeps_query(product_.in, row)) {
         std::fill_n(to, dq.cols(), T(0));
       } else if (has_bias() && strip.slope_sum[i] != 0) {
-        const T* q = product_.in.q.data() + row * product_.in.q.outerStride();
+        const T* q = row_of(product_.in.q, row);
         const T* center = product_.kernel.center;
         for (Index c = 0; c < dq.cols(); ++c)
           to[c] -= twice_bias * strip.slope_sum[i] * (q[c] - (center == nullptr ? T(0) : center[c]));

@@ -34,7 +34,7 @@ struct StrideTerm {
 /// Whether a sum of one value of each term can lie in [least, most]. Strides are positive and descend. What the others
 /// reach leaves few x of the first one where they span no more than its stride, as in arrays whose rows, heads and
 /// items do not interleave.
-inline bool can_reach(std::span<const StrideTerm> terms, Index least, Index most) {
+[[gnu::noinline]] inline bool can_reach(std::span<const StrideTerm> terms, Index least, Index most) {
   if (terms.empty()) return least <= 0 && most >= 0;
   const auto [stride, first, last] = terms.front();
   const std::span<const StrideTerm> others = terms.subspan(1);
@@ -62,7 +62,7 @@ struct MemoryStep {
 class Memory {
  public:
   /// A run of so many bytes at data, and its repetitions, strides in bytes. Empty where a count is 0.
-  Memory(const char* argument, const void* data, Index run, const std::array<MemoryStep, 3>& steps)
+  [[gnu::noinline]] Memory(const char* argument, const void* data, Index run, const std::array<MemoryStep, 3>& steps)
       : name(argument),
         run_(run),
         steps_(steps),

@@ -36,8 +36,8 @@ T invert_factor(MatrixRef<T> a, T tolerance, MatrixRef<T> inverse) {
     for (Index t = 0; t < j; ++t) pivot -= row[t] * row[t];
     smallest = std::min(smallest, pivot);
     inverse(j, j) = pivot <= tolerance ? T(0) : 1 / std::sqrt(pivot);
-    T* const inverse_row = inverse.data() + j * inverse.outerStride();
-    for (Index t = 0; t < j; ++t) add_row(row[t], inverse.data() + t * inverse.outerStride(), inverse_row, t + 1);
+    T* const inverse_row = row_of(inverse, j);
+    for (Index t = 0; t < j; ++t) add_row(row[t], row_of(inverse, t), inverse_row, t + 1);
     scale_row(-inverse_row[j], inverse_row, inverse_row, j);
   }
   return smallest;

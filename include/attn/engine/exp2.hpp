@@ -68,7 +68,7 @@ inline Packet<T> exp2_bounded(Packet<T> x) {
 /// 2^x within 3 units in the last place (float) or 1 (double); infinite from 128 (1024) on, exactly 0 below -126.5
 /// (-1022.5), at most the smallest normal number from there to -126 (-1022). NaN stays NaN. Subnormal weights would
 /// make products take many times as long. Above kBias, where 2^n may be infinite although 2^x is not, it is 2 2^(x -
-/// 1).
+/// 1), in that order whatever the compiler may assume.
 template <class T>
 inline Packet<T> exp2(Packet<T> x) {
   if constexpr (kScalesExponents) {
@@ -78,7 +78,7 @@ inline Packet<T> exp2(Packet<T> x) {
     const auto one = broadcast(T(1));
     x = min(x, broadcast<T>(C::kBias + 1));
     const auto above = min(max(x - broadcast(C::kBias), broadcast(T(0))) * broadcast(C::kRound), one);  // 0 or 1
-    return exp2_bounded(x - above) * (one + above);
+    return opaque(exp2_bounded(x - above)) * (one + above);
   }
 }
 

@@ -1,7 +1,7 @@
 /// Many queries meet few keys, all of them at once: what a landmark method's wide factor is.
 ///
 ///   for each strip of queries:                             keys lie along the lanes, packed once for all strips
-///     score[i]  = scale q_i.k + bias                       register tiles, keep c + diag(factor) a b
+///     score[i]  = scale q_i.k + bias                       register tiles, beta c + diag(factor) a b
 ///     weight[i] = 2^(score[i] - their maximum)
 ///     out[i]    = factor_i sum_j weight[i][j] v_j          register tiles
 ///
@@ -103,7 +103,7 @@ class FewKeysRunner {
     few_.values.multiply({scales.first, 1}, {scores_, count, few_.values.depth, width_, 1}, 0, to, results);
     for (Index i = 0; i < count; ++i) {
       const bool keeps = keeps_query(product_.in, rows.first + i);
-      T* row = to.data() + i * to.outerStride();
+      T* row = row_of(to, i);
       if (scales.twice) scale_row(scales.second[i], row, row, d_v);
       if (!keeps) std::fill_n(row, d_v, T(0));
       out.finish_row(rows.first + i, row);
@@ -214,8 +214,8 @@ template <class T>
 std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, T bias, MatrixRef<T> to, Scratch& scratch) {
   const std::span<T> norms = scratch.array<T>(x.rows());
   for (Index i = 0; i < x.rows(); ++i) {
-    const T* from = x.data() + i * x.outerStride();
-    T* row = to.data() + i * to.outerStride();
+    const T* from = row_of(x, i);
+    T* row = row_of(to, i);
     for (Index c = 0; c < x.cols(); ++c) row[c] = from[c] - (origin != nullptr ? origin[c] : T(0));
     norms[static_cast<std::size_t>(i)] = bias * squared_norm(row, x.cols());
   }
@@ -234,13 +234,13 @@ void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const
              norms_to = copy_centered(y, origin, bias, to, scratch);
   gemm<T>(scale, from, transposed(to), 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
-    T* row = out.data() + i * out.outerStride();
+    T* row = row_of(out, i);
     const T n_x = norms_from[static_cast<std::size_t>(i)];
     for (Index j = 0; j < out.cols(); ++j) {
       const T n_y = norms_to[static_cast<std::size_t>(j)];
       row[j] -= n_x + n_y;
       if (origin != nullptr && is_near(row[j], n_x, n_y)) {
-        row[j] = -bias * squared_distance(x.data() + i * x.outerStride(), y.data() + j * y.outerStride(), x.cols());
+        row[j] = -bias * squared_distance(row_of(x, i), row_of(y, j), x.cols());
       }
       row[j] = std::min(row[j], largest);
     }
@@ -260,7 +260,7 @@ void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const Const
   } else {
     gemm<T>(scale, x, transposed(y), 0, out, context);
   }
-  for (Index i = 0; i < out.rows(); ++i) weigh_row(out.data() + i * out.outerStride(), out.cols(), parameters.rows);
+  for (Index i = 0; i < out.rows(); ++i) weigh_row(row_of(out, i), out.cols(), parameters.rows);
 }
 
 }  // namespace attn::detail

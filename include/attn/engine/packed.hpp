@@ -97,29 +97,29 @@ struct RowFactors {
   Index step;
 };
 
-/// Some rows of c <- keep c + tile, whose rows hold width elements.
+/// Some rows of c <- beta c + tile, whose rows hold width elements.
 template <class T>
-[[gnu::noinline]] void add_tile(const T* tile, Index rows, Index width, T keep, T* c, Index stride, Index columns) {
+[[gnu::noinline]] void add_tile(const T* tile, Index rows, Index width, T beta, T* c, Index stride, Index columns) {
   for (Index r = 0; r < rows; ++r, tile += width, c += stride) {
     for (Index at = 0; at < columns; at += kLanes<T>) {
       const auto x = load(tile + at);
-      store_row(c, at, columns, keep == 0 ? x : multiply_add(broadcast(keep), load_row(c, at, columns), x));
+      store_row(c, at, columns, beta == 0 ? x : multiply_add(broadcast(beta), load_row(c, at, columns), x));
     }
   }
 }
 
-/// c <- keep c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is
+/// c <- beta c + diag(factor) a b, b a panel of a.cols rows. c has at most as many columns as the panel. What is
 /// prefetch is fetched meanwhile.
 template <int kPackets, class T>
-[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T keep,
+[[gnu::noinline]] void multiply_panel(const RowFactors<T>& factor, const Operand<T>& a, const T* panel, T beta,
                                       MatrixRef<T> c, const Prefetch& prefetch) {
   constexpr int kRows = kPanelRows<kPackets>;
   constexpr Index kWidth = kPackets * kLanes<T>;
   alignas(64) T buffer[array_size(kRows * kWidth)];
   for (Index i = 0; i < a.rows; i += kRows) {
     const Index rows = std::min<Index>(kRows, a.rows - i);
-    const bool stores = keep == 0 && c.cols() == kWidth && rows == kRows;
-    T* const to = c.data() + i * c.outerStride();
+    const bool stores = beta == 0 && c.cols() == kWidth && rows == kRows;
+    T* const to = row_of(c, i);
     T* const out = stores ? to : buffer;
     const Index out_stride = stores ? c.outerStride() : kWidth;
     prefetch.fetch(i, kRows, a.rows);
@@ -131,7 +131,7 @@ template <int kPackets, class T>
 #pragma GCC unroll 4
       for (int p = 0; p < kPackets; ++p) store_unaligned(out + r * out_stride + p * kLanes<T>, x * tile[r][p]);
     }
-    if (!stores) add_tile<T>(buffer, rows, kWidth, keep, to, c.outerStride(), c.cols());
+    if (!stores) add_tile<T>(buffer, rows, kWidth, beta, to, c.outerStride(), c.cols());
   }
 }
 
@@ -157,18 +157,18 @@ struct Panels {
   /// Strips of at most kPanelPackets packets of columns.
   Index strips() const { return strip_count(packets, kPanelPackets); }
 
-  /// c <- keep c + diag(factor) a b, as far as c has columns. What is prefetch is fetched meanwhile. Sums run over at
+  /// c <- beta c + diag(factor) a b, as far as c has columns. What is prefetch is fetched meanwhile. Sums run over at
   /// most kDepth terms at a time.
-  [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
+  [[gnu::noinline]] void multiply(const RowFactors<T>& factor, const Operand<T>& a, T beta, const MatrixRef<T>& c,
                                   Prefetch prefetch) const {
     for (Index s = 0; s < strips(); ++s) {
-      multiply_strip(s, factor, a, keep, c, prefetch);
+      multiply_strip(s, factor, a, beta, c, prefetch);
       prefetch = {};
     }
   }
 
-  /// c <- keep c + diag(factor) a b for the columns of one strip alone.
-  void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T keep, const MatrixRef<T>& c,
+  /// c <- beta c + diag(factor) a b for the columns of one strip alone.
+  void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T beta, const MatrixRef<T>& c,
                       Prefetch prefetch) const {
     const Range strip = this->strip(s);
     const Index wide = strip.last - strip.first, column = strip.first * kLanes<T>;
@@ -178,7 +178,7 @@ struct Panels {
       const Index last = std::min(depth, first + kDepth);
       const Operand<T> terms(a.data + first * a.column_step, a.rows, last - first, a.row_step, a.column_step);
       with_packets<kPanelPackets>(static_cast<int>(wide), [&](auto width) {
-        multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? keep : T(1), to,
+        multiply_panel<width, T>(factor, terms, panel(strip) + first * wide * kLanes<T>, first == 0 ? beta : T(1), to,
                                  prefetch);
       });
       first = last;
@@ -205,17 +205,17 @@ struct Panels {
   }
 };
 
-/// c <- keep c + scale a b; a and b may be transposed(...). c must not overlap a or b, and is not read where keep is 0.
+/// c <- beta c + scale a b; a and b may be transposed(...). c must not overlap a or b, and is not read where beta is 0.
 /// Sums run over at most 256 terms at a time.
 template <class T>
-void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T keep, const MatrixRef<T>& c, Context& context) {
+void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T beta, const MatrixRef<T>& c, Context& context) {
   constexpr Index kBlockRows = 256, kWorthSharing = 4 << 20;  // multiply-adds: below, waking the workers costs more
   Scratch scratch = context.scratch();
   const Panels<T> panels = Panels<T>::pack(b, scratch);
   const Index blocks = (c.rows() + kBlockRows - 1) / kBlockRows, strips = panels.strips();
   const auto multiply_item = [&](Index item, int) {
     const Range rows = nth_part(c.rows(), blocks, item / strips);
-    panels.multiply_strip(item % strips, {&scale, 0}, a.some_rows(rows), keep, rows_of(c, rows), {});
+    panels.multiply_strip(item % strips, {&scale, 0}, a.some_rows(rows), beta, rows_of(c, rows), {});
   };
   const TaskRef multiply(multiply_item);
   if (c.rows() * c.cols() * a.cols >= kWorthSharing) return context.for_each(blocks * strips, multiply);

@@ -184,7 +184,7 @@ template <class T>
 void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
                 const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
-    scale_row(factor, from.data() + i * from.outerStride(), to.data() + i * to.outerStride(), to.cols());
+    scale_row(factor, row_of(from, i), row_of(to, i), to.cols());
   }
 }
 
@@ -193,7 +193,7 @@ template <class T>
 void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
                     const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
-    T* row = to.data() + i * to.outerStride();
+    T* row = row_of(to, i);
     for (Index j = 0; j < to.cols(); ++j) row[j] = factor * from.data()[j * from.outerStride() + i];
   }
 }
@@ -201,7 +201,7 @@ void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
 /// to <- 0.
 template <class T>
 void set_zero(const MatrixRef<T>& to) {
-  for (Index i = 0; i < to.rows(); ++i) std::fill_n(to.data() + i * to.outerStride(), to.cols(), T(0));
+  for (Index i = 0; i < to.rows(); ++i) std::fill_n(row_of(to, i), to.cols(), T(0));
 }
 
 /// The largest magnitude of a's elements.
@@ -210,7 +210,7 @@ T largest_magnitude(const ConstMatrixRef<T>& a) {
   auto top = broadcast(T(0));
   for (Index i = 0; i < a.rows(); ++i) {
     for (Index j = 0; j < a.cols(); j += kLanes<T>) {
-      const auto x = load_row(a.data() + i * a.outerStride(), j, a.cols());
+      const auto x = load_row(row_of(a, i), j, a.cols());
       top = max(top, max(x, broadcast(T(0)) - x));
     }
   }
@@ -247,7 +247,7 @@ class LongSums {
   }
 
   template <class Add>
-  void add_level(Index count, T* partial, T* sum, Add& add) const {
+  [[gnu::noinline]] void add_level(Index count, T* partial, T* sum, Add& add) const {
     if (count <= kTerms) return add(count, sum);
     Index part = kTerms;
     while (part * kTerms < count) part *= kTerms;

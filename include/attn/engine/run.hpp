@@ -97,8 +97,7 @@ template <class T>
 std::span<const T> row_dots(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b, Scratch& scratch) {
   const std::span<T> dots = scratch.array<T>(a.rows());
   for (Index i = 0; i < a.rows(); ++i) {
-    dots[static_cast<std::size_t>(i)] =
-        dot_product(a.data() + i * a.outerStride(), b.data() + i * b.outerStride(), a.cols());
+    dots[static_cast<std::size_t>(i)] = dot_product(row_of(a, i), row_of(b, i), a.cols());
   }
   return dots;
 }
@@ -154,8 +153,8 @@ void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias,
   const T twice_bias = 2 * std::numbers::ln2_v<T> * product.kernel.bias;
   for (Index j = 0; j < dk.rows(); ++j) {
     if (dbias[static_cast<std::size_t>(j)] == 0) continue;
-    const T* k = product.in.k.data() + j * product.in.k.outerStride();
-    T* to = dk.data() + j * dk.outerStride();
+    const T* k = row_of(product.in.k, j);
+    T* to = row_of(dk, j);
     const T factor = twice_bias * dbias[static_cast<std::size_t>(j)];
     for (Index c = 0; c < dk.cols(); ++c)
       to[c] -= factor * (k[c] - (product.kernel.center == nullptr ? T(0) : product.kernel.center[c]));

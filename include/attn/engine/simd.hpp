@@ -1,5 +1,6 @@
-/// Packets of the widest vector unit that Eigen was compiled for: the only file that touches Eigen::internal. Which one
-/// that is, Eigen's macros say, not the compiler's: Eigen may be told to leave a unit alone.
+/// Packets of the widest vector unit that Eigen was compiled for, as the compilers' own vectors. Which unit that is,
+/// Eigen's macros say, not the compiler's: Eigen may be told to leave one alone. Intrinsics stand only where the
+/// compilers make more instructions of operators than there need be.
 #pragma once
 
 #include <Eigen/Core>
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -50,16 +52,20 @@ constexpr bool is_negative_infinity(T x) {
   }
 }
 
-/// One register of T. A struct rather than Eigen's own type, so that its template argument is T on every architecture.
-template <class T>
-struct Packet {
-  using Raw = typename Eigen::internal::packet_traits<T>::type;
-  Raw raw;
-};
+/// Bytes of a vector register; 0 where Eigen does not vectorise.
+#if defined(EIGEN_VECTORIZE_AVX512)
+inline constexpr std::size_t kRegisterBytes = 64;
+#elif defined(EIGEN_VECTORIZE_AVX)
+inline constexpr std::size_t kRegisterBytes = 32;
+#elif defined(EIGEN_VECTORIZE)
+inline constexpr std::size_t kRegisterBytes = 16;
+#else
+inline constexpr std::size_t kRegisterBytes = 0;
+#endif
 
 /// Lanes of a packet; 1 where Eigen does not vectorise.
 template <class T>
-inline constexpr int kLanes = Eigen::internal::unpacket_traits<typename Packet<T>::Raw>::size;
+inline constexpr int kLanes = std::max(1, static_cast<int>(kRegisterBytes / sizeof(T)));
 
 /// x86 before AVX-512 has 16 vector registers, later x86 and AArch64 have 32; the register tile is sized for them.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -68,101 +74,110 @@ inline constexpr int kVectorRegisters = 32;
 inline constexpr int kVectorRegisters = 16;
 #endif
 
-/// A packet as a vector that the compilers' own operators and shuffles take.
+/// As many elements as a packet of T has lanes, as a vector that the compilers' operators and shuffles take.
 template <class T, class Element = T>
 struct VectorOf {
-  using Type [[gnu::vector_size(sizeof(Packet<T>))]] = Element;
+  using Type [[gnu::vector_size(kLanes<T> * sizeof(Element))]] = Element;
+};
+
+/// One register of T. A struct rather than the vector itself, so that its template argument is T on every architecture.
+template <class T>
+struct Packet {
+  using Raw = std::conditional_t<kLanes<T> == 1, T, typename VectorOf<T>::Type>;
+  using Aligned [[gnu::may_alias]] = Raw;  ///< of elements in memory
+  using Unaligned [[gnu::may_alias, gnu::aligned(alignof(T))]] = Raw;
+  Raw raw;
 };
 
 template <class T>
 inline Packet<T> broadcast(T x) {
-  return {Eigen::internal::pset1<typename Packet<T>::Raw>(x)};
+  return {x - typename Packet<T>::Raw{}};  // x - 0 is x, of -0 too; a loop over lanes triples the code under GCC
 }
 template <class T>
 inline Packet<T> load(const T* aligned) {
-  return {Eigen::internal::pload<typename Packet<T>::Raw>(aligned)};
+  return {*reinterpret_cast<const typename Packet<T>::Aligned*>(aligned)};
 }
 template <class T>
 inline Packet<T> load_unaligned(const T* p) {
-  return {Eigen::internal::ploadu<typename Packet<T>::Raw>(p)};
+  return {*reinterpret_cast<const typename Packet<T>::Unaligned*>(p)};
 }
 template <class T>
 inline void store(T* aligned, Packet<T> x) {
-  Eigen::internal::pstore(aligned, x.raw);
+  *reinterpret_cast<typename Packet<T>::Aligned*>(aligned) = x.raw;
 }
 template <class T>
 inline void store_unaligned(T* p, Packet<T> x) {
-  Eigen::internal::pstoreu(p, x.raw);
+  *reinterpret_cast<typename Packet<T>::Unaligned*>(p) = x.raw;
 }
 
 template <class T>
 inline Packet<T> operator+(Packet<T> a, Packet<T> b) {
-  return {Eigen::internal::padd(a.raw, b.raw)};
+  return {a.raw + b.raw};
 }
 template <class T>
 inline Packet<T> operator-(Packet<T> a, Packet<T> b) {
-  return {Eigen::internal::psub(a.raw, b.raw)};
+  return {a.raw - b.raw};
 }
 template <class T>
 inline Packet<T> operator*(Packet<T> a, Packet<T> b) {
-  return {Eigen::internal::pmul(a.raw, b.raw)};
+  return {a.raw * b.raw};
 }
 template <class T>
 inline Packet<T> operator/(Packet<T> a, Packet<T> b) {
-  return {Eigen::internal::pdiv(a.raw, b.raw)};
+  return {a.raw / b.raw};
 }
 
-/// The larger of a and b, lane by lane; a where either is NaN.
+/// The larger of a and b, lane by lane; a where either is NaN, for the second operand is what x86's instructions then
+/// return. With AVX-512 by a mask of all lanes: without one GCC 12 warns of its own header.
 template <class T>
 inline Packet<T> max(Packet<T> a, Packet<T> b) {
-#if defined(EIGEN_VECTORIZE_SSE)
-  return {Eigen::internal::pmax(a.raw, b.raw)};  // one instruction; the compilers make two of what follows
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (sizeof(T) == 4) return {_mm512_mask_max_ps(a.raw, 0xFFFF, b.raw, a.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm512_mask_max_pd(a.raw, 0xFF, b.raw, a.raw)};
+#elif defined(EIGEN_VECTORIZE_AVX)
+  if constexpr (sizeof(T) == 4) return {_mm256_max_ps(b.raw, a.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm256_max_pd(b.raw, a.raw)};
+#elif defined(EIGEN_VECTORIZE_SSE)
+  if constexpr (sizeof(T) == 4) return {_mm_max_ps(b.raw, a.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm_max_pd(b.raw, a.raw)};
 #else
-  if constexpr (kLanes<T> == 1) {
-    return a.raw < b.raw ? b : a;
-  } else {
-    const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
-    return std::bit_cast<Packet<T>>(x < y ? y : x);
-  }
+  return {a.raw < b.raw ? b.raw : a.raw};
 #endif
 }
 
 /// The smaller of a and b, lane by lane; a where either is NaN.
 template <class T>
 inline Packet<T> min(Packet<T> a, Packet<T> b) {
-#if defined(EIGEN_VECTORIZE_SSE)
-  return {Eigen::internal::pmin(a.raw, b.raw)};
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (sizeof(T) == 4) return {_mm512_mask_min_ps(a.raw, 0xFFFF, b.raw, a.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm512_mask_min_pd(a.raw, 0xFF, b.raw, a.raw)};
+#elif defined(EIGEN_VECTORIZE_AVX)
+  if constexpr (sizeof(T) == 4) return {_mm256_min_ps(b.raw, a.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm256_min_pd(b.raw, a.raw)};
+#elif defined(EIGEN_VECTORIZE_SSE)
+  if constexpr (sizeof(T) == 4) return {_mm_min_ps(b.raw, a.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm_min_pd(b.raw, a.raw)};
 #else
-  if constexpr (kLanes<T> == 1) {
-    return b.raw < a.raw ? b : a;
-  } else {
-    const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
-    return std::bit_cast<Packet<T>>(y < x ? y : x);
-  }
+  return {b.raw < a.raw ? b.raw : a.raw};
 #endif
 }
 
-/// c + a b.
+/// c + a b, in one instruction where there is one, even if the compiler was told to contract nothing.
 template <class T>
 inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
-  return {Eigen::internal::pmadd(a.raw, b.raw, c.raw)};
-}
-
 #if defined(EIGEN_VECTORIZE_AVX512)
-// By a mask of all lanes: without one GCC 12 warns of its own header.
-inline Packet<float> max(Packet<float> a, Packet<float> b) {
-  return {_mm512_mask_max_ps(a.raw, 0xFFFF, b.raw, a.raw)};
-}
-inline Packet<double> max(Packet<double> a, Packet<double> b) {
-  return {_mm512_mask_max_pd(a.raw, 0xFF, b.raw, a.raw)};
-}
-inline Packet<float> min(Packet<float> a, Packet<float> b) {
-  return {_mm512_mask_min_ps(a.raw, 0xFFFF, b.raw, a.raw)};
-}
-inline Packet<double> min(Packet<double> a, Packet<double> b) {
-  return {_mm512_mask_min_pd(a.raw, 0xFF, b.raw, a.raw)};
-}
+  if constexpr (sizeof(T) == 4) return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm512_fmadd_pd(a.raw, b.raw, c.raw)};
+#elif defined(EIGEN_VECTORIZE_AVX) && defined(EIGEN_VECTORIZE_FMA)
+  if constexpr (sizeof(T) == 4) return {_mm256_fmadd_ps(a.raw, b.raw, c.raw)};
+  if constexpr (sizeof(T) == 8) return {_mm256_fmadd_pd(a.raw, b.raw, c.raw)};
+#elif defined(EIGEN_VECTORIZE_NEON) && defined(__aarch64__)
+  if constexpr (sizeof(T) == 4) return {vfmaq_f32(c.raw, a.raw, b.raw)};
+  if constexpr (sizeof(T) == 8) return {vfmaq_f64(c.raw, a.raw, b.raw)};
+#else
+  return a * b + c;
 #endif
+}
 
 /// x, of which the compiler no longer knows how it was computed: under -ffast-math it would take x + a - a for x. No
 /// instruction.
@@ -231,7 +246,7 @@ class FiniteLanes {
 };
 
 /// As many bfloat16 as a packet of floats has lanes: the upper halves of these.
-using BfloatBits [[gnu::vector_size(2 * kLanes<float>)]] = std::uint16_t;
+using BfloatBits = VectorOf<float, std::uint16_t>::Type;
 using FloatBits = VectorOf<float, std::uint32_t>::Type;
 
 /// As many floats as a packet has lanes, from a narrow type in memory and, rounded to nearest, to it.
@@ -278,18 +293,15 @@ inline void store_narrow(Eigen::half* p, Packet<float> x) {
 /// Exchanges the off-diagonal quarters of every 2 kStep x 2 kStep block that lies in rows a and b = a + kStep.
 template <int kStep, class T, int... kLane>
 inline void exchange(Packet<T>& a, Packet<T>& b, std::integer_sequence<int, kLane...>) {
-  const auto x = std::bit_cast<typename VectorOf<T>::Type>(a), y = std::bit_cast<typename VectorOf<T>::Type>(b);
   constexpr int kCount = kLanes<T>;
-  a = std::bit_cast<Packet<T>>(
-      __builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane - kStep : kLane)...));
-  b = std::bit_cast<Packet<T>>(
-      __builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane : kLane + kStep)...));
+  const auto x = a.raw, y = b.raw;
+  a = {__builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane - kStep : kLane)...)};
+  b = {__builtin_shufflevector(x, y, ((kLane & kStep) != 0 ? kCount + kLane : kLane + kStep)...)};
 }
 
 template <int kStep, class T, int... kLane>
 inline Packet<T> rotate(Packet<T> a, std::integer_sequence<int, kLane...>) {
-  const auto x = std::bit_cast<typename VectorOf<T>::Type>(a);
-  return std::bit_cast<Packet<T>>(__builtin_shufflevector(x, x, ((kLane + kStep) % kLanes<T>)...));
+  return {__builtin_shufflevector(a.raw, a.raw, ((kLane + kStep) % kLanes<T>)...)};
 }
 
 /// All lanes, combined by op.

@@ -257,19 +257,21 @@ class StripKernel {
   }
 
  private:
-  void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
+  [[gnu::noinline]] void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen,
+                              Index limit) const {
     hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
   }
 
   /// Scores of pairs that are far from the center and near each other are mended.
-  void refine(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count) const {
+  [[gnu::noinline]] void refine(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                Index count) const {
     if (maximum_ == Maximum::running) {
       far_pairs_.find_near(strip, tile, count, panel_, state.base, state.maximum);
     }
     far_pairs_.refine(strip, tile, count, state.base, panel_);
   }
 
-  void set_tile_maximum(Index count, Index lanes) const {
+  [[gnu::noinline]] void set_tile_maximum(Index count, Index lanes) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {
       auto top = broadcast(kNoMaximum<T>);
       for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
@@ -297,7 +299,7 @@ class StripKernel {
   /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no
   /// smaller. The weights are relative to the maximum as counted from the tile's origin; where that is too far below to
   /// be told from it, to the tile's own.
-  const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
+  [[gnu::noinline]] const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
     set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
     for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
     raise_maximum(strip, state, shifted_maximum_);
@@ -316,8 +318,8 @@ class StripKernel {
 
   /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see
   /// them. A query that sees only finite ones gets the bits that it would get from add_values.
-  void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
-                       Index limit) const {
+  [[gnu::noinline]] void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                         Index count, Index limit) const {
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
