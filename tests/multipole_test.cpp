@@ -362,7 +362,7 @@ std::vector<Tokens<T>> adversarial() {
 }
 
 constexpr Clusters kMany[] = {{.num_clusters = 8, .num_groups = 3, .num_near = 2},
-                              {.num_clusters = 149, .num_groups = 90, .num_near = 148},
+                              {.num_clusters = 149, .num_groups = 30, .num_near = 148},
                               {.num_clusters = 40, .num_groups = 1, .num_near = 0},
                               {.num_clusters = 1, .num_groups = 1, .num_near = 0}};
 
@@ -546,7 +546,7 @@ TYPED_TEST(MultipoleOf, AQueryThatIsNotFiniteReachesItsOwnRowAlone) {
           if (everywhere) q.row(row).setConstant(poison);
           q(row, 5) = poison;
           const Matrix<T> out = forward(method, {.q = q, .k = x.k, .v = x.v});
-          EXPECT_LE(error_of_other_rows(out, exact, row), 1.5 * clean) << "row " << row << " of " << poison;
+          EXPECT_LE(error_of_other_rows(out, exact, row), 1.1 * clean) << "row " << row << " of " << poison;
           EXPECT_TRUE(!std::isnan(poison) || out.row(row).array().isNaN().all()) << "row " << row;
         }
       }
@@ -711,7 +711,7 @@ void expect_near(const Tokens<T>& found, const reference::Gradients& expected, d
 /// Where every query is a group of its own, the landmark moves with it, and the gradients are exact as the result is.
 TYPED_TEST(MultipoleOf, GradientsAreThoseOfExactAttentionWhereTheResultIs) {
   using T = TypeParam;
-  for (const test::Shape& shape : {test::Shape{70, 90, 16, 12}, {61, 61, 1, 1}, {5, 300, 33, 3}}) {
+  for (const test::Shape& shape : {test::Shape{50, 70, 16, 12}, {33, 33, 1, 1}}) {
     const Problem<T> problem(shape, 1004);
     for (const Inputs<T>& in : problem.all()) {
       const reference::Problem p = test::to_reference(in);
