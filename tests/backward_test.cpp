@@ -1,6 +1,5 @@
 /// Gradients: of the streamed product against the oracle's, of every method against differences of its forward pass.
 #include <attn/attn.hpp>
-#include <attn/multipole.hpp>
 
 #include "common/support.hpp"
 
@@ -267,10 +266,6 @@ std::vector<Case> cases() {
     add("lifted-softmax, preconditioned" + suffix,
         attn::LiftedSoftmax<double, StridedSample, PreconditionedPinv>({9}, inverse));
   }
-  const attn::Clusters clusters{.num_clusters = 7, .num_groups = 3, .num_near = 2};
-  add("multipole", attn::Multipole<double>(clusters, {.scale = 0.4}));
-  add("multipole, gaussian", attn::Multipole<double, GaussianKernel>(clusters));
-  add("multipole, gaussian, normalized", attn::Multipole<double, GaussianKernel>(clusters, normalized));
   add("lifted-softmax, strided", attn::LiftedSoftmax<double, StridedSample>({5}, {.gamma = 0.1}, {.scale = 0.5}));
   return all;
 }
