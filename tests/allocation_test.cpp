@@ -1,6 +1,7 @@
 /// A second call, or training step, with the same shapes allocates nothing: neither by operator new nor by malloc. And
 /// where there is no memory, std::bad_alloc comes out and everything stays usable. This program replaces both.
 #include <attn/attn.hpp>
+#include <attn/multipole.hpp>
 
 #include "common/inputs.hpp"
 #include "common/methods.hpp"
@@ -277,6 +278,9 @@ class Calls {
     for (const auto name : {"gaussian", "skyformer"}) {
       made.push_back(attn::make_approximator<T>(name, {.num_landmarks = 24, .rows = Rows::normalized}));
     }
+    const attn::Clusters clusters{.num_clusters = 24, .num_groups = 9, .num_near = 5};
+    made.push_back(attn::AnyApproximator<T>(attn::Multipole<T>(clusters)));
+    made.push_back(attn::AnyApproximator<T>(attn::Multipole<T, GaussianKernel>(clusters)));
     using Preconditioned = attn::Skyformer<T, attn::StridedSample, attn::PreconditionedPinv>;
     made.push_back(attn::AnyApproximator<T>(Preconditioned({.num_landmarks = 200})));
     return made;

@@ -1,4 +1,5 @@
 #include <attn/attn.hpp>
+#include <attn/multipole.hpp>
 
 #include "mean_pooling.hpp"
 #include "common/support.hpp"
@@ -24,7 +25,8 @@ template <class T>
 constexpr bool kEveryMethodIsOne =
     Approximator<attn::SoftmaxAttention<T>> && Approximator<attn::GaussianAttention<T>> &&
     Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> && Approximator<attn::Skyformer<T>> &&
-    Approximator<attn::LiftedSoftmax<T>> && Approximator<attn::AnyApproximator<T>>;
+    Approximator<attn::LiftedSoftmax<T>> && Approximator<attn::Multipole<T>> &&
+    Approximator<attn::Multipole<T, attn::GaussianKernel>> && Approximator<attn::AnyApproximator<T>>;
 static_assert(kEveryMethodIsOne<float> && kEveryMethodIsOne<double>);
 static_assert(kEveryMethodIsOne<Eigen::half> && kEveryMethodIsOne<Eigen::bfloat16>);
 static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>>);

@@ -1,5 +1,6 @@
 /// Refused arguments: every error is a std::invalid_argument that names the method, the argument and the numbers.
 #include <attn/attn.hpp>
+#include <attn/multipole.hpp>
 
 #include "common/support.hpp"
 
@@ -62,7 +63,7 @@ class ErrorsOf : public ::testing::Test {
   }
 };
 using Methods = ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>, attn::Skyformer<float>,
-                                 KernelMatmul>;
+                                 attn::Multipole<float>, KernelMatmul>;
 TYPED_TEST_SUITE(ErrorsOf, Methods);
 
 TYPED_TEST(ErrorsOf, ShapesThatDisagree) {
@@ -236,6 +237,8 @@ template <class Method>
 Method with_few_landmarks() {
   if constexpr (std::is_constructible_v<Method, attn::SegmentMeans>) return Method(attn::SegmentMeans{2});
   if constexpr (std::is_constructible_v<Method, attn::UniformSample>) return Method(attn::UniformSample{2});
+  if constexpr (std::is_constructible_v<Method, attn::Clusters>)
+    return Method(attn::Clusters{.num_clusters = 2, .num_groups = 2, .num_near = 1});
   return Method{};
 }
 
@@ -249,9 +252,9 @@ class BackwardErrorsOf : public ::testing::Test {
   }
   static std::string text(const std::string& rest) { return std::string(Method::kName) + ": " + rest; }
 };
-using TrainedMethods =
-    ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>, attn::Nystrom<float>,
-                     attn::ShiftedNystrom<float>, attn::Skyformer<float>, attn::LiftedSoftmax<float>>;
+using TrainedMethods = ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>,
+                                        attn::Nystrom<float>, attn::ShiftedNystrom<float>, attn::Skyformer<float>,
+                                        attn::LiftedSoftmax<float>, attn::Multipole<float>>;
 TYPED_TEST_SUITE(BackwardErrorsOf, TrainedMethods);
 
 TYPED_TEST(BackwardErrorsOf, ShapesThatDisagree) {

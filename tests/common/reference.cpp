@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace reference {
 namespace {
@@ -31,6 +32,12 @@ Matrix next_inverse(const Matrix& a, const Matrix& z) {
 Index count_positive(const Vector& values) {
   constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
   return (values.array() > kEpsilon * static_cast<double>(values.size()) * values.cwiseAbs().maxCoeff()).count();
+}
+
+/// s x.k_j + a_j, the logarithm of kappa(x, k_j) but for what depends on x alone.
+double key_score(const Kernel& kernel, const Problem& p, const Vector& x, Index j) {
+  const double key_bias = p.key_bias.size() > 0 ? p.key_bias[j] : 0;
+  return kernel.scale * p.k.row(j).dot(x) - kernel.bias * p.k.row(j).squaredNorm() + key_bias;
 }
 
 }  // namespace
@@ -222,6 +229,105 @@ Matrix lifted_softmax(double scale, Problem p, const Matrix& landmarks, double g
   p.key_bias += scale / 2 * p.k.rowwise().squaredNorm();
   p.key_bias.array() -= p.key_bias.maxCoeff();
   return skyformer({scale, scale / 2, true}, p, landmarks, [&](const Matrix& a) { return ridge_inverse(a, gamma); });
+}
+
+std::vector<std::vector<Index>> bisect(const Matrix& x, Index parts, const std::vector<Index>& rows) {
+  if (parts <= 1) return {rows};
+  const Matrix some = x(rows, Eigen::indexing::all);
+  const Matrix centered = some.rowwise() - some.colwise().mean();
+  Index widest = 0;
+  centered.colwise().squaredNorm().maxCoeff(&widest);
+  Vector direction = Spectrum(centered.transpose() * centered).eigenvectors().rightCols(1);
+  if (direction[widest] < 0) direction = -direction;
+  std::vector<Index> order = rows, second;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](Index a, Index b) { return x.row(a).dot(direction) < x.row(b).dot(direction); });
+  const auto cut = order.begin() + static_cast<Index>(rows.size()) * (parts / 2) / parts;
+  second.assign(cut, order.end());
+  order.erase(cut, order.end());
+  std::sort(order.begin(), order.end());
+  std::sort(second.begin(), second.end());
+  auto all = bisect(x, parts / 2, order);
+  for (const auto& part : bisect(x, parts - parts / 2, second)) all.push_back(part);
+  return all;
+}
+
+Summary summarize(const Kernel& kernel, const Problem& p, const std::vector<Index>& cluster, const Vector& landmark) {
+  Vector scores(cluster.size());
+  for (Index i = 0; i < scores.size(); ++i)
+    scores[i] = key_score(kernel, p, landmark, cluster[static_cast<std::size_t>(i)]);
+  const double top = scores.maxCoeff();
+  const Vector weights = (scores.array() - top).exp();
+  const Vector key = p.k(cluster, Eigen::indexing::all).transpose() * weights / weights.sum();
+  const Vector value = p.v(cluster, Eigen::indexing::all).transpose() * weights / weights.sum();
+  return {key, value, top + std::log(weights.sum()) - kernel.scale * landmark.dot(key)};
+}
+
+Vector landmark_of(const Problem& p, const std::vector<Index>& group) {
+  Vector sum = Vector::Zero(p.q.cols());
+  double count = 0;
+  for (const Index i : group) {
+    if (!p.q.row(i).allFinite()) continue;
+    sum += p.q.row(i).transpose();
+    ++count;
+  }
+  return sum / std::max(count, 1.0);
+}
+
+Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields, const Fields::Block& block) {
+  const Vector landmark = landmark_of(p, block.group);
+  const auto n = static_cast<Index>(block.queries.size()), m = static_cast<Index>(fields.clusters.size());
+  Matrix weights(n, m);
+  Vector square = Vector::Zero(p.q.cols()), terms(m);
+  for (Index c = 0; c < m; ++c) {
+    const Summary summary = summarize(kernel, p, fields.clusters[static_cast<std::size_t>(c)], landmark);
+    weights.col(c) = (kernel.scale * (p.q(block.queries, Eigen::indexing::all) * summary.key)).array() + summary.bias;
+  }
+  for (Index i = 0; i < n; ++i) {
+    weights.row(i) = (weights.row(i).array() - weights.row(i).maxCoeff()).exp();
+    weights.row(i) /= weights.row(i).sum();
+    const Vector query = p.q.row(block.queries[static_cast<std::size_t>(i)]);
+    square += (kernel.scale * (query - landmark)).cwiseAbs2();
+  }
+  for (Index c = 0; c < m; ++c) {
+    const auto& cluster = fields.clusters[static_cast<std::size_t>(c)];
+    const Matrix keys = p.k(cluster, Eigen::indexing::all), values = p.v(cluster, Eigen::indexing::all);
+    const Vector variance = (keys.rowwise() - keys.colwise().mean()).cwiseAbs2().colwise().mean();
+    const double spread = (values.rowwise() - values.colwise().mean()).rowwise().squaredNorm().mean();
+    terms[c] = weights.col(c).sum() * std::sqrt(variance.dot(square) * spread);
+  }
+  return terms;
+}
+
+Matrix multipole(const Kernel& kernel, const Problem& p, const Fields& fields) {
+  Matrix out = Matrix::Zero(p.q.rows(), p.v.cols());
+  for (const Fields::Block& block : fields.blocks) {
+    const Vector landmark = landmark_of(p, block.group);
+    std::vector<Summary> far;
+    std::vector<Index> near;
+    for (std::size_t c = 0; c < fields.clusters.size(); ++c) {
+      const auto& cluster = fields.clusters[c];
+      if (std::find(block.near.begin(), block.near.end(), static_cast<Index>(c)) == block.near.end()) {
+        far.push_back(summarize(kernel, p, cluster, landmark));
+      } else {
+        near.insert(near.end(), cluster.begin(), cluster.end());
+      }
+    }
+    for (const Index i : block.queries) {
+      const Vector query = p.q.row(i);
+      std::vector<std::pair<double, Vector>> terms;  // a score, and what it weighs
+      for (const Summary& c : far) terms.emplace_back(kernel.scale * query.dot(c.key) + c.bias, c.value);
+      for (const Index j : near) terms.emplace_back(key_score(kernel, p, query, j), p.v.row(j));
+      double top = -kInfinity, sum = 0;
+      for (const auto& [score, value] : terms) top = std::max(top, score);
+      for (const auto& [score, value] : terms) {
+        sum += std::exp(score - top);
+        out.row(i) += std::exp(score - top) * value;
+      }
+      out.row(i) *= kernel.normalized ? 1 / sum : std::exp(top - kernel.bias * query.squaredNorm());
+    }
+  }
+  return out;
 }
 
 Vector eigenvalues(const Matrix& a) {

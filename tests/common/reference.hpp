@@ -126,6 +126,40 @@ Matrix skyformer(const Kernel& kernel, const Problem& p, const Matrix& landmarks
 /// (A~ v) / (A~ 1) for A = exp(scale q k^T): a normalised Gaussian lift whose keys weigh exp(scale |k|^2 / 2).
 Matrix lifted_softmax(double scale, Problem p, const Matrix& landmarks, double gamma);
 
+/// Rows of x in so many parts: a node of w rows and p parts is cut into floor(w floor(p / 2) / p) rows and the others,
+/// by their order along the principal direction of all its rows, which points to where the coordinate of largest
+/// variance grows. Ascending in each part; parts are at most the rows.
+std::vector<std::vector<Index>> bisect(const Matrix& x, Index parts, const std::vector<Index>& rows);
+
+/// What multipole attention decides before it computes: clusters of keys, and blocks of queries that share their near
+/// clusters, each a part of a group, at whose mean clusters are summed up.
+struct Fields {
+  struct Block {
+    std::vector<Index> queries, group, near;
+  };
+  std::vector<std::vector<Index>> clusters;
+  std::vector<Block> blocks;
+};
+
+/// What a query l knows of a cluster c: k_c = sum r_j k_j, v_c = sum r_j v_j with r_j = softmax_{j in c}(s l.k_j + a_j),
+/// and e_c = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c. a_j = key_bias_j - bias |k_j|^2.
+struct Summary {
+  Vector key, value;
+  double bias;
+};
+Summary summarize(const Kernel& kernel, const Problem& p, const std::vector<Index>& cluster, const Vector& landmark);
+
+/// The mean of the queries whose entries are all finite.
+Vector landmark_of(const Problem& p, const std::vector<Index>& group);
+
+/// For every cluster the weight that the block's queries give to its summary, times the spread of its keys' scores
+/// about the landmark's, times the spread of its values: what the summary may err by. near is not read.
+Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields, const Fields::Block& block);
+
+/// out(q) = sum_{c far} exp(s q.k_c + e_c) v_c + sum_{j near} exp(s q.k_j + a_j) v_j, divided by the same sums without v
+/// if normalized, else times exp(-bias |q|^2). Zeros for queries of no block.
+Matrix multipole(const Kernel& kernel, const Problem& p, const Fields& fields);
+
 /// All singular values, in descending order.
 Vector singular_values(const Matrix& a);
 
