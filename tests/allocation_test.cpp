@@ -270,7 +270,7 @@ class Calls {
   static std::vector<attn::AnyApproximator<T>> every_method() {
     std::vector<attn::AnyApproximator<T>> made;
     for (const auto& method : attn::methods<T>()) {
-      for (const Index m : {1, 24, 300}) made.push_back(method.make({.num_landmarks = m}));
+      for (const Index m : {1, 24, 300}) made.push_back(method.make(test::of_size(m)));
     }
     for (const auto mode : {attn::ShiftMode::paper, attn::ShiftMode::scalar}) {
       made.push_back(attn::make_approximator<T>("shifted-nystrom", {.num_landmarks = 24, .mode = mode}));

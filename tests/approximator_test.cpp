@@ -24,6 +24,7 @@ using test::Matrix;
 template <class T>
 constexpr bool kEveryMethodIsOne =
     Approximator<attn::SoftmaxAttention<T>> && Approximator<attn::GaussianAttention<T>> &&
+    Approximator<attn::Multipole<T>> && Approximator<attn::Multipole<T, attn::GaussianKernel>> &&
     Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> && Approximator<attn::Skyformer<T>> &&
     Approximator<attn::LiftedSoftmax<T>> && Approximator<attn::Multipole<T>> &&
     Approximator<attn::Multipole<T, attn::GaussianKernel>> && Approximator<attn::AnyApproximator<T>>;

@@ -1,7 +1,7 @@
 /// Refused arguments: every error is a std::invalid_argument that names the method, the argument and the numbers.
 #include <attn/attn.hpp>
-#include <attn/multipole.hpp>
 
+#include "common/methods.hpp"
 #include "common/support.hpp"
 
 #include <gtest/gtest.h>
@@ -232,13 +232,13 @@ typename Method::Saved saved_of(const Method& method, const test::Shape& shape) 
   return saved;
 }
 
-/// Every method with 2 landmarks.
+/// Every method with 2 landmarks, or 2 clusters of which one is near.
 template <class Method>
 Method with_few_landmarks() {
+  if constexpr (std::is_constructible_v<Method, attn::Clusters>)
+    return Method(attn::Clusters{.num_clusters = 2, .num_near = 1});
   if constexpr (std::is_constructible_v<Method, attn::SegmentMeans>) return Method(attn::SegmentMeans{2});
   if constexpr (std::is_constructible_v<Method, attn::UniformSample>) return Method(attn::UniformSample{2});
-  if constexpr (std::is_constructible_v<Method, attn::Clusters>)
-    return Method(attn::Clusters{.num_clusters = 2, .num_groups = 2, .num_near = 1});
   return Method{};
 }
 
@@ -253,8 +253,8 @@ class BackwardErrorsOf : public ::testing::Test {
   static std::string text(const std::string& rest) { return std::string(Method::kName) + ": " + rest; }
 };
 using TrainedMethods = ::testing::Types<attn::SoftmaxAttention<float>, attn::GaussianAttention<float>,
-                                        attn::Nystrom<float>, attn::ShiftedNystrom<float>, attn::Skyformer<float>,
-                                        attn::LiftedSoftmax<float>, attn::Multipole<float>>;
+                                        attn::Multipole<float>, attn::Nystrom<float>, attn::ShiftedNystrom<float>,
+                                        attn::Skyformer<float>, attn::LiftedSoftmax<float>>;
 TYPED_TEST_SUITE(BackwardErrorsOf, TrainedMethods);
 
 TYPED_TEST(BackwardErrorsOf, ShapesThatDisagree) {
@@ -326,12 +326,14 @@ TEST(Errors, SavedWithOtherOptions) {
     EXPECT_EQ(error_after<float>(name, {.num_landmarks = 4}, {.num_landmarks = 4}), "no error");
   }
   const auto options = [](const std::string& name) { return name + ": saved is of a forward pass with other options"; };
-  const attn::MethodOptions few{.num_landmarks = 4};
+  const attn::MethodOptions few = test::of_size(4);
   const auto error = [&](const std::string& name, const auto& change) {
     attn::MethodOptions other = few;
     change(other);
     return error_after<float>(name, other, few);
   };
+  EXPECT_EQ(error("multipole", [](auto& o) { o.num_clusters = 3; }), options("multipole"));
+  EXPECT_EQ(error("multipole", [](auto& o) { o.num_near = 2; }), options("multipole"));
   EXPECT_EQ(error("nystrom", [](auto& o) { o.iterations = 9; }), options("nystrom"));
   EXPECT_EQ(error("shifted-nystrom", [](auto& o) { o.iterations = 9; }), options("shifted-nystrom"));
   EXPECT_EQ(error("shifted-nystrom", [](auto& o) { o.mode = attn::ShiftMode::scalar; }), options("shifted-nystrom"));
@@ -344,7 +346,7 @@ TEST(Errors, SavedWithOtherOptions) {
             "0.25 and raw");
   EXPECT_EQ(error("skyformer", [](auto& o) { o.bandwidth = 0.5; }),
             "skyformer: saved is of a forward pass with scale 4, bias 2 and raw rows, should be of 0.5, 0.25 and raw");
-  for (const std::string name : {"softmax", "nystrom", "shifted-nystrom", "lifted-softmax"}) {
+  for (const std::string name : {"softmax", "multipole", "nystrom", "shifted-nystrom", "lifted-softmax"}) {
     EXPECT_NE(error(name, [](auto& o) { o.scale = 2.0; }).find("saved is of a forward pass with scale 2, bias 0"),
               std::string::npos);
     EXPECT_EQ(error(name, [](auto& o) { o.scale = 0.5; }), "no error");  // which is the default's value
@@ -364,10 +366,10 @@ TEST(Errors, SavedWithOtherMasksAndBiases) {
     return Inputs<float>{.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = key_bias};
   };
   const auto error = [&](const std::string& name, const Inputs<float>& then, const Inputs<float>& now) {
-    const auto method = attn::make_approximator<float>(name, {.num_landmarks = 4});
+    const auto method = attn::make_approximator<float>(name, test::of_size(4));
     return error_after<float>(method, method, then, now);
   };
-  for (const std::string name : {"softmax", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
+  for (const std::string name : {"softmax", "multipole", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
     const std::string refused = name + ": saved is of a forward pass with another mask";
     EXPECT_EQ(error(name, with({.keep_key = keep, .keep_query = keep}), with({.keep_key = other, .keep_query = other})),
               refused);
@@ -377,7 +379,7 @@ TEST(Errors, SavedWithOtherMasksAndBiases) {
   }
   EXPECT_EQ(error("softmax", with({.causal = Causal::upper_left}), with({})),
             "softmax: saved is of a forward pass with another mask");
-  for (const std::string name : {"softmax", "skyformer", "lifted-softmax"}) {
+  for (const std::string name : {"softmax", "multipole", "skyformer", "lifted-softmax"}) {
     EXPECT_EQ(error(name, with({}, bias), with({})), name + ": saved is of a forward pass with key biases");
     EXPECT_EQ(error(name, with({}), with({}, bias)), name + ": saved is of a forward pass with no key biases");
     EXPECT_EQ(error(name, with({}, bias), with({}, removed)), name + ": saved is of a forward pass with another mask");

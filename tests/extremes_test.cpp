@@ -202,8 +202,8 @@ TEST_P(Extremes, NonFiniteInputsComeOut) {
   });
 }
 
-/// Half of a million tokens are a, the others b: whatever tokens the landmarks are, they are these two, and every
-/// method is exact but for gamma and rounding.
+/// Half of a million tokens are a, the others b: whatever tokens the landmarks are, they are these two, whatever the
+/// clusters, each has one of them, and every method is exact but for gamma and rounding.
 TEST(Million, TokensOfTwoKinds) {
   constexpr Index kTokens = 1'000'000, kHalf = kTokens / 2, kFeatures = 8, kValues = 4;
   const Matrix<double> kinds = test::Random(802).normal(2, kFeatures);
@@ -214,14 +214,19 @@ TEST(Million, TokensOfTwoKinds) {
   Matrix<double> means(2, kValues);
   means.row(0) = v.topRows(kHalf).cast<double>().colwise().mean();
   means.row(1) = v.bottomRows(kHalf).cast<double>().colwise().mean();
-  for (const std::string name : {"nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
+  const attn::MethodOptions options{.num_landmarks = 8,
+                                    .num_clusters = 8,
+                                    .num_groups = 8,
+                                    .num_near = 0,
+                                    .gamma = 1e-5,
+                                    .rows = attn::Rows::normalized};
+  for (const std::string name : {"multipole", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {
     const bool gaussian = name == "skyformer";
     const auto kernel =
         gaussian ? reference::gaussian_kernel(kFeatures, {}, true) : reference::softmax_kernel(kFeatures);
     const reference::Matrix expected = attend(kernel, {kinds, kinds, means}).out;
     Context context;
-    attn::make_approximator<float>(name, {.num_landmarks = 8, .gamma = 1e-5, .rows = attn::Rows::normalized})
-        .forward({.q = x, .k = x, .v = v}, out, context);
+    attn::make_approximator<float>(name, options).forward({.q = x, .k = x, .v = v}, out, context);
     EXPECT_LE(test::relative_error<float>(out.topRows(kHalf), expected.row(0).replicate(kHalf, 1)), 2e-3) << name;
     EXPECT_LE(test::relative_error<float>(out.bottomRows(kHalf), expected.row(1).replicate(kHalf, 1)), 2e-3) << name;
   }

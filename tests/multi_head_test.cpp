@@ -1,6 +1,7 @@
 #include <attn/multi_head.hpp>
 #include <attn/any_approximator.hpp>
 
+#include "common/methods.hpp"
 #include "common/support.hpp"
 
 #include <gtest/gtest.h>
@@ -210,7 +211,7 @@ TYPED_TEST(MultiHead, AgreesWithTheOracleInEveryLayout) {
 TYPED_TEST(MultiHead, EqualsForwardOfEveryMethod) {
   Context context;
   for (const auto& method : attn::methods<TypeParam>()) {
-    const auto a = method.make({.num_landmarks = 8});
+    const auto a = method.make(test::of_size(8));
     for (const Shapes& s : kShapes) {
       if (method.name == "shifted-nystrom" && s.head.n_q != s.head.n_k) continue;
       SCOPED_TRACE(std::string(method.name) + ", " + s.text());

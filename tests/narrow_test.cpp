@@ -1,6 +1,7 @@
 /// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
 #include <attn/attn.hpp>
 
+#include "common/methods.hpp"
 #include "common/rounding.hpp"
 #include "common/support.hpp"
 
@@ -69,8 +70,8 @@ TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
   const auto keep = test::random_keep(120, 0.8, 2);
   const typename TestFixture::Pair x({120, 120, 24, 10}, 3);
   for (const auto& entry : attn::methods<TypeParam>()) {
-    const auto method = entry.make({.num_landmarks = 20});
-    const auto wide = attn::make_approximator<float>(entry.name, {.num_landmarks = 20});
+    const auto method = entry.make(test::of_size(20));
+    const auto wide = attn::make_approximator<float>(entry.name, test::of_size(20));
     for (const Mask& mask : {Mask{}, Mask{.keep_key = keep, .keep_query = keep}}) {
       Context context;
       Matrix<TypeParam> out(120, 10);
@@ -183,8 +184,8 @@ TYPED_TEST(Narrow, GradientsFollowThoseOfFloat) {
   const Mask mask{.keep_key = keep, .keep_query = keep};
   for (const auto& entry : attn::methods<TypeParam>()) {
     if (entry.name == "lifted-softmax") continue;  // its gradients are large where they cancel
-    const auto method = entry.make({.num_landmarks = 15});
-    const auto wide = attn::make_approximator<float>(entry.name, {.num_landmarks = 15});
+    const auto method = entry.make(test::of_size(15));
+    const auto wide = attn::make_approximator<float>(entry.name, test::of_size(15));
     Context context;
     Matrix<TypeParam> out(90, 8), dq(90, 16), dk(90, 16), dv(90, 8);
     Matrix<float> wide_out(90, 8), wide_dq(90, 16), wide_dk(90, 16), wide_dv(90, 8);
@@ -344,7 +345,7 @@ TYPED_TEST(Narrow, TakesViewsAtAnyElement) {
   for (const auto& entry : attn::methods<T>()) {
     if (entry.name == "shifted-nystrom") continue;  // which needs as many queries as keys
     for (const Mask& mask : {Mask{}, Mask{.keep_key = keep}}) {
-      const auto method = entry.make({.num_landmarks = 12});
+      const auto method = entry.make(test::of_size(12));
       method.forward({.q = q, .k = k, .v = v, .mask = mask}, out, context);
       EXPECT_TRUE(out == attn::attention(method, x.narrow.q, x.narrow.k, x.narrow.v, mask)) << entry.name;
       for (Index i = 0; i < 50; ++i) EXPECT_EQ(out.data()[i * 9 + 8], T(7)) << entry.name;
@@ -387,9 +388,9 @@ TYPED_TEST(Narrow, KeyBiasesOfEveryMethodAreThoseOfFloat) {
   Inputs<float> wide_in = x.wide_inputs({});
   in.key_bias = bias;
   wide_in.key_bias = wide_bias;
-  for (const std::string name : {"softmax", "gaussian", "skyformer", "lifted-softmax"}) {
-    const auto method = attn::make_approximator<TypeParam>(name, {.num_landmarks = 15, .gamma = 0.1});
-    const auto wide = attn::make_approximator<float>(name, {.num_landmarks = 15, .gamma = 0.1});
+  for (const std::string name : {"softmax", "gaussian", "multipole", "skyformer", "lifted-softmax"}) {
+    const auto method = attn::make_approximator<TypeParam>(name, test::of_size(15, {.gamma = 0.1}));
+    const auto wide = attn::make_approximator<float>(name, test::of_size(15, {.gamma = 0.1}));
     Context context;
     Matrix<TypeParam> out(90, 8), dq(90, 16), dk(90, 16), dv(90, 8);
     Matrix<float> wide_out(90, 8), wide_dq(90, 16), wide_dk(90, 16), wide_dv(90, 8);

@@ -50,6 +50,7 @@ Options options_for(const NpyFile& q, const NpyFile& k, const NpyFile& v) {
   options.k = k.path().string();
   options.v = v.path().string();
   options.landmarks = {4};
+  options.near = {4};
   options.repetitions = 1;
   return options;
 }
@@ -246,7 +247,7 @@ TEST(Methods, AllOfTheLibrarysAreKnown) {
 
 const Row& row_of(const Comparison& comparison, const std::string& method, Index m) {
   for (const Row& row : comparison.rows) {
-    if (row.method == method && row.num_landmarks == m) return row;
+    if (row.method == method && row.size == m) return row;
   }
   throw std::logic_error("no row of " + method);
 }
@@ -333,6 +334,21 @@ TEST(FrozenShift, IsTheMethodAtItsOwnValuesAndLinear) {
   }
 }
 
+TEST(FrozenNearField, IsTheMethodAtItsOwnValuesAndLinear) {
+  const auto x = families::make_tokens<float>(families::Family::clusters, {300, 300, 8, 6});
+  std::vector<std::uint8_t> keep(300, 1);
+  for (const std::size_t i : {0U, 9U, 299U}) keep[i] = 0;
+  const attn::Mask mask{.keep_key = keep, .keep_query = keep};
+  attn::Context context;
+  for (const Index near : {2, 300}) {  // 300: exact
+    const MethodFacts& multipole = facts_of("multipole");
+    const AnyOperator frozen = matrix_of(multipole, near, 0, {x.q, x.k, x.v, mask}, context);
+    const Matrix<float> out = attn::attention(make_method(multipole, near, 0), x.q, x.k, x.v, mask);
+    EXPECT_LE((dense(frozen) * x.v - out).norm(), 1e-5F * out.norm());
+    expect_transpose(frozen);
+  }
+}
+
 TEST(Compare, MeasuresTheSpectralErrorOfTheWorstHead) {
   std::vector<float> queries = numbers(480, 0);
   for (std::size_t i = 0; i < 240; ++i) queries[i] *= 4;  // the first head is the harder one
@@ -359,16 +375,19 @@ TEST(Compare, MeasuresTheSpectralErrorOfTheWorstHead) {
       return attn::attention(make_method(facts_of(name), 4, 0), in.q, in.k, eye);
     };
   };
-  const auto frozen = [](const attn::Inputs<float>& in) {
-    attn::Context context;
-    return dense(matrix_of(facts_of("shifted-nystrom"), 4, 0, in, context));
+  const auto frozen = [](const std::string& name) {
+    return [name](const attn::Inputs<float>& in) {
+      attn::Context context;
+      return dense(matrix_of(facts_of(name), 4, 0, in, context));
+    };
   };
   const auto mean = [](const attn::Inputs<float>&) -> Matrix<float> {
     return Matrix<float>::Constant(60, 60, 1 / 60.0F);
   };
   expect_spectral("mean(v)", 0, mean, "softmax");
+  expect_spectral("multipole", 4, frozen("multipole"), "softmax");
   expect_spectral("nystrom", 4, of_method("nystrom"), "softmax");
-  expect_spectral("shifted-nystrom", 4, frozen, "softmax");
+  expect_spectral("shifted-nystrom", 4, frozen("shifted-nystrom"), "softmax");
   expect_spectral("skyformer", 4, of_method("skyformer"), "gaussian");
   EXPECT_EQ(row_of(comparison, "softmax", 0).spectral, 0);
 }
@@ -389,9 +408,30 @@ TEST(Compare, ListsMethodsThatDoNotTakeTheMask) {
   options.landmarks = {4, 8};
   options.causal = "lower_right";
   const Comparison comparison = compare(options, load(options));
-  ASSERT_EQ(comparison.not_supported.size(), 4U);
-  EXPECT_EQ(comparison.not_supported[0].reason, "nystrom: causal masks are not supported");
+  ASSERT_EQ(comparison.not_supported.size(), 5U);
+  EXPECT_EQ(comparison.not_supported[0].reason, "multipole: causal masks are not supported");
   EXPECT_EQ(comparison.rows.size(), 4U);
+}
+
+TEST(Compare, TriesEveryNumberOfNearClusters) {
+  Options options;
+  options.n = 300;
+  options.d = 4;
+  options.near = {0, 2, 300};
+  options.methods = {"multipole"};
+  const Sequences s = load(options);
+  const Comparison comparison = compare(options, s);
+  ASSERT_EQ(comparison.rows.size(), 5U);
+  EXPECT_EQ(row_of(comparison, "multipole", 2).error,
+            attn::relative_frobenius_error(
+                attn::attention(attn::Multipole<float>({.num_near = 2}), s.inputs(0).q, s.inputs(0).k, s.inputs(0).v),
+                attn::attention(attn::SoftmaxAttention<float>(), s.inputs(0).q, s.inputs(0).k, s.inputs(0).v)));
+  EXPECT_EQ(row_of(comparison, "multipole", 300).error, 0);
+  const auto json = nlohmann::json::parse(json_report(comparison, s, 1, std::nullopt));
+  EXPECT_TRUE(json["rows"][2]["near"].is_null());
+  EXPECT_EQ(json["rows"][3]["near"], 2);
+  EXPECT_TRUE(json["rows"][3]["landmarks"].is_null());
+  EXPECT_NE(csv_report(comparison).find("\nmultipole,,2,softmax,"), std::string::npos);
 }
 
 TEST(Report, WritesTheRowsAsJson) {
@@ -421,7 +461,7 @@ std::vector<Row> some_rows() {
     return Row{.method = method,
                .target = target,
                .exact = ms > 0 && m == 0,
-               .num_landmarks = m,
+               .size = m,
                .milliseconds = ms > 0 ? ms : Row::kNone,
                .error = worst_head / 2,
                .worst_head = worst_head};
@@ -436,7 +476,7 @@ std::vector<Row> some_rows() {
 
 std::string advised(const Wish& wish) {
   const Advice advice = recommend(some_rows(), wish);
-  return advice.row ? advice.row->method + " " + std::to_string(advice.row->num_landmarks) : "none";
+  return advice.row ? advice.row->method + " " + std::to_string(advice.row->size) : "none";
 }
 
 TEST(Recommend, TheFastestWithinAnErrorOrTheMostAccurateWithinABudget) {
@@ -449,6 +489,18 @@ TEST(Recommend, TheFastestWithinAnErrorOrTheMostAccurateWithinABudget) {
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 5.5, .max_error = 0.5}), "nystrom 32");
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 5.5, .max_error = 0.2}), "none");
   EXPECT_EQ(advised({.target = Target::gaussian, .budget_ms = {}, .max_error = 0.5}), "skyformer 32");
+}
+
+TEST(Recommend, SaysWhatASizeCounts) {
+  std::vector<Row> rows = some_rows();
+  const auto with_multipole = [&](Index near) {
+    rows.resize(some_rows().size());
+    rows.push_back({.method = "multipole", .size = near, .milliseconds = 3, .error = 0.02, .worst_head = 0.02});
+    return recommend(rows, {.target = Target::softmax, .budget_ms = {}, .max_error = 0.03}).reason;
+  };
+  EXPECT_EQ(with_multipole(8),
+            "The fastest with an error of at most 0.03: multipole with 8 near clusters, error 0.0200, 3.00 ms");
+  EXPECT_EQ(with_multipole(0), "The fastest with an error of at most 0.03: multipole, error 0.0200, 3.00 ms");
 }
 
 TEST(Recommend, NothingThatMeanOfValuesBeats) {

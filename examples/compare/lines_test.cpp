@@ -32,11 +32,11 @@ int main() {
     }
   };
   int lines = 0, wrong = 0;
-  const auto check = [&](std::string_view name, const MaskUse& use, const auto& line) {
+  const auto check = [&](std::string_view name, attn::Index size, const MaskUse& use, const auto& line) {
     attn::Inputs<float> in{q, k, v, {.causal = use.causal}};
     if (use.keep_key) in.mask.keep_key = keep;
     if (use.keep_query) in.mask.keep_query = keep;
-    const auto measured = make_method(facts_of(name), 12, 3);
+    const auto measured = make_method(facts_of(name), size, 3);
     ++lines;
     if (result(line) == result([&] { measured.forward(in, out, context); })) return;
     std::cout << "another result than " << name << "'s: line " << lines << " of lines.inc\n";

@@ -1,4 +1,4 @@
-/// Which approximation, with how many landmarks, at what cost: runs exact attention and every approximation on a
+/// Which approximation, of which size, at what cost: runs exact attention and every approximation on a
 /// model's own queries, keys and values, and prints what each takes and how far off it is.
 #include "common/make_context.hpp"
 #include "common/run_program.hpp"
@@ -33,7 +33,7 @@ std::optional<Recommendation> recommendation(const Options& options, const Compa
   Recommendation result{recommend(comparison.rows, {options.target, options.budget_ms, options.max_error}), ""};
   if (const std::optional<Row>& row = result.advice.row) {
     const MaskUse mask{.causal = s.causal, .keep_key = !s.keep.empty(), .keep_query = s.masks_queries()};
-    result.line = line_of_cpp(facts_of(row->method), row->num_landmarks, options.seed, mask);
+    result.line = line_of_cpp(facts_of(row->method), row->size, options.seed, mask);
   }
   return result;
 }

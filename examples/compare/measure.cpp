@@ -82,15 +82,22 @@ std::vector<std::string_view> chosen(const Options& options, Target target) {
   return names;
 }
 
+/// The sizes to try of a method.
+const std::vector<Index>& sizes(const Options& options, std::string_view method) {
+  return has_clusters(method) ? options.near : options.landmarks;
+}
+
 class Comparer {
  public:
   Comparer(const Options& options, const Sequences& sequences) : options_(options), s_(sequences) {
     const auto softmax = chosen(options, Target::softmax), gaussian = chosen(options, Target::gaussian);
     const bool named = std::ranges::find(options.methods, target_name(Target::gaussian)) != options.methods.end();
     uses_gaussian_ = options.methods.empty() || named || !gaussian.empty() || options.target == Target::gaussian;
-    const auto approximations = static_cast<Index>((softmax.size() + gaussian.size()) * options.landmarks.size());
     const Index targets = uses_gaussian_ ? 2 : 1;
-    steps_ = approximations + targets;
+    steps_ = targets;
+    for (const auto* names : {&softmax, &gaussian}) {
+      for (const std::string_view name : *names) steps_ += static_cast<Index>(sizes(options, name).size());
+    }
     spectral_.emplace(options, sequences, steps_ + targets);  // mean(v) too
   }
 
@@ -112,28 +119,24 @@ class Comparer {
     add_mean(target);
     for (const std::string_view name : chosen(options_, target)) {
       const MethodFacts& method = facts_of(name);
-      if (const auto reason = refusal(make_method(method, options_.landmarks.front(), options_.seed), s_)) {
+      if (const auto reason = refusal(make_method(method, sizes(options_, name).front(), options_.seed), s_)) {
         result_.not_supported.push_back({std::string(name), *reason});
-        step_ += static_cast<Index>(options_.landmarks.size());
+        step_ += static_cast<Index>(sizes(options_, name).size());
         continue;
       }
-      for (const Index m : options_.landmarks) {
+      for (const Index size : sizes(options_, name)) {
         Outputs out = outputs();
-        result_.rows.push_back(measure(method, m, out));
+        result_.rows.push_back(measure(method, size, out));
       }
     }
   }
 
-  Row measure(const MethodFacts& method, Index num_landmarks, Outputs& out) {
-    const ProgressBar bar(std::string(method.name) +
-                          (method.exact ? "" : ", " + std::to_string(num_landmarks) + " landmarks"));
+  Row measure(const MethodFacts& method, Index size, Outputs& out) {
+    const ProgressBar bar(std::string(method.name) + with_size(method.name, size));
     bar.show(step_++, steps_);
     attn::Context context = make_context(options_.threads);
-    const auto made = make_method(method, num_landmarks, options_.seed);
-    Row row{.method = std::string(method.name),
-            .target = method.target,
-            .exact = method.exact,
-            .num_landmarks = num_landmarks};
+    const auto made = make_method(method, size, options_.seed);
+    Row row{.method = std::string(method.name), .target = method.target, .exact = method.exact, .size = size};
     row.milliseconds = median_milliseconds(made, s_, options_.repetitions, out, context);
     if (method.exact) {
       exact_ms_ = row.milliseconds;
@@ -142,7 +145,7 @@ class Comparer {
     row.speed_up = exact_ms_ / row.milliseconds;
     row.scratch_bytes = context.scratch_bytes();
     add_errors(row, out, exact_.at(method.target), exact_.at(Target::softmax));
-    row.spectral = spectral_->of(method, num_landmarks, row.milliseconds);
+    row.spectral = spectral_->of(method, size, row.milliseconds);
     return row;
   }
 

@@ -19,7 +19,7 @@ struct Row {
   std::string method;
   Target target = Target::softmax;
   bool exact = false;
-  attn::Index num_landmarks = 0;                  // 0: none
+  attn::Index size = 0;                           // landmarks or near clusters, as make_method takes it
   double milliseconds = kNone, speed_up = kNone;  // for all heads, one after the other; over the target's exact method
   double error = kNone, worst_head = kNone;       // |out - target|_F / |target|_F: mean and maximum over heads
   double worst_row = kNone;                       // attn::worst_row_error, its maximum over heads
@@ -40,6 +40,6 @@ struct Comparison {
   std::vector<NotSupported> not_supported;
 };
 
-/// Runs the exact method of every target that is needed, then each chosen approximation with each number of landmarks.
+/// Runs the exact method of every target that is needed, then each chosen approximation of each size.
 /// Shows a progress bar on a terminal.
 Comparison compare(const Options& options, const Sequences& sequences);

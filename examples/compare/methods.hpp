@@ -30,8 +30,8 @@ std::string_view target_name(Target target);
 struct MethodFacts {
   std::string_view name;
   Target target;
-  bool exact;  // takes no landmarks
-  std::string_view type, landmarks;
+  bool exact;                       // takes no options
+  std::string_view type, sized_by;  // the option whose number is tried
 };
 
 /// The facts about the method of that name, which must be one of the library's.
@@ -40,13 +40,20 @@ const MethodFacts& facts_of(std::string_view name);
 /// The exact method of a target.
 const MethodFacts& exact_method(Target target);
 
-/// The method with that many landmarks (0: it takes none), other options at their defaults.
-attn::AnyApproximator<float> make_method(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed);
+/// Whether a method's size is a number of near clusters; else it is one of landmarks.
+bool has_clusters(std::string_view method);
 
-/// The matrix A of that method, out = A v; for an approximation whose shift depends on v, with the shift that it has at
-/// v. Exact attention takes no causal mask here. The inputs must outlive it.
-AnyOperator matrix_of(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed,
-                      const attn::Inputs<float>& in, attn::Context& context);
+/// " with 64 landmarks" or " with 16 near clusters"; nothing for a size of 0.
+std::string with_size(std::string_view method, attn::Index size);
+
+/// The method of that size, other options at their defaults. 0: an exact method, which has none, or one with as many
+/// near clusters as it takes by itself.
+attn::AnyApproximator<float> make_method(const MethodFacts& method, attn::Index size, std::uint64_t seed);
+
+/// The matrix A of that method, out = A v; for an approximation whose shift or near clusters depend on v, with those
+/// that it has at v. Exact attention takes no causal mask here. The inputs must outlive it.
+AnyOperator matrix_of(const MethodFacts& method, attn::Index size, std::uint64_t seed, const attn::Inputs<float>& in,
+                      attn::Context& context);
 
 /// Which masks a call has.
 struct MaskUse {
@@ -55,4 +62,4 @@ struct MaskUse {
 };
 
 /// A line of C++ that computes what make_method's result computes, for q, k, v, out, context and, in a mask, keep.
-std::string line_of_cpp(const MethodFacts& method, attn::Index num_landmarks, std::uint64_t seed, const MaskUse& mask);
+std::string line_of_cpp(const MethodFacts& method, attn::Index size, std::uint64_t seed, const MaskUse& mask);

@@ -75,6 +75,11 @@ void add_options(CLI::App& app, Options& options) {
       ->delimiter(',')
       ->check(CLI::Range(Index{1}, kMost))
       ->capture_default_str();
+  app.add_option("--near", options.near,
+                 "numbers of multipole's near clusters to try, such as 8,64; 0: as many as it takes by itself")
+      ->delimiter(',')
+      ->check(CLI::Range(Index{0}, kMost))
+      ->capture_default_str();
   app.add_option(
          "--methods", options.methods,
          "methods to run besides exact softmax, such as nystrom,skyformer; without it, all of" + list_of_methods())

@@ -19,7 +19,7 @@ struct Options {
   attn::Index n = 2048, d = 64;
   std::uint64_t seed = 0;
   std::string causal;  // empty, upper_left or lower_right
-  std::vector<attn::Index> landmarks{32, 64, 128, 256};
+  std::vector<attn::Index> landmarks{32, 64, 128, 256}, near{0, 4, 64};
   std::vector<std::string> methods;  // none: all
   Target target = Target::softmax;
   std::optional<double> budget_ms, max_error;

@@ -34,9 +34,8 @@ std::string limits(const Wish& wish) {
 }
 
 std::string figures(const Row& row) {
-  const std::string landmarks = row.exact ? " (exact)" : " with " + std::to_string(row.num_landmarks) + " landmarks";
-  return row.method + landmarks + ", error " + error_text(row.worst_head) + ", " + milliseconds_text(row.milliseconds) +
-         " ms";
+  return row.method + (row.exact ? " (exact)" : with_size(row.method, row.size)) + ", error " +
+         error_text(row.worst_head) + ", " + milliseconds_text(row.milliseconds) + " ms";
 }
 
 }  // namespace

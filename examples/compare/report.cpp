@@ -15,10 +15,19 @@
 
 namespace {
 
+using attn::Index;
 using Cells = std::vector<std::string>;
 
-std::string landmarks_text(const Row& row) {
-  return row.num_landmarks > 0 ? std::to_string(row.num_landmarks) : "";
+std::string size_text(Index size) {
+  return size > 0 ? std::to_string(size) : "";
+}
+
+/// What a row's size is a number of, and 0 of the other.
+Index landmarks(const Row& row) {
+  return has_clusters(row.method) ? 0 : row.size;
+}
+Index near(const Row& row) {
+  return row.size - landmarks(row);
 }
 
 /// Which columns a table has that another has not.
@@ -35,7 +44,7 @@ Columns columns_of(const Comparison& comparison, const Sequences& s) {
 /// where it is another.
 Cells cells(const Row& row, const Columns& columns) {
   const bool timed = !std::isnan(row.milliseconds);
-  Cells line{row.method, landmarks_text(row), std::string(target_name(row.target))};
+  Cells line{row.method, size_text(landmarks(row)), size_text(near(row)), std::string(target_name(row.target))};
   line.push_back(timed ? milliseconds_text(row.milliseconds) : "");
   line.push_back(timed ? number("%.1f", row.speed_up) : "");
   line.push_back(error_text(row.error));
@@ -55,8 +64,10 @@ std::string spectral_note(const Columns& columns, const Sequences& s) {
 }
 
 nlohmann::ordered_json json_row(const Row& row) {
-  nlohmann::ordered_json json{{"method", row.method}, {"landmarks", nullptr}, {"target", target_name(row.target)}};
-  if (row.num_landmarks > 0) json["landmarks"] = row.num_landmarks;
+  nlohmann::ordered_json json{
+      {"method", row.method}, {"landmarks", nullptr}, {"near", nullptr}, {"target", target_name(row.target)}};
+  if (landmarks(row) > 0) json["landmarks"] = landmarks(row);
+  if (near(row) > 0) json["near"] = near(row);
   json["ms"] = row.milliseconds;  // null where it is NaN, as for all that follow
   json["speed_up"] = row.speed_up;
   json["error"] = row.error;
@@ -100,7 +111,7 @@ std::string heading(const Sequences& s, int threads) {
 
 std::string text_report(const Comparison& comparison, const Sequences& s) {
   const Columns columns = columns_of(comparison, s);
-  Cells titles{"method", "landmarks", "target", "ms", "speed-up", "error"};
+  Cells titles{"method", "landmarks", "near", "target", "ms", "speed-up", "error"};
   if (columns.worst_head) titles.push_back("worst head");
   if (columns.spectral) titles.push_back("spectral");
   titles.insert(titles.end(), {"worst row", "error to softmax", "scratch"});
@@ -136,9 +147,10 @@ std::string json_report(const Comparison& comparison, const Sequences& s, int th
 
 std::string csv_report(const Comparison& comparison) {
   std::ostringstream text;
-  text << "method,landmarks,target,ms,speed_up,error,worst_head,spectral,worst_row,softmax_error,scratch_bytes\n";
+  text << "method,landmarks,near,target,ms,speed_up,error,worst_head,spectral,worst_row,softmax_error,scratch_bytes\n";
   for (const Row& row : comparison.rows) {
-    text << row.method << ',' << landmarks_text(row) << ',' << target_name(row.target);
+    text << row.method << ',' << size_text(landmarks(row)) << ',' << size_text(near(row)) << ','
+         << target_name(row.target);
     for (const double x :
          {row.milliseconds, row.speed_up, row.error, row.worst_head, row.spectral, row.worst_row, row.softmax_error}) {
       text << ',' << csv_number(x);

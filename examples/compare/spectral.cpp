@@ -37,11 +37,10 @@ void SpectralErrors::set_target(Target target, double exact_ms) {
   --rows_left_;
 }
 
-double SpectralErrors::of(const MethodFacts& method, Index num_landmarks, double milliseconds) {
+double SpectralErrors::of(const MethodFacts& method, Index size, double milliseconds) {
   if (method.exact && !exact_.empty()) return 0;
-  return largest(milliseconds, [&](Index head) {
-    return matrix_of(method, num_landmarks, options_.seed, s_.inputs(head), context_);
-  });
+  return largest(milliseconds,
+                 [&](Index head) { return matrix_of(method, size, options_.seed, s_.inputs(head), context_); });
 }
 
 double SpectralErrors::of_mean() {

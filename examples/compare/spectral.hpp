@@ -26,7 +26,7 @@ class SpectralErrors {
   void set_target(Target target, double exact_ms);
 
   /// The error of a method that takes so many milliseconds; NaN where it is not measured, as with causal masks.
-  double of(const MethodFacts& method, attn::Index num_landmarks, double milliseconds);
+  double of(const MethodFacts& method, attn::Index size, double milliseconds);
 
   /// The same of the mean of the values.
   double of_mean();

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <vector>
 
 int main(int argc, char** argv) {
   if (argc != 2) return EXIT_FAILURE;
@@ -14,8 +15,14 @@ int main(int argc, char** argv) {
     for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
       for (const int keep : {0, 1, 2}) {
         const MaskUse mask{.causal = causal, .keep_key = keep > 0, .keep_query = keep > 1};
-        file << "check(\"" << method.name << "\", {attn::Causal(" << static_cast<int>(causal) << "), " << mask.keep_key
-             << ", " << mask.keep_query << "}, [&] { " << line_of_cpp(facts_of(method.name), 12, 3, mask) << " });\n";
+        const MethodFacts& facts = facts_of(method.name);
+        for (const attn::Index size : facts.exact                 ? std::vector<attn::Index>{0}
+                                      : has_clusters(method.name) ? std::vector<attn::Index>{0, 4}
+                                                                  : std::vector<attn::Index>{12}) {
+          file << "check(\"" << method.name << "\", " << size << ", {attn::Causal(" << static_cast<int>(causal) << "), "
+               << mask.keep_key << ", " << mask.keep_query << "}, [&] { " << line_of_cpp(facts, size, 3, mask)
+               << " });\n";
+        }
       }
     }
   }

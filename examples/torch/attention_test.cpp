@@ -28,7 +28,8 @@ using torch::Tensor;
 constexpr long kLandmarks = 12;
 constexpr double kGamma = 0.1;
 
-const attn::MethodOptions kOptions{.num_landmarks = kLandmarks, .gamma = kGamma, .seed = 3};
+const attn::MethodOptions kOptions{
+    .num_landmarks = kLandmarks, .num_clusters = kLandmarks, .num_near = kLandmarks / 4, .gamma = kGamma, .seed = 3};
 
 struct Sequences {
   Tensor q, k, v;

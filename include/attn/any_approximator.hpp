@@ -4,6 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/exact.hpp>
 #include <attn/lifted_softmax.hpp>
+#include <attn/multipole.hpp>
 #include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>
 #include <attn/spectral_shift.hpp>
@@ -126,7 +127,10 @@ class AnyApproximator {
 
 /// Options of all methods; each takes those that it has, with its own default where one is not set.
 struct MethodOptions {
-  std::optional<Index> num_landmarks{};  ///< of all approximations
+  std::optional<Index> num_landmarks{};  ///< of all approximations but multipole
+  std::optional<Index> num_clusters{};   ///< of Clusters: multipole
+  std::optional<Index> num_groups{};     ///< of Clusters
+  std::optional<Index> num_near{};       ///< of Clusters
   std::optional<int> iterations{};       ///< of the inverse: nystrom, shifted-nystrom
   std::optional<int> num_probes{};       ///< of SpectralShift
   std::optional<double> gamma{};         ///< of RidgeInverse: skyformer, lifted-softmax
@@ -155,6 +159,10 @@ inline SegmentMeans segment_means(const MethodOptions& o) {
   return {.num_landmarks = o.num_landmarks.value_or(SegmentMeans{}.num_landmarks)};
 }
 
+inline Clusters clusters(const MethodOptions& o) {
+  return {.num_clusters = o.num_clusters, .num_groups = o.num_groups, .num_near = o.num_near};
+}
+
 template <class T>
 inline constexpr MethodEntry<T> kMethods[] = {
     {"softmax", "exact softmax attention",
@@ -162,6 +170,10 @@ inline constexpr MethodEntry<T> kMethods[] = {
     {"gaussian", "exact Gaussian (kernelized) attention",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(GaussianAttention<T>{GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
+     }},
+    {"multipole", "softmax by near keys and by clusters of the others",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(Multipole<T>{clusters(o), SoftmaxKernel{.scale = o.scale}});
      }},
     {"nystrom", "softmax through segment means (Nystromformer)",
      [](const MethodOptions& o) {

@@ -224,8 +224,8 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
 };
 
 /// The matrix of any method that is linear in v: A x is the method with v = x (cols, b). Not ShiftedNystrom in its row
-/// mode, whose gate depends on v. q (n_q, d) and k (n_k, d) are views that must outlive it, as must the mask; the
-/// method checks them.
+/// mode, whose gate depends on v, nor Multipole, whose choice of near clusters does. q (n_q, d) and k (n_k, d) are
+/// views that must outlive it, as must the mask; the method checks them.
 template <Approximator Method>
 class ApproximatorOperator : public OperatorBase<ApproximatorOperator<Method>, typename Method::Scalar> {
  public:

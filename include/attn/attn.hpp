@@ -17,6 +17,7 @@
 #include <attn/matrix.hpp>
 #include <attn/metrics.hpp>
 #include <attn/multi_head.hpp>
+#include <attn/multipole.hpp>
 #include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>
 #include <attn/spectral_shift.hpp>

@@ -14,6 +14,7 @@
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/lifted_softmax.hpp>
+#include <attn/multipole.hpp>
 #include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>
 #include <attn/spectral_shift.hpp>
@@ -69,6 +70,7 @@ namespace attn {
   ATTN_KERNEL(GaussianKernel, T)    \
   ATTN_METHOD(SoftmaxAttention, T)  \
   ATTN_METHOD(GaussianAttention, T) \
+  ATTN_METHOD(Multipole, T)         \
   ATTN_METHOD(Nystrom, T)           \
   ATTN_METHOD(ShiftedNystrom, T)    \
   ATTN_METHOD(Skyformer, T)         \

@@ -41,6 +41,13 @@ attn::AnyApproximator<T> make_method(const std::string& name, const attn::Method
   return attn::make_approximator<T>(name, options);
 }
 
+/// Options by which every approximation is of that size: so many landmarks, or clusters of which a quarter are near.
+inline attn::MethodOptions of_size(Index m, attn::MethodOptions options = {}) {
+  options.num_landmarks = options.num_clusters = m;
+  options.num_near = m / 4;
+  return options;
+}
+
 /// Body is called for float and for double.
 template <class Body>
 void in_both_precisions(const Body& body) {
@@ -56,9 +63,8 @@ void in_both_precisions(const Body& body) {
 class MethodTest : public ::testing::TestWithParam<std::string> {
  protected:
   template <class T>
-  attn::AnyApproximator<T> make(Index num_landmarks, attn::MethodOptions options = {}) const {
-    options.num_landmarks = num_landmarks;
-    return make_method<T>(GetParam(), options);
+  attn::AnyApproximator<T> make(Index size, const attn::MethodOptions& options = {}) const {
+    return make_method<T>(GetParam(), of_size(size, options));
   }
 };
 

@@ -68,6 +68,9 @@ std::vector<T> entries(fuzz::Source& source, Index right) {
 attn::MethodOptions draw_options(fuzz::Source& source) {
   attn::MethodOptions options{.seed = source.any<std::uint64_t>()};
   if (source.below(2) == 0) options.num_landmarks = source.below(70) - 2;
+  if (source.below(2) == 0) options.num_clusters = source.below(70) - 2;
+  if (source.below(4) == 0) options.num_groups = source.below(20) - 2;
+  if (source.below(2) == 0) options.num_near = source.below(20) - 2;
   if (source.below(4) == 0) options.iterations = static_cast<int>(source.below(20)) - 2;
   if (source.below(4) == 0) options.num_probes = static_cast<int>(source.below(40)) - 2;
   if (source.below(4) == 0) options.gamma = source.any<double>();
