@@ -145,7 +145,7 @@ class Bisection {
     if (node.size() <= 1) return;
     clusters_.starts.data()[node.middle_part()] = node.middle();
     T *const direction = memory_ + worker * memory_size(), *const buffer = direction + row_size_;
-    set_direction(node.rows, direction);
+    const T origin = set_direction(node.rows, direction);
     Index* const rows = clusters_.rows.data();
     for (Index first = node.rows.first; first < node.rows.last; first += kLanes<T>) {
       const T* some[kLanes<T>];
@@ -153,7 +153,7 @@ class Bisection {
         some[i] = first + i < node.rows.last ? x_.row(rows[first + i], buffer + i * row_size_) : nullptr;
       }
       alignas(64) T along[array_size(kLanes<T>)];
-      store(along, dot_products<T>(some, direction, x_.cols()));
+      store(along, dot_products<T>(some, direction, x_.cols()) - broadcast(origin));
       for (Index i = first; i < std::min(first + kLanes<T>, node.rows.last); ++i) {
         places_[i] = place(along[i - first], rows[i]);
       }
@@ -194,8 +194,8 @@ class Bisection {
   }
 
   /// direction (d, memory beyond it) <- about the principal direction of a sample of the rows: power iterations from
-  /// the coordinate of largest variance. Rows that are not finite do not count.
-  void set_direction(Range node, T* direction) const {
+  /// the coordinate of largest variance. Rows that are not finite do not count. Returns where their mean lies along it.
+  T set_direction(Range node, T* direction) const {
     const Index d = x_.cols(), width = node.last - node.first,
                 most = std::min(kSample, std::max<Index>(std::min<Index>(width, 48), width / 2));
     T *const next = direction + row_size_, *const mean = next + row_size_, *const copies = mean + row_size_;
@@ -223,9 +223,10 @@ class Bisection {
           direction, d, [&](Index c) { return panel + c * round_up(count); }, round_up(count), products);
       sum_scaled_rows(products, count, row, d, next);  // products of centered rows add up to 0
       const T norm = std::sqrt(squared_norm(next, d));
-      if (!(norm > 0) || !is_finite(norm)) return;
+      if (!(norm > 0) || !is_finite(norm)) break;
       scale_row(1 / norm, next, direction, d);
     }
+    return count == 0 ? T(0) : dot_product(mean, direction, d);
   }
 
   /// panel <- rows relative to their mean, along lanes. Returns the coordinate of largest variance.

@@ -287,6 +287,8 @@ class FieldRunner {
         strip_{},
         scores_(scratch.elements<T>(keys.clusters.count() * kTileWidth<T> + kTileRows * kTileWidth<T>)),
         statistics_(scratch.elements<T>(3 * kTileWidth<T>)),
+        sum_of_hidden_(scratch.elements<T>(kTileWidth<T>)),
+        squares_(scratch.elements<T>(kTileWidth<T>)),
         displacement_(scratch.elements<T>(keys.d)),
         terms_(scratch.elements<T>(keys.clusters.count())),
         near_(scratch.elements<Index>(keys.clusters.count())),
@@ -310,7 +312,7 @@ class FieldRunner {
       i = last;
     }
     write(block, out);
-    if (record.near == nullptr) return;
+    if (record.lse == nullptr) return;
     record.near_count[block.number] = count;
     std::copy_n(near_, count, record.near + block.number * record.most_near);
     for (Index i = 0; i < strip_.count; ++i) {
@@ -333,6 +335,7 @@ class FieldRunner {
       }
       const auto squares =
           pack_rows<T>(rows, d, product_.kernel.center, product_.kernel.scale, strip_.panel + lane, strip_.lanes());
+      store(squares_ + lane, squares);
       store(strip_.norm + lane, broadcast(product_.kernel.bias) * squares);
     }
   }
@@ -341,6 +344,7 @@ class FieldRunner {
   void score_clusters(const QueryBlock& block, const Summaries<T>& summaries) {
     const Index m = keys_.clusters.count(), lanes = strip_.lanes(), width = keys_.tokens.cols();
     T* const maximum = statistics_;
+    std::fill_n(sum_of_hidden_, lanes, T(0));
     for (Index c = 0; c < m; c += kTileKeys<T>) {
       const T* const tokens = summaries.tokens.data() + (block.lane * m + c) * width;
       const Index count = std::min(m - c, kTileKeys<T>);
@@ -370,7 +374,9 @@ class FieldRunner {
     if (count == 0) return 0;
     T* const share = statistics_ + kTileWidth<T>;  // 1 / sum, 0 for lanes that do not count
     for (Index i = 0; i < strip_.lanes(); ++i) {
-      share[i] = i < strip_.count && is_finite(state_.sum[i]) && state_.sum[i] > 0 ? 1 / state_.sum[i] : T(0);
+      const bool counts = is_finite(squares_[i]) && is_finite(state_.sum[i]);
+      share[i] = counts && i < strip_.count ? 1 / state_.sum[i] : T(0);
+      if (!counts) hide_query(i);
     }
     set_displacement(block, summaries, share);
     for (Index first = 0; first < m; first += kLanes<T>) {
@@ -385,7 +391,8 @@ class FieldRunner {
         for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {
           total = multiply_add(load(scores_ + c * strip_.lanes() + p), load(share + p), total);
         }
-        terms_[c] = sum(total) * std::sqrt(spread[c - first]) * keys_.value_spread[c];
+        const T term = sum(total) * std::sqrt(spread[c - first]) * keys_.value_spread[c];
+        terms_[c] = is_nan(term) ? std::numeric_limits<T>::infinity() : term;
         near_[c] = c;
       }
     }
@@ -393,6 +400,13 @@ class FieldRunner {
     std::nth_element(near_, near_ + count - 1, near_ + m, errs_more);
     std::sort(near_, near_ + count);
     return count;
+  }
+
+  /// A query that is not finite must not have a say in what is near to others: it becomes 0, and its sum will be NaN.
+  [[gnu::cold, gnu::noinline]] void hide_query(Index i) {
+    sum_of_hidden_[i] = std::numeric_limits<T>::quiet_NaN();
+    for (Index x = 0; x < keys_.d; ++x) strip_.panel[x * strip_.lanes() + i] = 0;
+    for (Index c = 0; c < keys_.clusters.count(); ++c) scores_[c * strip_.lanes() + i] = 0;
   }
 
   /// displacement_ <- the summed squares of s (q - l), per coordinate.
@@ -415,7 +429,7 @@ class FieldRunner {
     for (Index i = 0; i < count; ++i) std::fill_n(scores_ + near_[i] * lanes, lanes, T(0));
     T* const ones = statistics_ + 2 * kTileWidth<T>;
     std::fill_n(ones, lanes, T(1));
-    std::fill_n(state_.sum, lanes, T(0));
+    std::copy_n(sum_of_hidden_, lanes, state_.sum);
     for (Index c = 0; c < m; ++c) {
       for (Index p = 0; p < lanes; p += kLanes<T>) {
         store(state_.sum + p, load(state_.sum + p) + load(scores_ + c * lanes + p));
@@ -462,7 +476,7 @@ class FieldRunner {
   StripKernel<T> kernel_;
   LaneState<T> state_;
   QueryStrip<T> strip_;
-  T *scores_, *statistics_, *displacement_, *terms_;
+  T *scores_, *statistics_, *sum_of_hidden_, *squares_, *displacement_, *terms_;
   Index* near_;
   T* rows_;
 };
