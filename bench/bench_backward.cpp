@@ -23,7 +23,7 @@ double seconds_since(Clock::time_point start) {
 
 /// The time is that of backward alone. Counters: over_forward, how many times that of forward, both timed in turn;
 /// bytes; GF/s and of_peak, on kBackwardOverForward times the flops of the forward pass.
-void backward(benchmark::State& state, const std::string& name, bool exact) {
+void backward(benchmark::State& state, const std::string& name) {
   const Index n = state.range(0);
   auto& tokens = bench::kept_tokens<float>(bench::Family::smooth, n, kDim);
   const auto method = attn::make_approximator<float>(name, {.num_landmarks = kLandmarks});
@@ -48,7 +48,7 @@ void backward(benchmark::State& state, const std::string& name, bool exact) {
     state.SetIterationTime(seconds);
   }
   const double peak = (before + bench::fma_peak<float>(0.01)) / 2;
-  const double forward_flops = exact ? bench::attention_flops(n, n, kDim) : bench::landmark_flops(n, kLandmarks, kDim);
+  const double forward_flops = bench::forward_flops(name, n, kLandmarks, kDim);
   bench::report_rates(state, {.flops = bench::kBackwardOverForward * forward_flops, .tokens = n}, of_backward, peak);
   state.counters["over_forward"] = of_backward / of_forward;
   state.counters["bytes"] = static_cast<double>(context.scratch_bytes());

@@ -25,13 +25,13 @@ bench::Tokens<float> long_tokens(Index n) {
 }
 
 /// Counter bytes: of scratch memory, beside inputs and output.
-void growth(benchmark::State& state, const std::string& name, bool exact) {
+void growth(benchmark::State& state, const std::string& name) {
   const Index n = state.range(0);
   const auto method = attn::make_approximator<float>(name, {.num_landmarks = kLandmarks});
   auto tokens = long_tokens(n);
   const auto inputs = tokens.inputs();
   attn::Context context;
-  const double flops = exact ? bench::attention_flops(n, n, kDim) : bench::landmark_flops(n, kLandmarks, kDim);
+  const double flops = bench::forward_flops(name, n, kLandmarks, kDim);
   bench::time_calls<float>(state, {.flops = flops, .tokens = n}, [&] { method.forward(inputs, tokens.out, context); });
   state.counters["bytes"] = static_cast<double>(context.scratch_bytes());
 }

@@ -19,6 +19,15 @@ void approximation(benchmark::State& state, const std::string& name, int iterati
   state.counters["error_of_mean_v"] = bench::errors(name, tokens).mean_v;
 }
 
+void multipole(benchmark::State& state) {
+  const auto n = state.range(0), near = state.range(1);
+  auto& tokens = bench::kept_tokens<float>(bench::Family::smooth, n, kDim);
+  attn::Context context;
+  const auto method = attn::make_approximator<float>("multipole", {.num_near = near});
+  bench::time_forward(state, method, tokens, bench::multipole_flops(n, {.num_near = near}, kDim), context);
+  state.counters["error_of_mean_v"] = bench::errors("multipole", tokens).mean_v;
+}
+
 void add(const std::string& method, const std::string& variant, int iterations) {
   benchmark::RegisterBenchmark((method + variant + "/float").c_str(), approximation, method, iterations)
       ->ArgNames({"n", "m"})
@@ -31,8 +40,12 @@ void add(const std::string& method, const std::string& variant, int iterations) 
 int main(int argc, char** argv) {
   for (const auto& method : attn::methods<float>()) {
     const std::string name(method.name);
-    if (name != "softmax" && name != "gaussian") add(name, "", 6);
+    if (name != "softmax" && name != "gaussian" && name != "multipole") add(name, "", 6);
   }
+  benchmark::RegisterBenchmark("multipole/float", multipole)
+      ->ArgNames({"n", "near"})
+      ->ArgsProduct({{1024, 4096, 16384, 65536}, {0, 4, 16, 64}})
+      ->Apply(bench::in_milliseconds);
   add("nystrom", "/iterations:1", 1);  // what is left of the time is that of the other five
   return bench::run_benchmarks(argc, argv);
 }

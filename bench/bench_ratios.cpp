@@ -102,6 +102,14 @@ Contender approximation(const std::string& name, Index n, Index num_landmarks, d
           .peak = bench::fma_peak<float>};
 }
 
+/// Multipole with its own counts, on n smooth tokens.
+Contender multipole(Index n) {
+  Contender contender = approximation("multipole", n, 0);
+  contender.name = "multipole/float/n:" + std::to_string(n) + "/d:64";
+  contender.flops = bench::multipole_flops(n, {}, kDim);
+  return contender;
+}
+
 /// The two factors of a landmark method alone: m queries on n keys, then n queries on m keys.
 Contender factors(Index n, Index m) {
   auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, n, kDim));
@@ -187,14 +195,18 @@ std::vector<Contender> one_core_contenders(const Settings& s) {
           backward("nystrom", s.long_n, bench::landmark_flops(s.long_n, 64, kDim)),
           approximation("nystrom", 2 * n, m, bench::pinv_flops(m)),
           factors(s.long_n, 64),
-          approximation<Eigen::half>("nystrom", s.long_n, 64)};
+          approximation<Eigen::half>("nystrom", s.long_n, 64),
+          multipole(n),
+          multipole(s.long_n),
+          backward("multipole", s.long_n, bench::multipole_flops(s.long_n, {}, kDim))};
 }
 
 /// One contender's time as so many times another's, both by their places in the list.
 struct Pair {
   std::size_t slow, fast;
 };
-constexpr Pair kPairs[] = {{1, 0}, {5, 4}, {2, 0}, {3, 0}, {12, 0}, {10, 11}, {14, 13}, {16, 13}, {19, 13}};
+constexpr Pair kPairs[] = {{1, 0},   {5, 4},   {2, 0},   {3, 0},  {12, 0}, {10, 11},
+                           {14, 13}, {16, 13}, {19, 13}, {0, 20}, {22, 21}};
 
 /// A quantity sampled once a round.
 struct Series {
@@ -240,7 +252,8 @@ std::vector<Series> measure_two_workers(const Settings& settings, Clock::time_po
       heads("softmax", settings.n, bench::attention_flops(settings.n, settings.n, kDim)),
       approximation("nystrom", settings.long_n, 64),
       heads("nystrom", settings.long_n / 4, bench::landmark_flops(settings.long_n / 4, 64, kDim)),
-      approximation("skyformer", settings.long_n, 64)};
+      approximation("skyformer", settings.long_n, 64),
+      multipole(settings.long_n)};
   Series peak_gain{"fma_peak/float (its own gain)"};
   std::vector<Series> shares;
   for (const Contender& c : contenders) shares.push_back({c.name});

@@ -56,6 +56,10 @@ expect_less(shift 1 row 1 nystrom)
 expect_less(pareto 1 ms 0 ms)
 expect_less(pareto 0 error 1 error)
 
+# On a trained model's tokens: mean(v) in row 1, nystrom with 128 landmarks in row 6, multipole by itself in row 11.
+expect_less(tensors 6 error 1 error)
+expect_less(tensors 11 error 6 error)
+
 # Smooth tokens' singular values fall; the draw of all tokens succeeds where that of two does not.
 expect_less(spectra 3 softmax 1 softmax)
 expect_less(spectra 3 gaussian 1 gaussian)

@@ -5,6 +5,7 @@
 #include "accuracy/report.hpp"
 #include "accuracy/study.hpp"
 #include "common/parse_options.hpp"
+#include "common/run_program.hpp"
 
 #include <CLI/CLI.hpp>
 #include <Eigen/Core>
@@ -13,8 +14,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <fstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,7 +27,8 @@ using Study = std::vector<accuracy::Table> (*)(const accuracy::Settings&);
 const std::vector<std::pair<std::string, Study>> kStudies{
     {"features", accuracy::study_features},     {"shift", accuracy::study_shift},
     {"iterations", accuracy::study_iterations}, {"pareto", accuracy::study_pareto},
-    {"spectrum", accuracy::study_spectrum},     {"loewner", accuracy::study_loewner}};
+    {"tensors", accuracy::study_tensors},       {"spectrum", accuracy::study_spectrum},
+    {"loewner", accuracy::study_loewner}};
 
 struct Options {
   std::vector<std::string> studies;  ///< none: all
@@ -45,6 +47,10 @@ void add_options(CLI::App& app, Options& options) {
       ->check(CLI::Range(1, 100))
       ->capture_default_str();
   app.add_flag("--quick", options.settings.quick, "small tokens and few of them: seconds, to see that it runs");
+  app.add_option("--tensors", options.settings.tensors,
+                 "folder of the study tensors: index.json, and files as it names them")
+      ->check(CLI::ExistingDirectory)
+      ->capture_default_str();
   CLI::Option* const json = app.add_option("--json", options.json, "write all figures to this file");
   app.add_flag("--matrices", options.matrices, "run no study; write every method's matrices for 96 tokens to that file")
       ->needs(json);
@@ -67,22 +73,21 @@ nlohmann::ordered_json run(const Options& options) {
   return {{"quick", options.settings.quick}, {"seeds", options.settings.seeds}, {"tables", tables}};
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const Options options =
-      parse_options("The papers' claims about approximate attention, measured again", add_options, argc, argv);
-  Eigen::setNbThreads(1);
+/// Throws std::runtime_error where a file cannot be read or written.
+void write_report(const Options& options) {
   std::ofstream file;
   if (!options.json.empty()) file.open(options.json);
   const bool wanted = file.is_open();
-  if (wanted != !options.json.empty()) {
-    std::fprintf(stderr, "bench_accuracy: cannot write %s\n", options.json.c_str());
-    return EXIT_FAILURE;
-  }
+  if (wanted != !options.json.empty()) throw std::runtime_error("cannot write " + options.json);
   const nlohmann::ordered_json report = options.matrices ? accuracy::method_matrices() : run(options);
-  if (wanted && !(file << report.dump(1) << std::endl)) {
-    std::fprintf(stderr, "bench_accuracy: cannot write %s\n", options.json.c_str());
-    return EXIT_FAILURE;
-  }
+  if (wanted && !(file << report.dump(1) << std::endl)) throw std::runtime_error("cannot write " + options.json);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Eigen::setNbThreads(1);
+  const Options options =
+      parse_options("The papers' claims about approximate attention, measured again", add_options, argc, argv);
+  return run_program("bench_accuracy", write_report, options);
 }

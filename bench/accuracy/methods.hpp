@@ -10,8 +10,9 @@
 
 namespace accuracy {
 
-/// A method by its name, in float, its other options at their defaults.
-attn::AnyApproximator<float> make_method(std::string_view name, Index num_landmarks, std::uint64_t seed);
+/// A method by its name, in float, with m landmarks or, for multipole, near clusters, its other options at their
+/// defaults.
+attn::AnyApproximator<float> make_method(std::string_view name, Index m, std::uint64_t seed);
 
 /// The matrix A of a method: out = A v. That of shifted-nystrom is frozen at the tokens' v.
 Matrix<float> method_matrix(std::string_view name, Index num_landmarks, std::uint64_t seed,

@@ -16,14 +16,9 @@ constexpr Index kNone = 0;
 
 /// out <- the method's result, and the least time of some calls in ms, after one that does not count.
 double run(const attn::AnyApproximator<float>& method, const Tokens<float>& tokens, Matrix<float>& out) {
-  constexpr int kCalls = 4;
   attn::Context context;
   const attn::Inputs<float> in{tokens.q, tokens.k, tokens.v};
-  std::vector<double> seconds;
-  for (int call = 0; call <= kCalls; ++call)
-    seconds.push_back(bench::seconds_of(1, [&] { method.forward(in, out, context); }));
-  seconds.erase(seconds.begin());
-  return 1e3 * bench::spread(seconds).minimum;
+  return 1e3 * bench::least_seconds(4, [&] { method.forward(in, out, context); });
 }
 
 /// A target, by the name of its exact method, and its approximations.
@@ -32,8 +27,15 @@ struct Target {
   std::initializer_list<std::string_view> methods;
 };
 
-/// The rows of one family and target: the exact method, mean(v), and each method with each number of landmarks.
-std::vector<Row> rows_of(std::string_view family, Index n, const Target& target, const std::vector<Index>& landmarks) {
+/// Numbers m to try: of landmarks and, for multipole, of near clusters.
+struct Sizes {
+  std::vector<Index> landmarks, near;
+
+  const std::vector<Index>& of(std::string_view method) const { return method == "multipole" ? near : landmarks; }
+};
+
+/// The rows of one family and target: the exact method, mean(v), and each method of each size.
+std::vector<Row> rows_of(std::string_view family, Index n, const Target& target, const Sizes& sizes) {
   std::vector<Row> rows;
   const auto add = [&](std::string_view method, Index m) {
     rows.push_back({{{"family", std::string(family)},
@@ -45,7 +47,7 @@ std::vector<Row> rows_of(std::string_view family, Index n, const Target& target,
   add(target.exact, kNone);
   add("mean(v)", kNone);
   for (const std::string_view method : target.methods) {
-    for (const Index m : landmarks) add(method, m);
+    for (const Index m : sizes.of(method)) add(method, m);
   }
   return rows;
 }
@@ -86,13 +88,12 @@ void mark_front(std::vector<Row>& rows) {
 
 std::vector<Table> study_pareto(const Settings& settings) {
   const Index n = settings.quick ? 256 : 4096;
-  const std::vector<Index> landmarks =
-      settings.quick ? std::vector<Index>{16, 64} : std::vector<Index>{16, 32, 64, 128, 256, 512};
+  const Sizes sizes = settings.quick ? Sizes{{16, 64}, {1, 4}} : Sizes{{16, 32, 64, 128, 256, 512}, {1, 4, 16, 64}};
   Table table{"pareto", "Time of a forward pass on one core, and relative error |out - exact|_F / |exact|_F"};
   for (const std::string_view family : kFamilies) {
-    for (const Target& target :
-         {Target{"softmax", {"nystrom", "shifted-nystrom", "lifted-softmax"}}, Target{"gaussian", {"skyformer"}}}) {
-      std::vector<Row> rows = rows_of(family, n, target, landmarks);
+    for (const Target& target : {Target{"softmax", {"multipole", "nystrom", "shifted-nystrom", "lifted-softmax"}},
+                                 Target{"gaussian", {"skyformer"}}}) {
+      std::vector<Row> rows = rows_of(family, n, target, sizes);
       for (int i = 0; i < settings.seeds; ++i) {
         const auto seed = static_cast<std::uint64_t>(i);
         add_samples(rows, target, make_tokens<float>(family, n, seed), seed);

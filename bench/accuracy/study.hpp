@@ -15,7 +15,8 @@ using attn::Index;
 
 struct Settings {
   int seeds = 3;
-  bool quick = false;  ///< small and few, to see that it runs
+  bool quick = false;                        ///< small and few, to see that it runs
+  std::string tensors = ATTN_BENCH_TENSORS;  ///< the folder that study_tensors reads
 };
 
 /// A quantity with a sample for each seed.
@@ -47,6 +48,8 @@ std::vector<Table> study_shift(const Settings& settings);
 std::vector<Table> study_iterations(const Settings& settings);
 /// Error against time.
 std::vector<Table> study_pareto(const Settings& settings);
+/// Error, time and speed-up of every method on queries, keys and values of trained models.
+std::vector<Table> study_tensors(const Settings& settings);
 /// Singular values and condition numbers of softmax and Gaussian attention.
 std::vector<Table> study_spectrum(const Settings& settings);
 /// How often Skyformer's theorem holds, against the number of landmarks.

@@ -3,6 +3,9 @@
 
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
+#include <attn/multipole.hpp>
+
+#include <string_view>
 
 namespace bench {
 
@@ -21,6 +24,21 @@ inline constexpr double kBackwardOverForward = 2.5;
 /// The m x m algebra counts nothing.
 inline double landmark_flops(attn::Index n, attn::Index num_landmarks, attn::Index d) {
   return 2 * attention_flops(n, num_landmarks, d);
+}
+
+/// Of multipole attention: n queries on the keys of near clusters and one for each cluster, then a query for each group
+/// on all keys. Finding clusters and groups counts nothing.
+inline double multipole_flops(attn::Index n, const attn::Clusters& options, attn::Index d) {
+  const auto counts = attn::detail::FieldCounts::of(options, n, n);
+  if (counts.exact(options, n, n)) return attention_flops(n, n, d);
+  const attn::Index keys_met = counts.clusters + counts.near * n / counts.clusters;
+  return attention_flops(n, keys_met, d) + attention_flops(counts.groups, n, d);
+}
+
+/// Of the method of this name by its factors alone, with so many landmarks or, for multipole, with its own counts.
+inline double forward_flops(std::string_view name, attn::Index n, attn::Index num_landmarks, attn::Index d) {
+  if (name == "softmax" || name == "gaussian") return attention_flops(n, n, d);
+  return name == "multipole" ? multipole_flops(n, {}, d) : landmark_flops(n, num_landmarks, d);
 }
 
 /// Of six steps to the inverse in Nystrom, four products of m x m matrices each: 48 m^3.

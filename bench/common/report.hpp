@@ -75,14 +75,14 @@ inline void in_milliseconds(benchmark::internal::Benchmark* benchmark) {
   benchmark->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 
-/// Registers function(state, name, exact) for each method, in float; set_sizes(benchmark, exact) does the rest. exact:
-/// whether the method is no approximation.
+/// Registers function(state, name) for each method, in float; set_sizes(benchmark, exact) does the rest. exact: whether
+/// the method is no approximation.
 template <class Function, class SetSizes>
 void register_methods(const Function& function, const SetSizes& set_sizes) {
   for (const auto& method : attn::methods<float>()) {
     const std::string name(method.name);
     const bool exact = name == "softmax" || name == "gaussian";
-    set_sizes(benchmark::RegisterBenchmark((name + "/float").c_str(), function, name, exact), exact);
+    set_sizes(benchmark::RegisterBenchmark((name + "/float").c_str(), function, name), exact);
   }
 }
 

@@ -23,19 +23,30 @@ inline int calls_for(double seconds, const std::function<void()>& call) {
   return static_cast<int>(std::clamp(std::ceil(seconds / seconds_of(1, call)), 1.0, 1e6));
 }
 
-/// Order statistics of at least one sample, interpolated between the two nearest.
+/// The least wall time of some calls in seconds, after one that does not count.
+inline double least_seconds(int calls, const std::function<void()>& call) {
+  seconds_of(1, call);
+  double least = seconds_of(1, call);
+  for (int i = 1; i < calls; ++i) least = std::min(least, seconds_of(1, call));
+  return least;
+}
+
+/// The sample below which this fraction of at least one lies, interpolated between the two nearest.
+inline double quantile(std::vector<double> samples, double fraction) {
+  std::sort(samples.begin(), samples.end());
+  const double position = fraction * static_cast<double>(samples.size() - 1);
+  const auto below = static_cast<std::size_t>(position), above = std::min(below + 1, samples.size() - 1);
+  return std::lerp(samples[below], samples[above], position - std::floor(position));
+}
+
+/// Quantiles of at least one sample.
 struct Spread {
   double minimum, first_quartile, median, third_quartile, maximum;
 };
 
-inline Spread spread(std::vector<double> samples) {
-  std::sort(samples.begin(), samples.end());
-  const auto quantile = [&](double fraction) {
-    const double position = fraction * static_cast<double>(samples.size() - 1);
-    const auto below = static_cast<std::size_t>(position), above = std::min(below + 1, samples.size() - 1);
-    return std::lerp(samples[below], samples[above], position - std::floor(position));
-  };
-  return {quantile(0), quantile(0.25), quantile(0.5), quantile(0.75), quantile(1)};
+inline Spread spread(const std::vector<double>& samples) {
+  const auto at = [&](double fraction) { return quantile(samples, fraction); };
+  return {at(0), at(0.25), at(0.5), at(0.75), at(1)};
 }
 
 }  // namespace bench

@@ -8,6 +8,7 @@ from . import _figure
 
 FAMILIES = ("smooth", "clusters", "words", "self", "init", "unit")
 STYLES = {
+    "multipole": ("tab:orange", "*-", "multipole"),
     "nystrom": ("tab:blue", "o-", "Nyströmformer"),
     "shifted-nystrom": ("tab:green", "s-", "spectral shifting"),
     "lifted-softmax": ("tab:red", "^-", "lifted softmax"),
@@ -71,6 +72,8 @@ def draw_features(table, path):
                 panel.set_axis_off()
                 continue
             for name, (color, style, label) in STYLES.items():
+                if name not in rows[0]:
+                    continue
                 width = 3.5 if name == "nystrom" else 1.4  # to be seen where spectral shifting does the same
                 band(panel, rows, "m", name, color, style, label, width)
             panel.set(yscale="log", ylim=(1e-3, LARGEST_ERROR), title=f"{family}, n = {n}")
@@ -102,7 +105,7 @@ def draw_shift(table, path):
 def draw_pareto(table, path):
     figure, families = family_panels(table, 3.0)
     for panel, rows in families:
-        for name in ("nystrom", "shifted-nystrom", "lifted-softmax", "skyformer"):
+        for name in ("multipole", "nystrom", "shifted-nystrom", "lifted-softmax", "skyformer"):
             color, style, label = STYLES[name]
             of_method = [row for row in rows if row["method"] == name]
             points = [(row["ms"]["median"], min(row["error"]["median"], LARGEST_ERROR)) for row in of_method]

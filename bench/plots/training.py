@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _figure
 
-ORDER = ["softmax", "nystrom", "shifted-nystrom", "gaussian", "skyformer", "lifted-softmax"]
+ORDER = ["softmax", "nystrom", "shifted-nystrom", "gaussian", "skyformer", "lifted-softmax", "multipole"]
 
 
 def read(inputs):

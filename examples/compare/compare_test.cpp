@@ -491,6 +491,13 @@ TEST(Recommend, TheFastestWithinAnErrorOrTheMostAccurateWithinABudget) {
   EXPECT_EQ(advised({.target = Target::gaussian, .budget_ms = {}, .max_error = 0.5}), "skyformer 32");
 }
 
+TEST(Recommend, TheExactMethodRatherThanOneThatIsTheSame) {
+  std::vector<Row> rows = some_rows();
+  rows.push_back({.method = "multipole", .milliseconds = 99, .error = 0, .worst_head = 0});
+  const Advice advice = recommend(rows, {.target = Target::softmax, .budget_ms = {}, .max_error = 1e-3});
+  EXPECT_EQ(advice.row->method, "softmax");
+}
+
 TEST(Recommend, SaysWhatASizeCounts) {
   std::vector<Row> rows = some_rows();
   const auto with_multipole = [&](Index near) {

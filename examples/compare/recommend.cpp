@@ -13,12 +13,14 @@ const Row& mean_row(const std::vector<Row>& rows, Target target) {
                                [&](const Row& row) { return row.method == kMeanOfValues && row.target == target; });
 }
 
-/// Methods of the target that are worth their time.
+/// Methods of the target that are worth their time: not an approximation without any error, which is the exact method
+/// under another name.
 std::vector<Row> candidates(const std::vector<Row>& rows, Target target) {
   const double baseline = mean_row(rows, target).worst_head;
   std::vector<Row> worth;
   for (const Row& row : rows) {
-    if (row.target == target && row.method != kMeanOfValues && (row.exact || row.worst_head < baseline)) {
+    if (row.target == target && row.method != kMeanOfValues &&
+        (row.exact || (row.worst_head > 0 && row.worst_head < baseline))) {
       worth.push_back(row);
     }
   }
