@@ -38,36 +38,39 @@ inline ClusteredRows copy_of(std::span<const Index> rows, std::span<const Index>
   return clusters;
 }
 
-/// The sum of factor_i row(i), of so many rows: kPackets packets from the element at on, as far as rows of d elements
+/// The sum of factor_i (row(i) - origin), of so many rows: kPackets packets from the element at on, as far as rows of d elements
 /// go, to memory that has room for whole packets.
 template <int kPackets, class T, class Row>
-void sum_some_packets(const T* factors, Index count, const Row& row, Index at, Index d, T* to) {
-  Packet<T> total[array_size(kPackets)];
+void sum_some_packets(const T* factors, Index count, const Row& row, const T* origin, Index at, Index d, T* to) {
+  Packet<T> total[array_size(kPackets)], zero[array_size(kPackets)];
 #pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) total[p] = broadcast(T(0));
+  for (int p = 0; p < kPackets; ++p) {
+    total[p] = broadcast(T(0));
+    zero[p] = load_row_if(origin, at + p * kLanes<T>, d);
+  }
   for (Index i = 0; i < count; ++i) {
     const auto factor = broadcast(factors[i]);
     const T* const from = row(i);
 #pragma GCC unroll 4
     for (int p = 0; p < kPackets; ++p) {
       const auto x = kPackets > 1 ? load_unaligned(from + at + p * kLanes<T>) : load_row(from, at, d);
-      total[p] = multiply_add(factor, x, total[p]);
+      total[p] = multiply_add(factor, x - zero[p], total[p]);
     }
   }
 #pragma GCC unroll 4
   for (int p = 0; p < kPackets; ++p) store(to + at + p * kLanes<T>, total[p]);
 }
 
-/// to <- the sum of factor_i row(i), of so many rows of d elements; whole packets of to are written. Some packets at a
-/// time, for chains of sums that do not wait for one another.
+/// to <- the sum of factor_i (row(i) - origin), of so many rows of d elements; a null origin is zeros, whole packets of
+/// to are written. Some packets at a time, for chains of sums that do not wait for one another.
 template <class T, class Row>
-[[gnu::noinline]] void sum_scaled_rows(const T* factors, Index count, const Row& row, Index d, T* to) {
+[[gnu::noinline]] void sum_scaled_rows(const T* factors, Index count, const Row& row, const T* origin, Index d, T* to) {
   constexpr int kAtOnce = 4;
   Index c = 0;
   for (; c + kAtOnce * kLanes<T> <= d; c += kAtOnce * kLanes<T>) {
-    sum_some_packets<kAtOnce>(factors, count, row, c, d, to);
+    sum_some_packets<kAtOnce>(factors, count, row, origin, c, d, to);
   }
-  for (; c < d; c += kLanes<T>) sum_some_packets<1>(factors, count, row, c, d, to);
+  for (; c < d; c += kLanes<T>) sum_some_packets<1>(factors, count, row, origin, c, d, to);
 }
 
 /// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w floor(p / 2) / p)
@@ -144,8 +147,8 @@ class Bisection {
   void split(const Node& node, int worker) const {
     if (node.size() <= 1) return;
     clusters_.starts.data()[node.middle_part()] = node.middle();
-    T *const direction = memory_ + worker * memory_size(), *const buffer = direction + row_size_;
-    const T origin = set_direction(node.rows, direction);
+    T *const direction = memory_ + worker * memory_size(), *const buffer = direction + 3 * row_size_;
+    const T* const mean = set_direction(node.rows, direction);
     Index* const rows = clusters_.rows.data();
     for (Index first = node.rows.first; first < node.rows.last; first += kLanes<T>) {
       const T* some[kLanes<T>];
@@ -153,7 +156,7 @@ class Bisection {
         some[i] = first + i < node.rows.last ? x_.row(rows[first + i], buffer + i * row_size_) : nullptr;
       }
       alignas(64) T along[array_size(kLanes<T>)];
-      store(along, dot_products<T>(some, direction, x_.cols()) - broadcast(origin));
+      store(along, dot_products<T>(some, mean, direction, x_.cols()));
       for (Index i = first; i < std::min(first + kLanes<T>, node.rows.last); ++i) {
         places_[i] = place(along[i - first], rows[i]);
       }
@@ -194,8 +197,8 @@ class Bisection {
   }
 
   /// direction (d, memory beyond it) <- about the principal direction of a sample of the rows: power iterations from
-  /// the coordinate of largest variance. Rows that are not finite do not count. Returns where their mean lies along it.
-  T set_direction(Range node, T* direction) const {
+  /// the coordinate of largest variance. Rows that are not finite do not count. Returns their mean.
+  const T* set_direction(Range node, T* direction) const {
     const Index d = x_.cols(), width = node.last - node.first,
                 most = std::min(kSample, std::max<Index>(std::min<Index>(width, 48), width / 2));
     T *const next = direction + row_size_, *const mean = next + row_size_, *const copies = mean + row_size_;
@@ -207,7 +210,7 @@ class Bisection {
     const auto row = [&](Index i) { return rows[i]; };
     const auto set_mean = [&](Index of) {
       std::fill_n(products, of, 1 / static_cast<T>(of));
-      sum_scaled_rows(products, of, row, d, mean);
+      sum_scaled_rows<T>(products, of, row, nullptr, d, mean);
       return is_finite(squared_norm(mean, d));
     };
     Index count = most;
@@ -221,12 +224,12 @@ class Bisection {
     for (int step = 0; step < kSteps && count > 0; ++step) {
       sum_scaled_rows(
           direction, d, [&](Index c) { return panel + c * round_up(count); }, round_up(count), products);
-      sum_scaled_rows(products, count, row, d, next);  // products of centered rows add up to 0
+      sum_scaled_rows(products, count, row, mean, d, next);
       const T norm = std::sqrt(squared_norm(next, d));
       if (!(norm > 0) || !is_finite(norm)) break;
       scale_row(1 / norm, next, direction, d);
     }
-    return count == 0 ? T(0) : dot_product(mean, direction, d);
+    return count == 0 ? nullptr : mean;
   }
 
   /// panel <- rows relative to their mean, along lanes. Returns the coordinate of largest variance.

@@ -385,7 +385,7 @@ class FieldRunner {
         variances[i] = first + i < m ? keys_.key_variance.data() + (first + i) * keys_.d : nullptr;
       }
       alignas(64) T spread[array_size(kLanes<T>)];
-      store(spread, dot_products<T>(variances, displacement_, keys_.d));
+      store(spread, dot_products<T>(variances, nullptr, displacement_, keys_.d));
       for (Index c = first; c < std::min(first + kLanes<T>, m); ++c) {
         auto total = broadcast(T(0));
         for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {

@@ -33,14 +33,14 @@ template <class T>
   return squares;
 }
 
-/// row_i.v in lane i, for kLanes rows of d elements; null rows are zeros.
+/// (row_i - origin).v in lane i, for kLanes rows of d elements; a null origin is zeros, null rows give anything.
 template <class T>
-[[gnu::noinline]] Packet<T> dot_products(const T* const (&rows)[kLanes<T>], const T* v, Index d) {
+[[gnu::noinline]] Packet<T> dot_products(const T* const (&rows)[kLanes<T>], const T* origin, const T* v, Index d) {
   Packet<T> total[kLanes<T>];
   for (int i = 0; i < kLanes<T>; ++i) total[i] = broadcast(T(0));
   for (Index c = 0; c < d; c += kLanes<T>) {
-    const auto x = load_row(v, c, d);
-    for (int i = 0; i < kLanes<T>; ++i) total[i] = multiply_add(x, load_row_if(rows[i], c, d), total[i]);
+    const auto x = load_row(v, c, d), zero = load_row_if(origin, c, d);
+    for (int i = 0; i < kLanes<T>; ++i) total[i] = multiply_add(x, load_row_if(rows[i], c, d) - zero, total[i]);
   }
   transpose(total);
   for (int i = 1; i < kLanes<T>; ++i) total[0] = total[0] + total[i];
