@@ -222,8 +222,8 @@ class Bisection {
     std::fill_n(direction, row_size_, T(0));
     direction[count == 0 ? 0 : center_sample(rows, count, mean, panel)] = 1;
     for (int step = 0; step < kSteps && count > 0; ++step) {
-      sum_scaled_rows(
-          direction, d, [&](Index c) { return panel + c * round_up(count); }, round_up(count), products);
+      sum_scaled_rows<T>(
+          direction, d, [&](Index c) { return panel + c * round_up(count); }, nullptr, round_up(count), products);
       sum_scaled_rows(products, count, row, mean, d, next);
       const T norm = std::sqrt(squared_norm(next, d));
       if (!(norm > 0) || !is_finite(norm)) break;
