@@ -3,6 +3,7 @@
 
 #include <attn/exact.hpp>
 
+#include "common/random_problem.hpp"
 #include "common/support.hpp"
 
 #include <gtest/gtest.h>
@@ -186,6 +187,30 @@ TYPED_TEST(MultipoleOf, IsItsDefinitionForWhatItDecided) {
       }
     }
   }
+}
+
+/// Shapes, strides, masks, biases and counts by lot.
+TYPED_TEST(MultipoleOf, IsItsDefinitionForRandomProblems) {
+  using T = TypeParam;
+  int compared = 0;
+  for (std::uint64_t seed = 0; seed < 150; ++seed) {
+    test::Random random(seed);
+    test::RandomProblem<T> problem(random, 150, false, true);
+    Inputs<T> in = problem.inputs();
+    in.mask.causal = attn::Causal::none;
+    const Index clusters = 1 + random.below(20);
+    const Clusters counts{
+        .num_clusters = clusters, .num_groups = 1 + random.below(20), .num_near = random.below(clusters)};
+    SCOPED_TRACE("seed " + std::to_string(seed) + ": " + problem.text());
+    for_each_kernel(in.q.cols(), [&](const auto& kernel, const reference::Kernel& expected) {
+      const Run run(Multipole<T, std::decay_t<decltype(kernel)>>(counts, kernel), in);
+      const reference::Problem p = test::to_reference(in);
+      const reference::Matrix out = run.saved.exact ? attend(expected, p).out : multipole(expected, p, run.fields);
+      EXPECT_LE(test::relative_error(run.out, out), sizeof(T) == 4 ? 1e-5 : 1e-10);
+      compared += run.saved.exact ? 0 : 1;
+    });
+  }
+  EXPECT_GE(compared, 150);
 }
 
 TYPED_TEST(MultipoleOf, ObeysItsCounts) {

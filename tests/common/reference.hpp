@@ -141,8 +141,8 @@ struct Fields {
   std::vector<Block> blocks;
 };
 
-/// What a query l knows of a cluster c: k_c = sum r_j k_j, v_c = sum r_j v_j with r_j = softmax_{j in c}(s l.k_j + a_j),
-/// and e_c = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c. a_j = key_bias_j - bias |k_j|^2.
+/// What a query l knows of a cluster c: k_c = sum r_j k_j, v_c = sum r_j v_j with r_j = softmax_{j in c}(s l.k_j +
+/// a_j), and e_c = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c. a_j = key_bias_j - bias |k_j|^2.
 struct Summary {
   Vector key, value;
   double bias;
@@ -156,8 +156,8 @@ Vector landmark_of(const Problem& p, const std::vector<Index>& group);
 /// about the landmark's, times the spread of its values: what the summary may err by. near is not read.
 Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields, const Fields::Block& block);
 
-/// out(q) = sum_{c far} exp(s q.k_c + e_c) v_c + sum_{j near} exp(s q.k_j + a_j) v_j, divided by the same sums without v
-/// if normalized, else times exp(-bias |q|^2). Zeros for queries of no block.
+/// out(q) = sum_{c far} exp(s q.k_c + e_c) v_c + sum_{j near} exp(s q.k_j + a_j) v_j, divided by the same sums without
+/// v if normalized, else times exp(-bias |q|^2). Zeros for queries of no block.
 Matrix multipole(const Kernel& kernel, const Problem& p, const Fields& fields);
 
 /// All singular values, in descending order.
