@@ -115,9 +115,9 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 /// of at most some dozens of queries of a group, the clusters of largest weight x spread of scores x spread of values.
 /// Clusters and groups come of balanced bisection along principal directions. All weights are positive: a row of out
 /// lies within the range of the values.
-/// Not causal. With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory, for
-/// keys and values in the order of their clusters, and 48 groups' summaries of all clusters. The backward pass takes
-/// clusters, groups and near clusters as constants.
+/// Not causal. With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory,
+/// for keys and values in the order of their clusters, and 48 groups' summaries of all clusters. The backward pass
+/// takes clusters, groups and near clusters as constants.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
  public:

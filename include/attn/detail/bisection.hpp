@@ -38,8 +38,8 @@ inline ClusteredRows copy_of(std::span<const Index> rows, std::span<const Index>
   return clusters;
 }
 
-/// The sum of factor_i (row(i) - origin), of so many rows: kPackets packets from the element at on, as far as rows of d elements
-/// go, to memory that has room for whole packets.
+/// The sum of factor_i (row(i) - origin), of so many rows: kPackets packets from the element at on, as far as rows of d
+/// elements go, to memory that has room for whole packets.
 template <int kPackets, class T, class Row>
 void sum_some_packets(const T* factors, Index count, const Row& row, const T* origin, Index at, Index d, T* to) {
   Packet<T> total[array_size(kPackets)], zero[array_size(kPackets)];
@@ -73,8 +73,8 @@ template <class T, class Row>
   for (; c < d; c += kLanes<T>) sum_some_packets<1>(factors, count, row, origin, c, d, to);
 }
 
-/// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w floor(p / 2) / p)
-/// rows and the others, by their order along the direction of largest variance; ties go by row number. One for each
+/// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w floor(p / 2) /
+/// p) rows and the others, by their order along the direction of largest variance; ties go by row number. One for each
 /// call; all its memory comes from the scratch that it is made with.
 template <class T>
 class Bisection {
