@@ -120,6 +120,31 @@ def draw_pareto(table, path):
     save(figure, path, 4, x, "relative error, Frobenius norm")
 
 
+def draw_tensors(table, path):
+    names = list(dict.fromkeys(row["tensor"] for row in table["rows"]))
+    figure, axes = panels(4, -(-len(names) // 4), 3.0, 2.8)
+    for panel in axes.flat[len(names):]:
+        panel.set_axis_off()
+    for panel, name in zip(axes.flat, names):
+        rows = [row for row in table["rows"] if row["tensor"] == name]
+        for method, (color, style, label) in (STYLES | {"sampled keys": ("0.5", "x-", "sampled keys")}).items():
+            points = [(row["ms"]["median"], min(row["error"]["median"], LARGEST_ERROR), row["m"] == 0)
+                      for row in rows if row["method"] == method]
+            if not points:
+                continue
+            x, y, _ = zip(*sorted(points))
+            panel.plot(x, y, style, color=color, label=label, markersize=4, linewidth=1.2)
+            for at, error, by_default in points:
+                if by_default:
+                    panel.plot(at, error, "o", color=color, markersize=9, fillstyle="none", label="by default")
+        exact, mean = ([row for row in rows if row["method"] == method][0] for method in ("softmax", "mean(v)"))
+        panel.axhline(mean["error"]["median"], color="0.5", linestyle=":", label="mean(v)")
+        panel.axvline(exact["ms"]["median"], color="0.5", linestyle="--", label="time of exact attention")
+        panel.set(xscale="log", yscale="log", ylim=(1e-3, 2), title=f"{name}, n = {rows[0]['n']}")
+        panel.title.set_fontsize(9)
+    save(figure, path, 4, "ms of a forward pass, one core", "relative error, Frobenius norm")
+
+
 def draw_spectra(table, path):
     figure, families = family_panels(table, 2.8)
     for panel, rows in families:
@@ -162,6 +187,7 @@ def draw(inputs, out):
         ("features", draw_features),
         ("shift", draw_shift),
         ("pareto", draw_pareto),
+        ("tensors", draw_tensors),
         ("spectra", draw_spectra),
         ("loewner", draw_loewner),
     ):
