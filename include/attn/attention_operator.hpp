@@ -112,8 +112,9 @@ struct RawRows {
 }  // namespace detail
 
 /// What the library's own operators make of two products of blocks of T or of what T is computed in: multiply(x, y,
-/// context), y <- A x, and multiply_transposed(x, y, context), y <- A^T x.
-template <class Operator, class T>
+/// context), y <- A x, and multiply_transposed(x, y, context), y <- A^T x,
+/// unless has_transpose is false.
+template <class Operator, class T, bool has_transpose = true>
 class OperatorBase {
  public:
   using Scalar = T;                    ///< the type of the blocks' elements
@@ -129,14 +130,14 @@ class OperatorBase {
 
   /// As LinearOperator says.
   void apply_transpose(const ConstMatrixRef<T>& x, MatrixRef<T> y, Context& context) const
-    requires Operator::kHasTranspose
+    requires has_transpose
   {
     self().multiply_transposed(x, y, context);
   }
 
   /// As LinearOperator says.
   void apply_transpose_wide(const ConstMatrixRef<Wide>& x, MatrixRef<Wide> y, Context& context) const
-    requires Operator::kHasTranspose
+    requires has_transpose
   {
     self().multiply_transposed(x, y, context);
   }
@@ -157,7 +158,6 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
  public:
   using Wide = detail::Arithmetic<T>;                          ///< what narrow blocks are computed in
   static constexpr std::string_view kName = "exact operator";  ///< in error messages
-  static constexpr bool kHasTranspose = true;                  ///< of every mask
 
   /// Of q (n_q, d) and k (n_k, d).
   ExactOperator(Kernel kernel, ConstMatrixRef<T> q, ConstMatrixRef<T> k, Mask mask, Context& context)
@@ -229,8 +229,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
 template <Approximator Method>
 class ApproximatorOperator : public OperatorBase<ApproximatorOperator<Method>, typename Method::Scalar> {
  public:
-  using Scalar = typename Method::Scalar;      ///< the type of q and k
-  static constexpr bool kHasTranspose = true;  ///< by the backward pass
+  using Scalar = typename Method::Scalar;  ///< the type of q and k
 
   /// Of q (n_q, d) and k (n_k, d).
   ApproximatorOperator(Method method, ConstMatrixRef<Scalar> q, ConstMatrixRef<Scalar> k, Mask mask = {})
@@ -286,10 +285,8 @@ class ApproximatorOperator : public OperatorBase<ApproximatorOperator<Method>, t
 /// shapes disagree.
 template <ForwardOperator A, ForwardOperator B>
   requires std::same_as<typename A::Scalar, typename B::Scalar>
-class Difference : public OperatorBase<Difference<A, B>, typename A::Scalar> {
+class Difference : public OperatorBase<Difference<A, B>, typename A::Scalar, LinearOperator<A> && LinearOperator<B>> {
  public:
-  static constexpr bool kHasTranspose = LinearOperator<A> && LinearOperator<B>;  ///< where both have
-
   /// Of operators of one shape.
   Difference(A a, B b) : a_(std::move(a)), b_(std::move(b)) {
     if (a_.rows() == b_.rows() && a_.cols() == b_.cols()) return;

@@ -122,7 +122,7 @@ template <class T, ScoreKernel Kernel = SoftmaxKernel>
 class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
  public:
   using Saved = detail::MultipoleSaved<T, Kernel>;  ///< what backward needs
-  static constexpr std::string_view kName = "multipole";
+  static constexpr std::string_view kName = "multipole";  ///< in tables and error messages
 
   /// How tokens are cut, and the kernel.
   explicit constexpr Multipole(Clusters clusters = {}, Kernel kernel = {}) : clusters_(clusters), kernel_(kernel) {}
