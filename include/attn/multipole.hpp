@@ -121,7 +121,7 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
  public:
-  using Saved = detail::MultipoleSaved<T, Kernel>;  ///< what backward needs
+  using Saved = detail::MultipoleSaved<T, Kernel>;        ///< what backward needs
   static constexpr std::string_view kName = "multipole";  ///< in tables and error messages
 
   /// How tokens are cut, and the kernel.
