@@ -2,7 +2,6 @@
 #pragma once
 
 #include <attn/any_approximator.hpp>
-#include <attn/multipole.hpp>
 
 #include "mean_pooling.hpp"
 #include "common/support.hpp"
@@ -19,31 +18,20 @@ namespace test {
 inline std::vector<std::string> method_names() {
   std::vector<std::string> names;
   for (const auto& method : attn::methods<double>()) names.emplace_back(method.name);
-  names.emplace_back(attn::Multipole<double>::kName);
   names.emplace_back(MeanPooling<double>::kName);
   return names;
-}
-
-/// Counts with which multipole attention is an approximation of few tokens too, to which its own would be exact. It is
-/// exact for at most so many keys.
-inline attn::Clusters few_clusters(Index num_landmarks) {
-  return {.num_clusters = num_landmarks,
-          .num_groups = std::max<Index>(1, num_landmarks / 3),
-          .num_near = num_landmarks / 4};
 }
 
 template <class T>
 attn::AnyApproximator<T> make_method(const std::string& name, const attn::MethodOptions& options = {}) {
   if (name == MeanPooling<T>::kName) return attn::AnyApproximator<T>(MeanPooling<T>{});
-  if (name == attn::Multipole<T>::kName && options.num_landmarks)
-    return attn::AnyApproximator<T>(attn::Multipole<T>(few_clusters(*options.num_landmarks), {.scale = options.scale}));
-  if (name == attn::Multipole<T>::kName) return attn::AnyApproximator<T>(attn::Multipole<T>{});
   return attn::make_approximator<T>(name, options);
 }
 
 /// Options by which every approximation is of that size: so many landmarks, or clusters of which a quarter are near.
 inline attn::MethodOptions of_size(Index m, attn::MethodOptions options = {}) {
   options.num_landmarks = options.num_clusters = m;
+  options.num_groups = std::max<Index>(1, m / 3);
   options.num_near = m / 4;
   return options;
 }
