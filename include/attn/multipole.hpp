@@ -27,7 +27,8 @@ namespace attn {
 
 /// How Multipole cuts tokens. Counts that are not set follow from those of the kept tokens: n_k keys are cut into
 /// 4 sqrt n_k clusters of nearly equal size, n_q queries into sqrt n_q groups, rounded up to a multiple of 16 and at
-/// least 48, and 20 clusters are near: 20 n_k / (4 sqrt n_k) keys. Where nothing is set and exact attention costs no
+/// least 48, and 20 clusters, but
+/// at most a quarter of all, are near: 20 n_k / (4 sqrt n_k) keys. Where nothing is set and exact attention costs no
 /// more, as up to some 1000 tokens, Multipole is exact attention.
 struct Clusters {
   std::optional<Index> num_clusters{};  ///< of keys, at least 1; as many as keys is exact attention
@@ -58,7 +59,7 @@ struct FieldCounts {
     FieldCounts counts{};
     counts.clusters = std::min(n_k, options.num_clusters.value_or(4 * root(n_k)));
     counts.groups = std::min(n_q, options.num_groups.value_or(groups));
-    counts.near = std::min(options.num_near.value_or(kNear), counts.clusters);
+    counts.near = std::min(options.num_near.value_or(std::min(kNear, counts.clusters / 4)), counts.clusters);
     return counts;
   }
 
