@@ -124,25 +124,30 @@ Expected expected(std::string_view name, const attn::MethodOptions& options, con
   const double logits =
       1 + softmax.scale * std::sqrt(p.q.rowwise().squaredNorm().maxCoeff() * p.k.rowwise().squaredNorm().maxCoeff());
   const double exact = kExactTolerance<T> * logits, landmarks = (sizeof(T) == 4 ? 1e-4 : 1e-9) * logits;
+  reference::Problem terms = p;
+  terms.v = p.v.cwiseAbs();  // the sizes of what is added up
   const auto of_exact = [&](const reference::Kernel& kernel) -> Expected {
-    reference::Problem terms = p;
-    terms.v = p.v.cwiseAbs();  // the sizes of what is added up
     return {attend(kernel, p).out, exact * attend(kernel, terms).out.norm()};
   };
-  const auto of_landmarks = [&](const reference::Matrix& out) -> Expected { return {out, landmarks * out.norm()}; };
+  const auto of_landmarks = [&](const auto& method) -> Expected {
+    const reference::Matrix out = method(p);
+    return {out, landmarks * std::max(out.norm(), method(terms).norm())};
+  };
   if (name == "softmax") return of_exact(softmax);
   if (name == "gaussian") return of_exact(gaussian);
   if (name == "nystrom") {
     const Index kept =
         std::min(detail::count_kept(in.mask.keep_query, p.q.rows()), detail::count_kept(in.mask.keep_key, p.k.rows()));
-    return m >= kept ? of_exact(softmax) : of_landmarks(nystrom(softmax, p, m, 6));
+    if (m >= kept) return of_exact(softmax);
+    return of_landmarks([&](const reference::Problem& x) { return nystrom(softmax, x, m, 6); });
   }
   const reference::Matrix sampled = detail::uniform_sample(in, options);
   if (name == "skyformer") {
     const auto inverse = [&](const reference::Matrix& a) { return reference::ridge_inverse(a, *options.gamma); };
-    return of_landmarks(skyformer(gaussian, p, sampled, inverse));
+    return of_landmarks([&](const reference::Problem& x) { return skyformer(gaussian, x, sampled, inverse); });
   }
-  const Expected lifted = of_landmarks(lifted_softmax(softmax.scale, p, sampled, *options.gamma));
+  const Expected lifted = of_landmarks(
+      [&](const reference::Problem& x) { return lifted_softmax(softmax.scale, x, sampled, *options.gamma); });
   return {lifted.out, 100 * lifted.error};  // its divisors may come near 0
 }
 
