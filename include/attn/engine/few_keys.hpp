@@ -163,7 +163,10 @@ class FewKeysRunner {
   [[gnu::noinline]] void refine_row(Index query, T* scores, T norm, T* base) const {
     const KeyTile<T>& tile = few_.tile;
     const Index d = product_.in.q.cols();
+    T floor = product_.maximum == Maximum::running ? row_maximum(scores, width_) : norm;
+    floor -= matters_above<T>(product_.maximum);
     const auto near = [&](Index j) {
+      if (!(scores[j] > floor)) return false;
       const T log_kappa = scores[j] - tile.key_part_of(j) - (*base == 0 ? norm : T(0));
       return is_near(log_kappa, norm, -tile.norm_bias[j]);
     };
@@ -171,6 +174,7 @@ class FewKeysRunner {
       if (near(j)) *base = norm;
       if (*base != 0) add_to_row(-*base, scores, width_);
     }
+    floor -= *base;
     if (*base == 0) return;
     const T* const q = product_.in.q.row(query, tokens_);
     for (Index j = 0; j < tile.count; ++j) {

@@ -129,12 +129,15 @@ inline T squared_norm(const T* row, Index d) {
 /// |a - b|^2 of rows of length d, in short chains of sums.
 template <class T>
 T squared_distance(const T* a, const T* b, Index d) {
-  auto total = broadcast(T(0));
-  for (Index c = 0; c < d; c += kLanes<T>) {
-    const auto x = load_row(a, c, d) - load_row(b, c, d);
-    total = multiply_add(x, x, total);
+  auto squares = broadcast(T(0));
+  Index c = 0;
+  for (; c + kLanes<T> <= d; c += kLanes<T>) {
+    const auto x = load_unaligned(a + c) - load_unaligned(b + c);
+    squares = multiply_add(x, x, squares);
   }
-  return sum(total);
+  T total = d < kLanes<T> ? T(0) : sum(squares);
+  for (; c < d; ++c) total += (a[c] - b[c]) * (a[c] - b[c]);
+  return total;
 }
 
 /// The largest of n elements.

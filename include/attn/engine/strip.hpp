@@ -218,7 +218,7 @@ class StripKernel {
       : d_(in.q.cols()),
         d_v_(in.v.cols()),
         maximum_(maximum),
-        far_pairs_(in, bias, scratch),
+        far_pairs_(in, bias, maximum, scratch),
         panel_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
         correction_(scratch.elements<T>(kTileWidth<T>)),
@@ -268,7 +268,7 @@ class StripKernel {
     if (maximum_ == Maximum::running) {
       far_pairs_.find_near(strip, tile, count, panel_, state.base, state.maximum);
     }
-    far_pairs_.refine(strip, tile, count, state.base, panel_);
+    far_pairs_.refine(strip, tile, count, state.base, state.maximum, panel_);
   }
 
   [[gnu::noinline]] void set_tile_maximum(Index count, Index lanes) const {
