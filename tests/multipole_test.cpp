@@ -656,6 +656,11 @@ TYPED_TEST(MultipoleOf, IsItsDefinitionBeyondTilesAndStrips) {
   }
 }
 
+template <class To, class From>
+Tokens<To> in_type(const Tokens<From>& x) {
+  return {x.q.template cast<To>(), x.k.template cast<To>(), x.v.template cast<To>()};
+}
+
 template <class T>
 class NarrowMultipole : public ::testing::Test {};
 TYPED_TEST_SUITE(NarrowMultipole, test::NarrowScalars);
@@ -663,9 +668,8 @@ TYPED_TEST_SUITE(NarrowMultipole, test::NarrowScalars);
 TYPED_TEST(NarrowMultipole, IsThatOfFloatRoundedOnce) {
   using T = TypeParam;
   const auto x = test::make_tokens<float>(Family::smooth, {130, 210, 16, 12}, 992);
-  const Tokens<T> narrow{x.q.template cast<T>(), x.k.template cast<T>(), x.v.template cast<T>()};
-  const Tokens<float> wide{narrow.q.template cast<float>(), narrow.k.template cast<float>(),
-                           narrow.v.template cast<float>()};
+  const Tokens<T> narrow = in_type<T>(x);
+  const Tokens<float> wide = in_type<float>(narrow);
   for_each_kernel(16, [&](const auto& kernel, const auto&) {
     using Kernel = std::decay_t<decltype(kernel)>;
     for (const Clusters& counts : kCounts) {
@@ -842,9 +846,8 @@ TYPED_TEST(MultipoleOf, GradientsStayFiniteOnHardInputs) {
 TYPED_TEST(NarrowMultipole, GradientsFollowThoseOfFloat) {
   using T = TypeParam;
   const auto x = test::make_tokens<float>(Family::smooth, {90, 110, 16, 8}, 1007);
-  const Tokens<T> narrow{x.q.template cast<T>(), x.k.template cast<T>(), x.v.template cast<T>()};
-  const Tokens<float> wide{narrow.q.template cast<float>(), narrow.k.template cast<float>(),
-                           narrow.v.template cast<float>()};
+  const Tokens<T> narrow = in_type<T>(x);
+  const Tokens<float> wide = in_type<float>(narrow);
   const Multipole<T> method(kCounts[0]);
   const Multipole<float> of_float(kCounts[0]);
   const Inputs<T> in{.q = narrow.q, .k = narrow.k, .v = narrow.v};
