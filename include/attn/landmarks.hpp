@@ -184,7 +184,7 @@ struct UniformSample {
         std::swap(deck[j], deck[other]);
         chosen[j] = deck[j];
       }
-      std::sort(chosen.begin(), chosen.end());
+      detail::sort_elements(chosen);
     });
   }
 };

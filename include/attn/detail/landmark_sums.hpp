@@ -326,11 +326,12 @@ void raise_rows_backward(const GaussianKernel& kernel, const Inputs<T>& in, cons
 template <class T, class W>
 void landmark_matrix_backward(const GaussianKernel& kernel, const ConstMatrixRef<T>& land, const MatrixRef<W>& a,
                               const MatrixRef<W>& da, const MatrixRef<T>& dland, Context& context) {
+  using Double = DoubleWith<T>;
   Scratch scratch = context.scratch();
   const Index m = land.rows(), d = land.cols();
   const double twice_b = 2 * score_parameters(kernel, d).bias;
-  const MatrixRef<double> s = scratch.matrix<double>(m, m), product = scratch.matrix<double>(m, d);
-  const ConstMatrixRef<double> wide = in_type<double>(land, scratch, context);
+  const MatrixRef<Double> s = scratch.matrix<Double>(m, m), product = scratch.matrix<Double>(m, d);
+  const ConstMatrixRef<Double> wide = in_type<Double>(land, scratch, context);
   for (Index i = 0; i < m; ++i) {
     for (Index j = 0; j < i; ++j) {
       row_of(s, i)[j] = row_of(s, j)[i] = static_cast<double>(row_of(da, i)[j]) * static_cast<double>(row_of(a, i)[j]) +
@@ -338,7 +339,7 @@ void landmark_matrix_backward(const GaussianKernel& kernel, const ConstMatrixRef
     }
     row_of(s, i)[i] = 0;
   }
-  gemm<double>(twice_b, s, wide, 0, product, context);
+  gemm<Double>(twice_b, s, wide, 0, product, context);
   for (Index i = 0; i < m; ++i) {
     add_row(-twice_b * row_sum(row_of(s, i), m), row_of(wide, i), row_of(product, i), d);
     for (Index c = 0; c < d; ++c) row_of(dland, i)[c] += static_cast<T>(row_of(product, i)[c]);

@@ -21,7 +21,6 @@
 
 #include <algorithm>
 #include <numbers>
-#include <numeric>
 #include <span>
 #include <type_traits>
 
@@ -92,7 +91,7 @@ struct KeyClusters {
       add_squared_difference(row + d, mean + d, value_variance, d_v());
     }
     scale_row(share, variance, variance, d);
-    value_spread[c] = std::sqrt(share * std::accumulate(value_variance, value_variance + d_v(), T(0)));
+    value_spread[c] = std::sqrt(share * row_sum(value_variance, d_v()));
   }
 
   void set_bias(const Sources<T>& in, const LogKernel<T>& kernel, Index row, const T* key, T* to) const {
@@ -398,7 +397,7 @@ class FieldRunner {
     }
     const auto errs_more = [&](Index a, Index b) { return terms_[a] > terms_[b] || (terms_[a] == terms_[b] && a < b); };
     std::nth_element(near_, near_ + count - 1, near_ + m, errs_more);
-    std::sort(near_, near_ + count);
+    sort_elements<Index>({near_, static_cast<std::size_t>(count)});
     return count;
   }
 

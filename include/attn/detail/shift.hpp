@@ -19,7 +19,6 @@
 #include <concepts>
 #include <cstddef>
 #include <limits>
-#include <numeric>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -39,8 +38,8 @@ struct ShiftedPinv {
   template <class T>
   static ShiftedPinv of_paper(const MatrixRef<T>& a, const MatrixRef<T>& x, int iterations, Context& context) {
     Scratch scratch = context.scratch();
-    const MatrixRef<double> wide_a = in_type<double>(a, scratch, context), z = like(wide_a, scratch),
-                            wide_x = in_type<double>(x, scratch, context);
+    const MatrixRef<DoubleWith<T>> wide_a = in_type<double>(a, scratch, context), z = like(wide_a, scratch),
+                                   wide_x = in_type<double>(x, scratch, context);
     ShiftedPinv core{iterations, 0};
     core.pinv().invert<double>(wide_a, z, context);
     core.delta = delta_of(wide_a, z, context);
@@ -56,8 +55,8 @@ struct ShiftedPinv {
   void apply(MatrixRef<T> a, MatrixRef<T> x, Context& context) const {
     if (delta == 0) return pinv().apply<T>(a, x, context);
     Scratch scratch = context.scratch();
-    const MatrixRef<double> wide_a = in_type<double>(a, scratch, context), z = like(wide_a, scratch),
-                            wide_x = in_type<double>(x, scratch, context);
+    const MatrixRef<DoubleWith<T>> wide_a = in_type<double>(a, scratch, context), z = like(wide_a, scratch),
+                                   wide_x = in_type<double>(x, scratch, context);
     pinv().invert<double>(wide_a, z, context);
     multiply(z, wide_x, context);
     set_converted(x, wide_x, context);
@@ -67,8 +66,8 @@ struct ShiftedPinv {
   void backward(MatrixRef<T> a, MatrixRef<T> x, MatrixRef<T> dx, MatrixRef<T> da, Context& context) const {
     if (delta == 0) return pinv().backward<T>(a, x, dx, da, context);
     Scratch scratch = context.scratch();
-    const MatrixRef<double> wide_dx = in_type<double>(dx, scratch, context),
-                            wide_da = result_in_type<double>(da, scratch);
+    const MatrixRef<DoubleWith<T>> wide_dx = in_type<double>(dx, scratch, context),
+                                   wide_da = result_in_type<double>(da, scratch);
     differentiate(in_type<double>(a, scratch, context), in_type<double>(x, scratch, context), wide_dx, wide_da,
                   context);
     set_converted(dx, wide_dx, context);
@@ -338,7 +337,7 @@ void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFa
     Scratch scratch = of_worker.scratch();
     const Index first = chunk * kRows;
     const std::span<Index> ranks = scratch.array<Index>(std::min(kRows, n - first));
-    std::iota(ranks.begin(), ranks.end(), first);
+    for (std::size_t i = 0; i < ranks.size(); ++i) ranks[i] = first + static_cast<Index>(i);
     const ShiftedRows<T> rows(in, factors, ranks, scratch);
     const MatrixRef<T> product = scratch.matrix<T>(rows.f.rows(), out.cols());
     rows.multiply_values(product);

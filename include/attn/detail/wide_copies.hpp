@@ -9,8 +9,14 @@
 #include <algorithm>
 #include <concepts>
 #include <span>
+#include <type_traits>
 
 namespace attn::detail {
+
+/// double, as a type that depends on T: compilers instantiate views of it with the functions of T that use them, not
+/// wherever it is named.
+template <class T>
+using DoubleWith = std::conditional_t<true, double, T>;
 
 /// to <- from, n elements of another type.
 template <class From, class To>

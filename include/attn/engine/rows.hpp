@@ -9,6 +9,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <span>
 #include <type_traits>
@@ -176,6 +177,13 @@ void weigh_row(T* row, Index n, Rows rows) {
   for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, load_row(row, j, n) / broadcast(total));
 }
 
+/// x <- its elements, sorted. A template that is not constexpr, unlike std::sort, which compilers instantiate wherever a
+/// template names it, called or not.
+template <class T, class Less = std::less<>>
+void sort_elements(std::span<T> x, const Less& less = {}) {
+  std::sort(x.data(), x.data() + x.size(), less);
+}
+
 /// Where row i of a matrix begins.
 template <class M>
 auto row_of(const M& m, Index i) {
@@ -184,7 +192,7 @@ auto row_of(const M& m, Index i) {
 
 /// to <- factor from.
 template <class T>
-void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
+[[gnu::noinline]] void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
                 const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
     scale_row(factor, row_of(from, i), row_of(to, i), to.cols());
@@ -193,7 +201,7 @@ void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
 
 /// to <- factor from^T.
 template <class T>
-void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
+[[gnu::noinline]] void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
                     const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
     T* row = row_of(to, i);
@@ -203,7 +211,7 @@ void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
 
 /// to <- 0.
 template <class T>
-void set_zero(const MatrixRef<T>& to) {
+[[gnu::noinline]] void set_zero(const MatrixRef<T>& to) {
   for (Index i = 0; i < to.rows(); ++i) std::fill_n(row_of(to, i), to.cols(), T(0));
 }
 

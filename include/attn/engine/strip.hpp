@@ -71,16 +71,6 @@ inline void merge_lanes(const LaneState<T>& total, const LaneState<T>& recent, I
   }
 }
 
-/// tile[r][p] += the packets of a panel.
-template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
-[[gnu::always_inline]] inline void add_panel(const T* panel, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
-#pragma GCC unroll 32
-  for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i) {
-    auto& x = tile[i / kPacketExtent][i % kPacketExtent];
-    x = x + load(panel + static_cast<Index>(i) * kLanes<T>);
-  }
-}
-
 /// tile[r][p] += bias[r]; where there are fewer biases than rows, the last one stands for those that are missing.
 template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 [[gnu::always_inline]] inline void add_to_rows(const T* bias, Index count,
@@ -96,23 +86,24 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 /// Features that are summed up at once, which keeps chains of sums short.
 inline constexpr Index kFeaturesAtOnce = 256;
 
-/// panel <- the products of kTileRows keys, rows of them real, with the queries' features but for the last
-/// kFeaturesAtOnce at most; returns how many features that are.
+/// The products of a tile's keys, rows of them real, with the queries' features: sums of kFeaturesAtOnce at a time, all
+/// but the last by way of the panel.
 template <int kPackets, class T>
-[[gnu::noinline]] Index score_first_features(const T* k, Index rows, Index k_stride, const T* queries, Index d,
-                                             T* panel) {
-  constexpr Index kWidth = kPackets * kLanes<T>;
-  Index first = 0;
-  for (; d - first > kFeaturesAtOnce; first += kFeaturesAtOnce) {
-    Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
-    multiply_tile(k + first, rows, k_stride, 1, queries + first * kWidth, kFeaturesAtOnce, score);
+[[gnu::always_inline]] inline void multiply_features(const T* k, Index rows, Index k_stride, const T* queries, Index d,
+                                                     T* panel,
+                                                     Packet<T> (&score)[array_size(kTileRows)][array_size(kPackets)]) {
+  for (Index first = 0;; first += kFeaturesAtOnce) {
+    const Index count = std::min(d - first, kFeaturesAtOnce);
+    multiply_tile(k + first, rows, k_stride, 1, queries + first * kPackets * kLanes<T>, count, score);
 #pragma GCC unroll 32
-    for (int i = 0; i < kTileRows * kPackets; ++i) {
-      const auto x = score[i / kPackets][i % kPackets];
-      store(panel + i * kLanes<T>, first == 0 ? x : x + load(panel + i * kLanes<T>));
+    for (int i = 0; i < kTileRows * kPackets && first > 0; ++i) {
+      auto& x = score[i / kPackets][i % kPackets];
+      x = x + load(panel + i * kLanes<T>);
     }
+    if (first + count == d) return;
+#pragma GCC unroll 32
+    for (int i = 0; i < kTileRows * kPackets; ++i) store(panel + i * kLanes<T>, score[i / kPackets][i % kPackets]);
   }
-  return first;
 }
 
 /// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum. What keys have
@@ -123,12 +114,8 @@ template <int kPackets, class T>
   std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
   for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
     prefetch.fetch(j, kTileRows, count);
-    const T* const k = tile.k + j * tile.k_stride;
-    const Index first =
-        d <= kFeaturesAtOnce ? 0 : score_first_features<kPackets>(k, count - j, tile.k_stride, queries, d, panel);
     Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
-    multiply_tile(k + first, count - j, tile.k_stride, 1, queries + first * kPackets * kLanes<T>, d - first, score);
-    if (first > 0) add_panel(panel, score);
+    multiply_features<kPackets>(tile.k + j * tile.k_stride, count - j, tile.k_stride, queries, d, panel, score);
     if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
 #pragma GCC unroll 4
     for (int p = 0; p < kPackets; ++p) {
