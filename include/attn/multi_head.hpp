@@ -137,7 +137,7 @@ void check_masks(const HeadInputs<T>& in, const HeadsView<const T>& out) {
   }
   for (Index b = 0; b < in.different_items(); ++b) {
     check_inputs(kMultiHeadName, in(b, 0));
-    check_shape<T>(kMultiHeadName, "out", out(b, 0), in.q.length, in.v.dim);
+    check_shape(kMultiHeadName, "out", out(b, 0), in.q.length, in.v.dim);
   }
 }
 

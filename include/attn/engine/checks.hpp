@@ -26,31 +26,46 @@ namespace attn::detail {
 
 using Eigen::Index;
 
-/// x stride for the whole numbers x of [first, last].
-struct StrideTerm {
-  Index stride = 0, first = 0, last = 0;
-};
+/// A sum of whole numbers x of [first, last], times a stride each: up to six terms, strides in descending order, 0 after
+/// the last. Those of the same stride are one.
+struct StrideSum {
+  struct Term {
+    Index stride = 0, first = 0, last = 0;
+  };
 
-/// Whether a sum of one value of each term can lie in [least, most]. Strides are positive and descend. What the others
-/// reach leaves few x of the first one where they span no more than its stride, as in arrays whose rows, heads and
-/// items do not interleave.
-[[gnu::noinline]] inline bool can_reach(std::span<const StrideTerm> terms, Index least, Index most) {
-  if (terms.empty()) return least <= 0 && most >= 0;
-  const auto [stride, first, last] = terms.front();
-  const std::span<const StrideTerm> others = terms.subspan(1);
-  const auto floor_of = [](Index a, Index b) { return a / b - (a % b < 0 ? 1 : 0); };
-  Index lowest = 0, highest = 0;
-  for (const StrideTerm& other : others) {
-    lowest += other.first * other.stride;
-    highest += other.last * other.stride;
+  void add(Term term) {
+    for (Term& other : terms) {
+      if (other.stride == term.stride) {
+        other.first += term.first;
+        other.last += term.last;
+        return;
+      }
+      if (other.stride < term.stride) std::swap(other, term);
+    }
   }
-  const Index from = std::max(first, -floor_of(highest - least, stride)),
-              to = std::min(last, floor_of(most - lowest, stride));
-  for (Index x = from; x <= to; ++x) {
-    if (can_reach(others, least - x * stride, most - x * stride)) return true;
+
+  /// Whether the terms from the given one on can add up to something in [least, most]. What the others reach leaves few
+  /// x of the first one where they span no more than its stride, as in arrays whose rows, heads and items do not
+  /// interleave.
+  [[gnu::noinline]] bool reaches(Index least, Index most, int from = 0) const {
+    if (from == kMost || terms[from].stride == 0) return least <= 0 && most >= 0;
+    const auto [stride, first, last] = terms[from];
+    Index lowest = least, highest = most;
+    for (int i = from + 1; i < kMost; ++i) {
+      lowest -= terms[i].last * terms[i].stride;
+      highest -= terms[i].first * terms[i].stride;
+    }
+    const auto floor_of = [](Index a, Index b) { return a / b - (a % b < 0 ? 1 : 0); };
+    const Index end = std::min(last, floor_of(highest, stride));
+    for (Index x = std::max(first, -floor_of(-lowest, stride)); x <= end; ++x) {
+      if (reaches(least - x * stride, most - x * stride, from + 1)) return true;
+    }
+    return false;
   }
-  return false;
-}
+
+  static constexpr int kMost = 6;
+  Term terms[kMost];
+};
 
 /// So many places, one stride from each to the next.
 struct MemoryStep {
@@ -93,11 +108,20 @@ class Memory {
     return meets(other);
   }
 
-  /// Whether two of its runs share a byte.
-  bool overlaps_itself() const {
-    const auto& [count, stride] = steps_[0];
-    const bool rows_alone = steps_[1].count == 1 && steps_[2].count == 1;
-    return run_ > 0 && (rows_alone ? count > 1 && std::abs(stride) < run_ : meets_itself());
+  /// Whether two of its runs share a byte: two that differ by a positive number of one stride, and by any numbers of
+  /// shorter ones.
+  [[gnu::noinline]] bool overlaps_itself() const {
+    StrideSum difference;
+    int repeated = 0;
+    for (const auto& [count, stride] : steps_) {
+      if (count > 1) difference.add({std::abs(stride), 1 - count, count - 1}), ++repeated;
+    }
+    for (int i = 0; i < repeated && run_ > 0; ++i) {
+      if (difference.terms[i].stride == 0) return true;  // strides that are 0, or the same
+      difference.terms[i].first = 1;
+      if (difference.reaches(1 - run_, run_ - 1, i)) return true;
+    }
+    return false;
   }
 
   /// Bytes of a run, and from each to the next.
@@ -107,65 +131,13 @@ class Memory {
   const char* name;  ///< of the argument
 
  private:
-  /// The steps as terms of the bytes' addresses, longest strides first, so many times x of 0 to count - 1. What follows
-  /// without a gap prolongs the run, or the step before.
-  struct Places {
-    explicit Places(const Memory& memory) : run(memory.run_) {
-      std::array<MemoryStep, 3> steps = memory.steps_;
-      for (MemoryStep& step : steps) step.stride = step.count == 1 ? 0 : std::abs(step.stride);
-      for (const std::size_t i : {0U, 1U, 0U}) {  // in ascending order
-        if (steps[i].stride > steps[i + 1].stride) std::swap(steps[i], steps[i + 1]);
-      }
-      for (const auto& [count, stride] : steps) append(count, stride);
-      std::reverse(terms.begin(), terms.begin() + static_cast<std::ptrdiff_t>(used));
-    }
-
-    void append(Index count, Index stride) {
-      if (count == 1 || stride == 0) return;
-      StrideTerm* const before = used > 0 ? &terms[used - 1] : nullptr;
-      if (before == nullptr && stride == run) {
-        run *= count;
-      } else if (before != nullptr && stride == before->stride * (before->last + 1)) {
-        before->last = stride / before->stride * count - 1;
-      } else {
-        terms[used++] = {stride, 0, count - 1};
-      }
-    }
-
-    Index run;
-    std::array<StrideTerm, 3> terms{};
-    std::size_t used = 0;
-  };
-
-  /// Terms of the same stride are one of their difference.
+  /// Whether a run of this and one of the other share a byte.
   [[gnu::noinline]] bool meets(const Memory& other) const {
-    const Places a(*this), b(other);
-    std::array<StrideTerm, 6> terms;
-    std::size_t count = 0, i = 0, j = 0;
-    while (i < a.used || j < b.used) {
-      const StrideTerm none{}, &mine = i < a.used ? a.terms[i] : none, &others = j < b.used ? b.terms[j] : none;
-      const bool takes_mine = mine.stride >= others.stride, takes_others = others.stride >= mine.stride;
-      terms[count++] = {std::max(mine.stride, others.stride), takes_others ? -others.last : 0,
-                        takes_mine ? mine.last : 0};
-      i += takes_mine ? 1 : 0;
-      j += takes_others ? 1 : 0;
-    }
+    StrideSum difference;
+    for (const auto& [count, stride] : steps_) difference.add({std::abs(stride), 0, count - 1});
+    for (const auto& [count, stride] : other.steps_) difference.add({std::abs(stride), 1 - count, 0});
     const Index distance = first_ - other.first_;
-    return can_reach(std::span(terms).first(count), 1 - a.run - distance, b.run - 1 - distance);
-  }
-
-  /// Whether two runs do that differ by a positive number of one stride, and by any numbers of shorter ones.
-  [[gnu::noinline]] bool meets_itself() const {
-    for (const auto& [count, stride] : steps_) {
-      if (count > 1 && stride == 0) return true;
-    }
-    Places places(*this);
-    for (StrideTerm& term : places.terms) term.first = -term.last;
-    for (std::size_t l = 0; l < places.used; ++l) {
-      places.terms[l].first = 1;
-      if (can_reach(std::span(places.terms).first(places.used).subspan(l), 1 - places.run, places.run - 1)) return true;
-    }
-    return false;
+    return difference.reaches(1 - run_ - distance, other.run_ - 1 - distance);
   }
 
   Index run_;
@@ -187,43 +159,55 @@ class Memory {
   throw std::invalid_argument(text);
 }
 
+/// What checks look at of a matrix: they are compiled once for all types.
+struct Shape {
+  template <class M>
+  Shape(const M& m)  // NOLINT: implicit, so that a matrix can be passed as it is
+      : rows(m.rows()), cols(m.cols()) {}
+
+  Index rows, cols;
+};
+
 /// A map of a wrong size has a negative one.
-template <class M>
-void check_not_empty(std::string_view who, const char* name, const M& m, Index fewest_rows = 1) {
-  if (m.rows() < 0 || m.cols() < 0)
-    refuse(who, "%s is %td x %td, should be at least %td x 1", name, m.rows(), m.cols(), fewest_rows);
-  if (m.rows() < fewest_rows || m.cols() == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows(), m.cols());
+[[gnu::noinline]] inline void check_not_empty(std::string_view who, const char* name, Shape m, Index fewest_rows = 1) {
+  if (m.rows < 0 || m.cols < 0)
+    refuse(who, "%s is %td x %td, should be at least %td x 1", name, m.rows, m.cols, fewest_rows);
+  if (m.rows < fewest_rows || m.cols == 0) refuse(who, "%s is empty (%td x %td)", name, m.rows, m.cols);
 }
 
-inline void check_length(std::string_view who, const char* name, std::size_t entries, const char* of, Index rows) {
+[[gnu::noinline]] inline void check_length(std::string_view who, const char* name, std::size_t entries, const char* of,
+                                           Index rows) {
   if (entries != 0 && entries != static_cast<std::size_t>(rows)) {
     refuse(who, "%s has %zu entries, %s has %td rows", name, entries, of, rows);
   }
 }
 
+[[gnu::noinline]] inline void check_shape(std::string_view who, const char* name, Shape m, Index rows, Index cols) {
+  if (m.rows != rows || m.cols != cols)
+    refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows, m.cols, rows, cols);
+}
+
+/// The shapes of inputs, and how many key biases there are.
+struct InputShapes {
+  template <class T>
+  InputShapes(const Inputs<T>& in)  // NOLINT: implicit, so that inputs can be passed as they are
+      : q(in.q), k(in.k), v(in.v), mask(in.mask), key_biases(in.key_bias.size()) {}
+
+  Shape q, k, v;
+  const Mask& mask;
+  std::size_t key_biases;
+};
+
 /// Shapes of inputs agree with one another.
-template <class T>
-void check_inputs(std::string_view who, const Inputs<T>& in, Index fewest_keys = 1) {
+[[gnu::noinline]] inline void check_inputs(std::string_view who, const InputShapes& in, Index fewest_keys = 1) {
   check_not_empty(who, "q", in.q);
   check_not_empty(who, "k", in.k, fewest_keys);
   check_not_empty(who, "v", in.v, fewest_keys);
-  if (in.q.cols() != in.k.cols()) refuse(who, "q has %td columns, k has %td", in.q.cols(), in.k.cols());
-  if (in.k.rows() != in.v.rows()) refuse(who, "k has %td rows, v has %td", in.k.rows(), in.v.rows());
-  check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows());
-  check_length(who, "keep_query", in.mask.keep_query.size(), "q", in.q.rows());
-  check_length(who, "key_bias", in.key_bias.size(), "k", in.k.rows());
-}
-
-template <class T>
-void check_shape(std::string_view who, const char* name, const MatrixRef<T>& m, Index rows, Index cols) {
-  if (m.rows() != rows || m.cols() != cols)
-    refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
-}
-
-template <class T>
-void check_shape(std::string_view who, const char* name, const ConstMatrixRef<T>& m, Index rows, Index cols) {
-  if (m.rows() != rows || m.cols() != cols)
-    refuse(who, "%s is %td x %td, should be %td x %td", name, m.rows(), m.cols(), rows, cols);
+  if (in.q.cols != in.k.cols) refuse(who, "q has %td columns, k has %td", in.q.cols, in.k.cols);
+  if (in.k.rows != in.v.rows) refuse(who, "k has %td rows, v has %td", in.k.rows, in.v.rows);
+  check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows);
+  check_length(who, "keep_query", in.mask.keep_query.size(), "q", in.q.rows);
+  check_length(who, "key_bias", in.key_biases, "k", in.k.rows);
 }
 
 /// Whether two views share an element.

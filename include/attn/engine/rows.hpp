@@ -193,7 +193,7 @@ auto row_of(const M& m, Index i) {
 /// to <- factor from.
 template <class T>
 [[gnu::noinline]] void set_scaled(const MatrixRef<T>& to, std::type_identity_t<T> factor,
-                const std::type_identity_t<ConstMatrixRef<T>>& from) {
+                                  const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
     scale_row(factor, row_of(from, i), row_of(to, i), to.cols());
   }
@@ -202,7 +202,7 @@ template <class T>
 /// to <- factor from^T.
 template <class T>
 [[gnu::noinline]] void set_transposed(const MatrixRef<T>& to, std::type_identity_t<T> factor,
-                    const std::type_identity_t<ConstMatrixRef<T>>& from) {
+                                      const std::type_identity_t<ConstMatrixRef<T>>& from) {
   for (Index i = 0; i < to.rows(); ++i) {
     T* row = row_of(to, i);
     for (Index j = 0; j < to.cols(); ++j) row[j] = factor * from.data()[j * from.outerStride() + i];
