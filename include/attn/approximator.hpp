@@ -46,7 +46,8 @@ concept Approximator =
 /// What the library's own methods make of their mathematics: an Approximator. For a narrow T arithmetic and all that is
 /// saved are float, and results are rounded once: the forward pass converts rows as it reads and writes them, the
 /// backward pass holds copies of all its matrices in scratch memory. Method says, in the type of the arithmetic,
-///   m.check(in)                         throws where it does not support inputs, or an option is out of range
+///   Method::kMasks                      which masks it takes
+///   m.check(in)                         throws where an option is out of range
 ///   m.attend(in, out, context, saved)   the forward pass, once all is checked; saved is null or a pointer
 ///   m.pass(in)                          what backward relies on of a forward pass of in, kept as saved.pass
 ///   m.differentiate(in, out, dout, saved, gradients, context)      the backward pass, likewise
@@ -56,6 +57,9 @@ class MethodBase {
  public:
   using Scalar = T;             ///< the type of the matrices' elements
   using Saved = SavedOfMethod;  ///< what backward needs of forward
+
+  /// As Approximator says.
+  bool supports(const Inputs<T>& in) const { return Method::kMasks.lacks(in) == nullptr; }
 
   /// As Approximator says.
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const { run(in, out, context, nullptr); }
@@ -92,7 +96,9 @@ class MethodBase {
     detail::check(Method::kName, in, out);
     Scratch scratch = context.scratch();
     const auto& method = in_arithmetic();
-    const auto from = detail::arithmetic_sources(in, scratch);
+    using SomeMask = std::conditional_t<Method::kMasks.causal, Mask, detail::RowMask>;
+    const auto from = detail::arithmetic_sources<SomeMask>(in, scratch);
+    Method::kMasks.check(Method::kName, in);
     method.check(from);
     if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass = {};  // none, should attend throw
     method.attend(from, detail::ResultRows<detail::Arithmetic<T>>(out), context, saved);

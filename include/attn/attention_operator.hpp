@@ -164,7 +164,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
       : kernel_(kernel), q_(q), k_(k), mask_(mask) {
     const Inputs<T> in{q_, k_, k_, mask_};
     detail::check_inputs(kName, in);
-    detail::check_not_causal(kName, in);
+    detail::MaskSupport{.key_bias = true}.check(kName, in);
     detail::check_kernel<T>(kName, kernel_, q_.cols());
     if (score_parameters(kernel_, q_.cols()).rows == Rows::normalized) find_row_weights(context);
   }

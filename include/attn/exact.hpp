@@ -40,12 +40,10 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
                                             : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
                                                                                      : "exact";
+  static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true};  ///< which it takes
 
   /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
-
-  /// Every mask is supported.
-  bool supports(const Inputs<T>&) const { return true; }
 
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const { detail::check_kernel<T>(kName, kernel_, in.q.cols()); }

@@ -33,18 +33,15 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
  public:
   using Saved = detail::SkyformerSaved<T, SoftmaxKernel, Landmarks, Inverse>;  ///< what backward needs
   static constexpr std::string_view kName = "lifted-softmax";                  ///< in tables and error messages
+  static constexpr detail::MaskSupport kMasks{.key_bias = true};               ///< which it takes
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3},
                                    SoftmaxKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
-  /// As Approximator says.
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
-
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {
-    detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     detail::check_core<T>(kName, inverse_);
     const double s = scale(in.q.cols());

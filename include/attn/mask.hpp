@@ -20,14 +20,26 @@ struct Mask {
   std::span<const std::uint8_t> keep_query{};  ///< (n_q): a dropped query's row is 0, and it counts in no landmark
 };
 
+namespace detail {
+
+/// A mask that is not causal, by its type: what causal masks need is not compiled for it.
+struct RowMask : Mask {
+  RowMask() = default;
+  explicit RowMask(const Mask& mask) : RowMask(mask.keep_key, mask.keep_query) {}
+  RowMask(std::span<const std::uint8_t> keys, std::span<const std::uint8_t> queries)
+      : Mask{.keep_key = keys, .keep_query = queries} {}
+};
+
 /// The part of a mask that concerns keys alone: for landmarks in the place of queries.
-inline Mask keys_only(const Mask& mask) {
-  return {.keep_key = mask.keep_key};
+inline RowMask keys_only(const Mask& mask) {
+  return {mask.keep_key, {}};
 }
 
 /// The part of a mask that concerns queries alone: for landmarks in the place of keys.
-inline Mask queries_only(const Mask& mask) {
-  return {.keep_query = mask.keep_query};
+inline RowMask queries_only(const Mask& mask) {
+  return {{}, mask.keep_query};
 }
+
+}  // namespace detail
 
 }  // namespace attn

@@ -122,18 +122,15 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
  public:
-  using Saved = detail::MultipoleSaved<T, Kernel>;        ///< what backward needs
-  static constexpr std::string_view kName = "multipole";  ///< in tables and error messages
+  using Saved = detail::MultipoleSaved<T, Kernel>;                ///< what backward needs
+  static constexpr std::string_view kName = "multipole";          ///< in tables and error messages
+  static constexpr detail::MaskSupport kMasks{.key_bias = true};  ///< which it takes
 
   /// How tokens are cut, and the kernel.
   explicit constexpr Multipole(Clusters clusters = {}, Kernel kernel = {}) : clusters_(clusters), kernel_(kernel) {}
 
-  /// As Approximator says.
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
-
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {
-    detail::check_not_causal(kName, in);
     detail::check_kernel<T>(kName, kernel_, in.q.cols());
     clusters_.check(kName);
   }

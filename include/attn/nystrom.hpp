@@ -84,18 +84,14 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
  public:
   using Saved = detail::NystromSaved<T, Kernel, Landmarks, Inverse>;  ///< what backward needs
   static constexpr std::string_view kName = "nystrom";                ///< in tables and error messages
+  static constexpr detail::MaskSupport kMasks{};                      ///< which it takes
 
   /// How landmarks are chosen, what stands for A^+, and the kernel.
   explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
 
-  /// As Approximator says.
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none && in.key_bias.empty(); }
-
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {
-    detail::check_not_causal(kName, in);
-    detail::check_no_bias(kName, in);
     detail::check_kernel<T>(kName, kernel_, in.q.cols());
     detail::check_landmarks(kName, landmarks_);
     detail::check_core<T>(kName, inverse_);

@@ -58,14 +58,12 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
  public:
   using Saved = detail::SkyformerSaved<T, GaussianKernel, Landmarks, Inverse>;  ///< what backward needs
   using MethodBase<Skyformer, T, Saved>::backward;
-  static constexpr std::string_view kName = "skyformer";  ///< in tables and error messages
+  static constexpr std::string_view kName = "skyformer";          ///< in tables and error messages
+  static constexpr detail::MaskSupport kMasks{.key_bias = true};  ///< which it takes
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
   explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
-
-  /// As Approximator says.
-  bool supports(const Inputs<T>& in) const { return in.mask.causal == Causal::none; }
 
   /// The same backward pass, and dbias (n_k), unless empty, <- the gradient by the key bias; of a narrow T in float.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
@@ -88,7 +86,6 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {
     detail::check_kernel<T>(kName, kernel_, in.q.cols());
-    detail::check_not_causal(kName, in);
     detail::check_landmarks(kName, landmarks_);
     detail::check_core<T>(kName, inverse_);
   }

@@ -79,6 +79,7 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
  public:
   using Saved = detail::ShiftSaved<T>;                          ///< what backward needs
   static constexpr std::string_view kName = "shifted-nystrom";  ///< in tables and error messages
+  static constexpr detail::MaskSupport kMasks{};                ///< which it takes
 
   /// How many landmarks, how the shift is chosen, and the kernel.
   explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
@@ -86,14 +87,11 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
 
   /// As Approximator says.
   bool supports(const Inputs<T>& in) const {
-    return in.mask.causal == Causal::none && in.key_bias.empty() && in.q.rows() == in.k.rows() &&
-           detail::same_masks(in);
+    return kMasks.lacks(in) == nullptr && in.q.rows() == in.k.rows() && detail::same_masks(in);
   }
 
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {
-    detail::check_not_causal(kName, in);
-    detail::check_no_bias(kName, in);
     if (in.q.rows() != in.k.rows())
       detail::refuse(kName, "q has %td rows, k has %td, should be as many", in.q.rows(), in.k.rows());
     if (!detail::same_masks(in)) detail::refuse(kName, "keep_query and keep_key differ, should be equal");

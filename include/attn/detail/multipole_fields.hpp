@@ -190,7 +190,7 @@ class ClusterRunner {
  public:
   ClusterRunner(const Sources<T>& in, const KeyClusters<T>& keys, Scratch& scratch)
       : keys_(keys),
-        kernel_({in.q, in.k, TokenRows<T>(ConstMatrixRef<T>(keys.tokens))}, T(0), Maximum::running, scratch),
+        kernel_({in.q, in.k, TokenRows<T>(ConstMatrixRef<T>(keys.tokens))}, Maximum::running, nullptr, scratch),
         state_(LaneState<T>::make(keys.tokens.cols(), scratch)) {}
 
   /// The summaries of cluster c.
@@ -281,7 +281,7 @@ class FieldRunner {
         keys_(keys),
         groups_(groups),
         num_near_(num_near),
-        kernel_(product.in, T(0), Maximum::running, scratch),
+        kernel_(product.in, Maximum::running, nullptr, scratch),
         state_(LaneState<T>::make(keys.d_v(), scratch)),
         strip_{},
         scores_(scratch.elements<T>(keys.clusters.count() * kTileWidth<T> + kTileRows * kTileWidth<T>)),

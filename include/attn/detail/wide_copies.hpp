@@ -80,11 +80,11 @@ Inputs<To> in_type(const Inputs<From>& in, Scratch& scratch, Context& context) {
           in.mask, in_type<To>(in.key_bias, scratch)};
 }
 
-/// Inputs to be read in the type of their arithmetic, a tile at a time.
-template <class T>
+/// Inputs to be read in the type of their arithmetic, a tile at a time. SomeMask: RowMask where no mask is causal.
+template <class SomeMask = Mask, class T>
 Sources<Arithmetic<T>> arithmetic_sources(const Inputs<T>& in, Scratch& scratch) {
   using Wide = Arithmetic<T>;
-  return {TokenRows<Wide>(in.q), TokenRows<Wide>(in.k), TokenRows<Wide>(in.v), in.mask,
+  return {TokenRows<Wide>(in.q), TokenRows<Wide>(in.k), TokenRows<Wide>(in.v), SomeMask(in.mask),
           in_type<Wide>(in.key_bias, scratch)};
 }
 

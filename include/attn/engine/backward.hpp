@@ -137,7 +137,7 @@ class BackwardRunner {
       : product_(product),
         rows_(rows),
         reader_(product.in, product.kernel, scratch),
-        far_pairs_(product.in, product.kernel.bias, product.maximum, scratch),
+        far_pairs_(product.make_far_pairs(scratch)),
         scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         ones_(scratch.elements<T>(kTileWidth<T>)),
@@ -278,7 +278,7 @@ class BackwardRunner {
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(queries.packets, [&](auto packets) {
       score_keys<packets>(scored, seen.count, queries.panel, product_.in.q.cols(), scores_, unused_, {});
-      if (strip.has_base) far_pairs_.refine(queries, scored, seen.count, strip.base, strip.log_divisor, scores_);
+      if (strip.has_base) far_pairs_->refine(queries, scored, seen.count, strip.base, strip.log_divisor, scores_);
       if (adds_bias) add_key_bias(tile, seen.count, queries.bias_origin, queries.lanes(), scores_);
       score_keys<packets>(tile.values(), seen.count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
       const T* const divisor = own_origins && !seen.partly() ? shifted_divisor(strip, tile) : strip.log_divisor;
@@ -361,7 +361,7 @@ class BackwardRunner {
   const Product<T>& product_;
   const RowGradients<T>& rows_;
   KeyReader<T> reader_;
-  FarPairs<T> far_pairs_;
+  const FarPairs<T>* far_pairs_;
   T *scores_, *slopes_, *ones_, *unused_;
   std::span<Lanes> strips_;
 };

@@ -299,15 +299,22 @@ inline void check_at_least(std::string_view who, const char* name, double value,
   if (!(value >= least)) refuse(who, "%s is %g, should be at least %g", name, value, least);
 }
 
-template <class In>
-void check_not_causal(std::string_view who, const In& in) {
-  if (in.mask.causal != Causal::none) refuse(who, "causal masks are not supported");
-}
+/// What a method takes beside masks of rows.
+struct MaskSupport {
+  bool causal = false, key_bias = false;
 
-template <class In>
-void check_no_bias(std::string_view who, const In& in) {
-  if (!in.key_bias.empty()) refuse(who, "key biases are not supported");
-}
+  /// What of these inputs it does not take; null if it takes all.
+  template <class In>
+  constexpr const char* lacks(const In& in) const {
+    if (in.mask.causal != Causal::none && !causal) return "causal masks";
+    return in.key_bias.empty() || key_bias ? nullptr : "key biases";
+  }
+
+  template <class In>
+  void check(std::string_view who, const In& in) const {
+    if (const char* const what = lacks(in); what != nullptr) refuse(who, "%s are not supported", what);
+  }
+};
 
 /// Landmark policies with a count have at least one; others are taken at their word.
 template <class Landmarks>

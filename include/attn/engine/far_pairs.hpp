@@ -42,10 +42,15 @@ bool is_near(T log_kappa, T n_q, T n_k) {
   return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -kNearRatio<T>;
 }
 
-/// Mends panels of scores. One for each worker.
+/// Mends panels of scores. One for each worker. Virtual, so that calls of it compile it only where it is made: for
+/// kernels that may have a bias.
 template <class T>
 class FarPairs {
  public:
+  static const FarPairs* make(const Product<T>& product, Scratch& scratch) {
+    return scratch.make<FarPairs>(1, product.in, product.kernel.bias, product.maximum, scratch);
+  }
+
   FarPairs(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
       : in_(in),
         bias_(bias),
@@ -57,8 +62,8 @@ class FarPairs {
 
   /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to
   /// no base, with what the tile says of key biases.
-  [[gnu::noinline]] void find_near(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* panel,
-                                   T* base, T* maximum) const {
+  virtual void find_near(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* panel, T* base,
+                         T* maximum) const {
     for (Index i = 0; i < queries.lanes(); ++i) {
       needed_[i] = base[i] == 0 ? needed(queries.norm[i], queries.norm[i]) : kNever;
       floor_[i] = maximum[i] - matters_above_;
@@ -78,8 +83,8 @@ class FarPairs {
 
   /// panel: scores relative to no base -> relative to base, those of near pairs by their difference, unless they are
   /// too far below top, what the weights of each query are relative to.
-  [[gnu::noinline]] void refine(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* base,
-                                const T* top, T* panel) const {
+  virtual void refine(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* base, const T* top,
+                      T* panel) const {
     bool any_base = false;
     for (Index i = 0; i < queries.lanes(); ++i) {
       needed_[i] = base[i] == 0 ? kNever : needed(queries.norm[i], T(0));

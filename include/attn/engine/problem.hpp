@@ -287,6 +287,9 @@ inline T row_log_sum(T maximum, T sum) {
   return sum == 0 ? -std::numeric_limits<T>::infinity() : std::numbers::ln2_v<T> * (maximum + std::log2(sum));
 }
 
+template <class T>
+class FarPairs;
+
 /// A kernel's product with inputs, which must outlive it. bounded: the kernel is at most 1.
 template <class T>
 struct Product {
@@ -297,6 +300,11 @@ struct Product {
   bool bounded;
   Maximum maximum;
   Partition partition;
+  const FarPairs<T>* (*far_pairs)(const Product&, Scratch&) = nullptr;  ///< null where the kernel has no center
+
+  const FarPairs<T>* make_far_pairs(Scratch& scratch) const {
+    return far_pairs == nullptr ? nullptr : far_pairs(*this, scratch);
+  }
 
   /// log2 of what a query's weights are multiplied by in kappa: they are relative to its origin. query_bias: -bias
   /// |q|^2, what log2 kappa has beyond the score, plus the base of that.
@@ -354,9 +362,13 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   check_kernel<T>(kMatmulName, kernel, in.q.cols());
   const bool needs_no_maximum = parameters.bounded() && in.key_bias.empty() && parameters.rows == Rows::raw;
   const T* center = nullptr;
+  decltype(Product<T>::far_pairs) far_pairs = nullptr;
   if constexpr (kMayHaveBias<Kernel>) {
     const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
-    if (is_gaussian) center = choose_center(in, scratch);
+    if (is_gaussian) {
+      center = choose_center(in, scratch);
+      far_pairs = &FarPairs<T>::make;
+    }
   }
   return {.in = in,
           .kernel = {.center = center,
@@ -367,7 +379,8 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
           .rows = parameters.rows,
           .bounded = parameters.bounded(),
           .maximum = needs_no_maximum ? raw_rows : Maximum::running,
-          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
+          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers),
+          .far_pairs = far_pairs};
 }
 
 }  // namespace attn::detail

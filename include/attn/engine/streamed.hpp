@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/engine/causal_strip.hpp>
 #include <attn/engine/problem.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
@@ -25,7 +26,7 @@ class BlockRunner {
   BlockRunner(const Product<T>& product, Scratch& scratch)
       : product_(product),
         reader_(product.in, product.kernel, scratch),
-        kernel_(product.in, product.kernel.bias, product.maximum, scratch),
+        kernel_(product.in.mask.strip_kernel(product, scratch)),
         rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
         strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
     for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
@@ -204,7 +205,7 @@ class BlockRunner {
 
   const Product<T>& product_;
   KeyReader<T> reader_;
-  StripKernel<T> kernel_;
+  const StripKernel<T>& kernel_;
   T* rows_;  ///< kLanes rows of q or of the results, where they are not in place
   Lanes* strips_;
   Index count_ = 0;  ///< strips of the current block

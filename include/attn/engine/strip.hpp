@@ -197,65 +197,60 @@ template <int kPackets, class T>
   }
 }
 
-/// Feeds strips with tiles of keys. One for each worker: it owns the panel of weights and a few rows of statistics.
+/// Feeds strips with tiles of keys that all queries see. One for each worker: it owns the panel of weights and a few
+/// rows of statistics.
 template <class T>
 class StripKernel {
  public:
-  StripKernel(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
+  /// far_pairs: null where no token is far from a center.
+  StripKernel(const Sources<T>& in, Maximum maximum, const FarPairs<T>* far_pairs, Scratch& scratch)
       : d_(in.q.cols()),
         d_v_(in.v.cols()),
         maximum_(maximum),
-        far_pairs_(in, bias, maximum, scratch),
+        far_pairs_(far_pairs),
         panel_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
-        correction_(scratch.elements<T>(kTileWidth<T>)),
-        shift_(scratch.elements<T>(kTileWidth<T>)),
-        shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
-        finite_values_(scratch.elements<T>(kTileKeys<T> * d_v_)) {}
+        correction_(scratch.elements<T>(kTileWidth<T>)) {}
+
+  /// The kernel of a product.
+  static const StripKernel& make(const Product<T>& product, Scratch& scratch) {
+    const FarPairs<T>* const far_pairs = product.make_far_pairs(scratch);
+    return *scratch.make<StripKernel>(1, product.in, product.maximum, far_pairs, scratch);
+  }
 
   /// Adds the keys of a tile to the state of a strip, whose first query sees row numbers up to limit, as in
   /// KeyTile::seen_by. prefetch: what is used next, fetched during the first product and during the second.
-  void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
-           const std::array<Prefetch, 2>& prefetch) const {
-    const SeenKeys seen = tile.seen_by(strip.count, limit);
-    if (seen.count == 0) return;
-    const bool own_origins = strip.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
-    const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
-    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      score_keys<packets>(scored, seen.count, strip.panel, d_, panel_, tile_maximum_, prefetch[0]);
-    });
-    hide(strip, tile, seen, limit);
-    if (strip.far) refine(strip, state, scored, seen.count);
-    if (adds_bias) {
-      add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
-      hide(strip, tile, seen, limit);
-    }
-    if (seen.partly() || strip.far) set_tile_maximum(seen.count, strip.lanes());
-    const T* const top = own_origins && !seen.partly() ? raise_shifted(strip, state, tile.bias_origin)
-                                                       : raise_maximum(strip, state, tile_maximum_);
-    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      weigh<packets>(panel_, seen.count, top, highest_exponent<T>(maximum_), state.sum);
-    });
-    // A weight of 0 hides a value that is finite.
-    if (seen.partly() && !tile.values().finite_keys(seen.by_all, seen.count, d_v_)) {
-      return add_seen_values(strip, state, tile, seen.count, limit);
-    }
-    add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
+  virtual void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index /*limit*/,
+                   const std::array<Prefetch, 2>& prefetch) const {
+    add_keys(strip, state, tile, tile.count, prefetch);
   }
 
- private:
-  [[gnu::noinline]] void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen,
-                              Index limit) const {
-    hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
+ protected:
+  /// Adds the first count keys of a tile, which all queries see.
+  void add_keys(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
+                const std::array<Prefetch, 2>& prefetch) const {
+    if (count == 0) return;
+    score(strip, tile, count, prefetch[0]);
+    if (strip.far) refine(strip, state, tile, count);
+    raise_maximum(strip, state, tile_maximum_);
+    weigh_keys(strip, state, count, state.maximum);
+    add_weighted(strip, state, tile.v, tile.v_stride, count, prefetch[1]);
+  }
+
+  void score(const QueryStrip<T>& strip, const KeyTile<T>& tile, Index count, const Prefetch& prefetch) const {
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, prefetch);
+    });
   }
 
   /// Scores of pairs that are far from the center and near each other are mended.
   [[gnu::noinline]] void refine(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
                                 Index count) const {
     if (maximum_ == Maximum::running) {
-      far_pairs_.find_near(strip, tile, count, panel_, state.base, state.maximum);
+      far_pairs_->find_near(strip, tile, count, panel_, state.base, state.maximum);
     }
-    far_pairs_.refine(strip, tile, count, state.base, state.maximum, panel_);
+    far_pairs_->refine(strip, tile, count, state.base, state.maximum, panel_);
+    set_tile_maximum(count, strip.lanes());
   }
 
   [[gnu::noinline]] void set_tile_maximum(Index count, Index lanes) const {
@@ -266,9 +261,8 @@ class StripKernel {
     }
   }
 
-  /// maximum <- max(maximum, that of a tile); correction and sum follow. Returns what the tile's weights are relative
-  /// to: the maximum.
-  const T* raise_maximum(const QueryStrip<T>& strip, const LaneState<T>& state, const T* of_tile) const {
+  /// maximum <- max(maximum, that of a tile); correction and sum follow.
+  void raise_maximum(const QueryStrip<T>& strip, const LaneState<T>& state, const T* of_tile) const {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       if (maximum_ == Maximum::none) {
         store(correction_ + p, broadcast(T(1)));
@@ -280,20 +274,13 @@ class StripKernel {
       store(correction_ + p, correction);
       store(state.sum + p, load(state.sum + p) * correction);
     }
-    return state.maximum;
   }
 
-  /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no
-  /// smaller. The weights are relative to the maximum as counted from the tile's origin; where that is too far below to
-  /// be told from it, to the tile's own.
-  [[gnu::noinline]] const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
-    set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
-    for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
-    raise_maximum(strip, state, shifted_maximum_);
-    for (Index i = 0; i < strip.lanes(); ++i) {
-      shifted_maximum_[i] = std::max(state.maximum[i] - shift_[i], tile_maximum_[i]);
-    }
-    return shifted_maximum_;
+  /// Turns scores into weights relative to top.
+  void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, Index count, const T* top) const {
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      weigh<packets>(panel_, count, top, highest_exponent<T>(maximum_), state.sum);
+    });
   }
 
   void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const T* v, Index v_stride, Index count,
@@ -303,32 +290,10 @@ class StripKernel {
     });
   }
 
-  /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see
-  /// them. A query that sees only finite ones gets the bits that it would get from add_values.
-  [[gnu::noinline]] void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
-                                         Index count, Index limit) const {
-    for (Index j = 0; j < count; ++j) {
-      for (Index c = 0; c < d_v_; ++c) {
-        const T x = tile.v[j * tile.v_stride + c];
-        finite_values_[j * d_v_ + c] = is_finite(x) ? x : T(0);
-      }
-    }
-    add_weighted(strip, state, finite_values_, d_v_, count, {});
-    for (Index j = 0; j < count; ++j) {
-      for (Index c = 0; c < d_v_; ++c) {
-        const T x = tile.v[j * tile.v_stride + c];
-        if (is_finite(x)) continue;
-        for (Index i = std::max<Index>(0, tile.row(j) - limit); i < strip.lanes(); ++i) {
-          state.weighted[c * strip.lanes() + i] += panel_[j * strip.lanes() + i] * x;
-        }
-      }
-    }
-  }
-
   Index d_, d_v_;
   Maximum maximum_;
-  FarPairs<T> far_pairs_;
-  T *panel_, *tile_maximum_, *correction_, *shift_, *shifted_maximum_, *finite_values_;
+  const FarPairs<T>* far_pairs_;
+  T *panel_, *tile_maximum_, *correction_;
 };
 
 }  // namespace attn::detail

@@ -147,11 +147,30 @@ class ResultRows : public ConvertibleRows<void (*)(const T* from, char* row, Ind
   char* row(Index i) const { return const_cast<char*>(this->memory_.row(i)); }
 };
 
+template <class T>
+struct Product;
+template <class T>
+class StripKernel;
+template <class T>
+class CausalStripKernel;
+
+/// The mask of Sources, and the kernel that it needs: programs compile the one for causal masks only where a mask may
+/// be causal.
+template <class T>
+struct SourceMask : Mask {
+  SourceMask(const Mask& mask)  // NOLINT: implicit, as the mask would be
+      : Mask(mask), strip_kernel(&CausalStripKernel<T>::make) {}
+  SourceMask(const RowMask& mask = {})  // NOLINT: likewise
+      : Mask(mask), strip_kernel(&StripKernel<T>::make) {}
+
+  const StripKernel<T>& (*strip_kernel)(const Product<T>&, Scratch&);
+};
+
 /// Inputs as the kernels read them.
 template <class T>
 struct Sources {
   TokenRows<T> q, k, v;
-  Mask mask{};
+  SourceMask<T> mask{};
   std::span<const T> key_bias{};
 };
 

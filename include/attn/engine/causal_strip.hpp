@@ -1,0 +1,121 @@
+/// A strip of queries meets a tile of keys under a causal mask: beside tiles that all its queries see, those at the
+/// diagonal, of which each query sees some keys.
+///
+///   for each key j of the tile that any query sees:
+///     score[j]  = -infinity for the queries that must not see it, else as without a mask
+///   maximum, correction, weights and sums, weighted                                    as without a mask
+///
+/// A weight of 0 hides a value, unless that is not finite: such values are added for the queries that see them alone.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/query_strip.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/strip.hpp>
+#include <attn/engine/tokens.hpp>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+namespace attn::detail {
+
+/// The StripKernel of causal masks.
+template <class T>
+class CausalStripKernel final : public StripKernel<T> {
+  using Base = StripKernel<T>;
+  using Base::panel_;
+  using Base::tile_maximum_;
+
+ public:
+  CausalStripKernel(const Product<T>& product, const FarPairs<T>* far_pairs, Scratch& scratch)
+      : Base(product.in, product.maximum, far_pairs, scratch),
+        shift_(scratch.elements<T>(kTileWidth<T>)),
+        shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
+        finite_values_(scratch.elements<T>(kTileKeys<T> * product.in.v.cols())) {}
+
+  static const Base& make(const Product<T>& product, Scratch& scratch) {
+    const FarPairs<T>* const far_pairs = product.make_far_pairs(scratch);
+    return *scratch.make<CausalStripKernel>(1, product, far_pairs, scratch);
+  }
+
+  void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
+           const std::array<Prefetch, 2>& prefetch) const override {
+    const SeenKeys seen = tile.seen_by(strip.count, limit);
+    if (seen.count == 0) return;
+    if (seen.partly()) return add_partly_seen(strip, state, tile, seen, limit, prefetch);
+    if (strip.bias_origin == nullptr) return this->add_keys(strip, state, tile, seen.count, prefetch);
+    this->score(strip, tile, seen.count, prefetch[0]);
+    if (strip.far) this->refine(strip, state, tile, seen.count);
+    this->weigh_keys(strip, state, seen.count, raise_shifted(strip, state, tile.bias_origin));
+    this->add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
+  }
+
+ private:
+  [[gnu::noinline]] void add_partly_seen(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                         const SeenKeys& seen, Index limit,
+                                         const std::array<Prefetch, 2>& prefetch) const {
+    const bool own_origins = strip.bias_origin != nullptr;
+    const KeyTile<T> scored = own_origins ? tile.without_key_bias() : tile;
+    this->score(strip, scored, seen.count, prefetch[0]);
+    hide(strip, tile, seen, limit);
+    if (strip.far) this->refine(strip, state, scored, seen.count);
+    if (own_origins) {
+      add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
+      hide(strip, tile, seen, limit);
+    }
+    this->set_tile_maximum(seen.count, strip.lanes());
+    this->raise_maximum(strip, state, tile_maximum_);
+    this->weigh_keys(strip, state, seen.count, state.maximum);
+    if (!tile.values().finite_keys(seen.by_all, seen.count, this->d_v_)) {
+      return add_seen_values(strip, state, tile, seen.count, limit);
+    }
+    this->add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
+  }
+
+  void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
+    hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
+  }
+
+  /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no
+  /// smaller. The weights are relative to the maximum as counted from the tile's origin; where that is too far below to
+  /// be told from it, to the tile's own.
+  const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
+    set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
+    for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
+    this->raise_maximum(strip, state, shifted_maximum_);
+    for (Index i = 0; i < strip.lanes(); ++i) {
+      shifted_maximum_[i] = std::max(state.maximum[i] - shift_[i], tile_maximum_[i]);
+    }
+    return shifted_maximum_;
+  }
+
+  /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see
+  /// them. A query that sees only finite ones gets the bits that it would get from add_values.
+  [[gnu::noinline]] void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                         Index count, Index limit) const {
+    const Index d_v = this->d_v_, lanes = strip.lanes();
+    for (Index j = 0; j < count; ++j) {
+      for (Index c = 0; c < d_v; ++c) {
+        const T x = tile.v[j * tile.v_stride + c];
+        finite_values_[j * d_v + c] = is_finite(x) ? x : T(0);
+      }
+    }
+    this->add_weighted(strip, state, finite_values_, d_v, count, {});
+    for (Index j = 0; j < count; ++j) {
+      for (Index c = 0; c < d_v; ++c) {
+        const T x = tile.v[j * tile.v_stride + c];
+        if (is_finite(x)) continue;
+        for (Index i = std::max<Index>(0, tile.row(j) - limit); i < lanes; ++i) {
+          state.weighted[c * lanes + i] += panel_[j * lanes + i] * x;
+        }
+      }
+    }
+  }
+
+  T *shift_, *shifted_maximum_, *finite_values_;
+};
+
+}  // namespace attn::detail
