@@ -12,7 +12,6 @@
 #include <any>
 #include <concepts>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -34,8 +33,7 @@ struct NoMethod {};
 
 }  // namespace detail
 
-/// Any Approximator as one type, and an Approximator itself. Copies share the method, which is immutable; one virtual
-/// call a forward.
+/// Any Approximator as one type, and an Approximator itself: a method by value, and one indirect call a forward.
 template <class T>
 class AnyApproximator {
  public:
@@ -47,12 +45,11 @@ class AnyApproximator {
   template <class A>
     requires(!std::same_as<A, AnyApproximator>) && Approximator<A> && std::copyable<typename A::Saved> &&
                 std::same_as<typename A::Scalar, T>
-  explicit AnyApproximator(A method)
-      : wide_(wide_of(method)), method_(std::make_shared<const Holder<A>>(std::move(method))) {}
+  explicit AnyApproximator(A method) : wide_(wide_of(method)), method_(std::move(method)), calls_(&kCalls<A>) {}
 
   /// The name of the method inside.
-  std::string_view name() const { return method_->name(); }
-  bool supports(const Inputs<T>& in) const { return method_->supports(in); }
+  std::string_view name() const { return calls_->name; }
+  bool supports(const Inputs<T>& in) const { return calls_->supports(method_, in); }
 
   /// Of a narrow T the method inside as one of float, which saves the same.
   const auto& wide() const
@@ -65,51 +62,58 @@ class AnyApproximator {
   using Saved = detail::AnySaved;
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context) const {
-    method_->forward(in, out, context, nullptr);
+    calls_->forward(method_, in, out, context, nullptr);
   }
 
   void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved& saved) const {
-    method_->forward(in, out, context, &saved);
+    calls_->forward(method_, in, out, context, &saved);
   }
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
-    method_->backward(in, out, dout, saved, gradients, context);
+    calls_->backward(method_, in, out, dout, saved, gradients, context);
   }
   /// @}
 
  private:
-  struct Method {
-    Method() = default;
-    Method(const Method&) = delete;
-    Method& operator=(const Method&) = delete;
-    virtual ~Method() = default;
-    virtual std::string_view name() const = 0;
-    virtual bool supports(const Inputs<T>& in) const = 0;
-    virtual void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const = 0;
-    virtual void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
-                          const Gradients<T>& gradients, Context& context) const = 0;
+  /// What is called of a method, which is the first argument.
+  struct Calls {
+    std::string_view name;
+    bool (*supports)(const std::any&, const Inputs<T>& in);
+    void (*forward)(const std::any&, const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved);
+    void (*backward)(const std::any&, const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout,
+                     const Saved& saved, const Gradients<T>& gradients, Context& context);
   };
 
   template <class A>
-  struct Holder final : Method {
-    explicit Holder(A a) : method(std::move(a)) {}
-    std::string_view name() const override { return A::kName; }
-    bool supports(const Inputs<T>& in) const override { return method.supports(in); }
-    void forward(const Inputs<T>& in, MatrixRef<T> out, Context& context, Saved* saved) const override {
-      if (saved == nullptr) return method.forward(in, out, context);
-      auto* inner = std::any_cast<typename A::Saved>(&saved->of_method);
-      if (inner == nullptr) inner = &saved->of_method.template emplace<typename A::Saved>();
-      method.forward(in, out, context, *inner);
-    }
-    void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
-                  const Gradients<T>& gradients, Context& context) const override {
-      const auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
-      if (inner == nullptr) detail::refuse(A::kName, "saved is not of a forward pass of this method");
-      method.backward(in, out, dout, *inner, gradients, context);
-    }
-    A method;
-  };
+  static const A& method_in(const std::any& method) {
+    return *std::any_cast<A>(&method);
+  }
+
+  template <class A>
+  static bool supports_in(const std::any& method, const Inputs<T>& in) {
+    return method_in<A>(method).supports(in);
+  }
+
+  template <class A>
+  static void forward_in(const std::any& method, const Inputs<T>& in, MatrixRef<T> out, Context& context,
+                         Saved* saved) {
+    if (saved == nullptr) return method_in<A>(method).forward(in, out, context);
+    auto* inner = std::any_cast<typename A::Saved>(&saved->of_method);
+    if (inner == nullptr) inner = &saved->of_method.template emplace<typename A::Saved>();
+    method_in<A>(method).forward(in, out, context, *inner);
+  }
+
+  template <class A>
+  static void backward_in(const std::any& method, const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout,
+                          const Saved& saved, const Gradients<T>& gradients, Context& context) {
+    const auto* inner = std::any_cast<typename A::Saved>(&saved.of_method);
+    if (inner == nullptr) detail::refuse(A::kName, "saved is not of a forward pass of this method");
+    method_in<A>(method).backward(in, out, dout, *inner, gradients, context);
+  }
+
+  template <class A>
+  static constexpr Calls kCalls{A::kName, &supports_in<A>, &forward_in<A>, &backward_in<A>};
 
   template <class A>
   static auto wide_of(const A& method) {
@@ -122,7 +126,8 @@ class AnyApproximator {
 
   [[no_unique_address]] std::conditional_t<NarrowScalar<T>, AnyApproximator<detail::Arithmetic<T>>, detail::NoMethod>
       wide_;
-  std::shared_ptr<const Method> method_;
+  std::any method_;
+  const Calls* calls_;
 };
 
 /// Options of all methods; each takes those that it has, with its own default where one is not set.

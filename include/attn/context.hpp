@@ -8,7 +8,6 @@
 #include <concepts>
 #include <cstddef>
 #include <exception>
-#include <memory>
 #include <new>
 #include <span>
 #include <type_traits>
@@ -27,7 +26,7 @@ class TaskRef {
   template <std::invocable<Index, int> F>
     requires(!std::same_as<std::remove_cvref_t<F>, TaskRef>)
   TaskRef(F& f)  // NOLINT: implicit, as a function reference is
-      : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
+      : object_(const_cast<void*>(static_cast<const void*>(&f))),
         call_([](void* object, Index item, int worker) { (*static_cast<F*>(object))(item, worker); }) {}
 
   /// Calls what it refers to.
@@ -197,7 +196,7 @@ class Scratch {
     requires std::is_trivially_destructible_v<T>
   T* make(Index n, Args&... args) {
     T* data = reinterpret_cast<T*>(arena_.take(n, sizeof(T)));
-    for (Index i = 0; i < n; ++i) std::construct_at(data + i, args...);
+    for (Index i = 0; i < n; ++i) new (data + i) T(args...);
     return data;
   }
 
@@ -223,13 +222,18 @@ class Context {
   /// Runs parallel parts on the executor, which the context keeps: Context{OpenMP{.threads = 2}}.
   template <class E>
     requires(!std::same_as<E, Context> && Executor<E>)
-  explicit Context(E executor) : executor_(std::make_unique<Holder<E>>(std::move(executor))) {}
+  explicit Context(E executor) : executor_(new Holder<E>(std::move(executor))) {}
 
   /// Takes the executor and the memory of another.
-  Context(Context&&) = default;
+  Context(Context&& other) noexcept { *this = std::move(other); }
   /// Takes the executor and the memory of another.
-  Context& operator=(Context&&) = default;
-  [[gnu::noinline]] ~Context() = default;  // it contains others, whose destruction would be inlined into this one's
+  Context& operator=(Context&& other) noexcept {
+    std::swap(executor_, other.executor_);
+    std::swap(arena_, other.arena_);
+    std::swap(of_workers_, other.of_workers_);
+    return *this;
+  }
+  [[gnu::noinline]] ~Context() { delete executor_; }  // it contains others, whose destruction would be inlined
 
   /// Threads that may work at once, at least 1.
   int workers() { return executor_ == nullptr ? 1 : std::max(1, executor_->workers()); }
@@ -297,7 +301,7 @@ class Context {
     for (Index item = 0; item < n; ++item) task(item, 0);
   }
 
-  std::unique_ptr<AnyExecutor> executor_;  ///< null: serial
+  AnyExecutor* executor_ = nullptr;  ///< owned; null: serial
   detail::Arena arena_;
   std::vector<Context> of_workers_;
 };

@@ -33,7 +33,7 @@ struct StrideSum {
     Index stride = 0, first = 0, last = 0;
   };
 
-  void add(Term term) {
+  [[gnu::noinline]] void add(Term term) {
     for (Term& other : terms) {
       if (other.stride == term.stride) {
         other.first += term.first;

@@ -18,7 +18,6 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <numbers>
 #include <span>
 #include <string_view>

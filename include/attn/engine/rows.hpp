@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <new>
 #include <span>
 #include <type_traits>
 
@@ -184,6 +185,12 @@ void sort_elements(std::span<T> x, const Less& less = {}) {
   std::sort(x.data(), x.data() + x.size(), less);
 }
 
+/// view <- a view of what another one shows. Assignment would copy its elements.
+template <class T>
+void show(MatrixRef<T>& view, const MatrixRef<T>& other) {
+  new (&view) MatrixRef<T>(other);
+}
+
 /// Where row i of a matrix begins.
 template <class M>
 auto row_of(const M& m, Index i) {
@@ -230,7 +237,7 @@ T largest_magnitude(const ConstMatrixRef<T>& a) {
 
 /// a <- a + x I.
 template <class T>
-void add_to_diagonal(const MatrixRef<T>& a, std::type_identity_t<T> x) {
+[[gnu::noinline]] void add_to_diagonal(const MatrixRef<T>& a, std::type_identity_t<T> x) {
   for (Index i = 0; i < a.rows(); ++i) a.data()[i * (a.outerStride() + 1)] += x;
 }
 

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <numbers>
 #include <span>
 #include <string_view>
@@ -127,11 +126,11 @@ void run_backward(const Product<T>& product, const RowGradients<T>& rows, const 
                                 dv = parts_of(query_parts, gradients.dv);
   const MatrixRef<T> bias_column(dbias.data(), static_cast<Index>(dbias.size()), 1, 1);
   const std::span<MatrixRef<T>> bias = parts_of(query_parts, bias_column);
-  for (std::size_t p = 1; p < dq.size(); ++p) std::construct_at(&dq[p], scratch.matrix<T>(in.q.rows(), in.q.cols()));
+  for (std::size_t p = 1; p < dq.size(); ++p) show(dq[p], scratch.matrix<T>(in.q.rows(), in.q.cols()));
   for (std::size_t p = 1; p < dk.size(); ++p) {
-    std::construct_at(&dk[p], scratch.matrix<T>(in.k.rows(), in.k.cols()));
-    std::construct_at(&dv[p], scratch.matrix<T>(in.v.rows(), in.v.cols()));
-    std::construct_at(&bias[p], scratch.matrix<T>(bias_column.rows(), 1));
+    show(dk[p], scratch.matrix<T>(in.k.rows(), in.k.cols()));
+    show(dv[p], scratch.matrix<T>(in.v.rows(), in.v.cols()));
+    show(bias[p], scratch.matrix<T>(bias_column.rows(), 1));
   }
   BackwardRunner<T>* const runners = scratch.make<BackwardRunner<T>>(context.workers(), product, rows, scratch);
   context.for_each(key_parts * query_parts, [&](Index item, int worker) {

@@ -220,8 +220,8 @@ class StripKernel {
 
   /// Adds the keys of a tile to the state of a strip, whose first query sees row numbers up to limit, as in
   /// KeyTile::seen_by. prefetch: what is used next, fetched during the first product and during the second.
-  virtual void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index /*limit*/,
-                   const std::array<Prefetch, 2>& prefetch) const {
+  [[gnu::noinline]] virtual void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                     Index /*limit*/, const std::array<Prefetch, 2>& prefetch) const {
     add_keys(strip, state, tile, tile.count, prefetch);
   }
 
