@@ -38,7 +38,7 @@ void check_conv(std::string_view who, const ConstMatrixRef<T>& v, std::span<cons
 
 /// What is written overlaps nothing; dout is empty in the forward pass.
 template <class T>
-void check_conv_apart(std::string_view who, std::span<const Memory> results, const ConstMatrixRef<T>& v,
+void check_conv_apart(std::string_view who, const Memories& results, const ConstMatrixRef<T>& v,
                       std::span<const T> filter, const ConstMatrixRef<T>& dout, const Mask& mask) {
   const Memory inputs[] = {Memory::of("v", v), Memory::of("filter", filter), Memory::of("dout", dout),
                            Memory::of("keep_key", mask.keep_key), Memory::of("keep_query", mask.keep_query)};

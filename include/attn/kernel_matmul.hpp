@@ -77,13 +77,12 @@ void finish(const Kernel& kernel, const RowStates<float>& states, Index d, Out&&
   const MatrixRef<T> to(out);
   detail::check_finish("finish", states, to, lse);
   for (Index i = 0; i < to.rows(); ++i) {
-    const auto row = static_cast<std::size_t>(i);
     for (Index c = 0; c < to.cols(); c += kColumns) {
       const Index count = std::min(kColumns, to.cols() - c);
       float* weighted = detail::row_of(states.weighted, i) + c;
       const RowStates<float> some{
-          states.maximum.subspan(row, 1), states.sum.subspan(row, 1), {weighted, 1, count, count}};
-      finish(kernel, some, d, MatrixRef<float>(wide, 1, count, count), lse.empty() ? lse : lse.subspan(row, 1));
+          detail::part_of(states.maximum, i, 1), detail::part_of(states.sum, i, 1), {weighted, 1, count, count}};
+      finish(kernel, some, d, MatrixRef<float>(wide, 1, count, count), lse.empty() ? lse : detail::part_of(lse, i, 1));
       detail::convert_row(wide, detail::row_of(to, i) + c, count);
     }
   }

@@ -184,7 +184,7 @@ struct UniformSample {
         std::swap(deck[j], deck[other]);
         chosen[j] = deck[j];
       }
-      detail::sort_elements(chosen);
+      detail::sort_elements(chosen.data(), static_cast<Index>(chosen.size()));
     });
   }
 };

@@ -138,7 +138,7 @@ Eigen::VectorXd orthonormalize(Matrix<T>& x) {
     values[c] = x.col(c).template cast<double>().norm();
     if (values[c] > 0) x.col(c) /= static_cast<T>(values[c]);
   }
-  sort_elements<double>({values.data(), static_cast<std::size_t>(values.size())}, std::greater<>());
+  sort_elements(values.data(), values.size(), std::greater<>());
   return values;
 }
 

@@ -158,7 +158,7 @@ void check_heads(const HeadInputs<T>& in, const HeadsView<const T>& out) {
 
 /// No head of a result shares memory with one of an input, or of another result, or with a mask.
 template <class T>
-void check_heads_apart(std::span<const Memory> results, const HeadInputs<T>& in) {
+void check_heads_apart(const Memories& results, const HeadInputs<T>& in) {
   const Memory inputs[] = {memory_of("q", in.q), memory_of("k", in.k), memory_of("v", in.v)};
   check_apart(kMultiHeadName, results, inputs);
   for (const Mask& mask : in.masks) {

@@ -31,8 +31,7 @@ void for_some_queries(const Sources<T>& in, const ConstMatrixRef<T>& land, const
   for (Index first = 0; first < in.q.rows(); first += kQueries) {
     const Index count = std::min(kQueries, in.q.rows() - first);
     RowMask mask = queries_only(in.mask);
-    if (!mask.keep_query.empty())
-      mask.keep_query = mask.keep_query.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+    if (!mask.keep_query.empty()) mask.keep_query = part_of(mask.keep_query, first, count);
     body(first, Sources<T>{in.q.middle_rows(first, count), land, values, mask, bias});
   }
 }

@@ -397,7 +397,7 @@ class FieldRunner {
     }
     const auto errs_more = [&](Index a, Index b) { return terms_[a] > terms_[b] || (terms_[a] == terms_[b] && a < b); };
     std::nth_element(near_, near_ + count - 1, near_ + m, errs_more);
-    sort_elements<Index>({near_, static_cast<std::size_t>(count)});
+    sort_elements(near_, count);
     return count;
   }
 

@@ -216,9 +216,23 @@ bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
   return Memory::of("", a).overlaps(Memory::of("", b));
 }
 
+/// Some of them: a span, but for the time that this takes the compiler.
+struct Memories {
+  Memories(const Memory* x, std::size_t n) : first(x), count(n) {}
+  template <std::size_t kCount>
+  Memories(const Memory (&x)[kCount]) : Memories(x, kCount) {}  // NOLINT: implicit, as a span would be
+  template <std::size_t kCount>
+  Memories(const std::array<Memory, kCount>& x) : Memories(x.data(), kCount) {}  // NOLINT: likewise
+
+  const Memory* begin() const { return first; }
+  const Memory* end() const { return first + count; }
+
+  const Memory* first;
+  std::size_t count;
+};
+
 /// What is written does not overlap what is read beside it.
-[[gnu::noinline]] inline void check_apart_from(std::string_view who, std::span<const Memory> results,
-                                               std::span<const Memory> inputs) {
+[[gnu::noinline]] inline void check_apart_from(std::string_view who, const Memories& results, const Memories& inputs) {
   for (const Memory& result : results) {
     for (const Memory& input : inputs) {
       if (result.overlaps(input)) refuse(who, "%s overlaps %s", result.name, input.name);
@@ -227,16 +241,15 @@ bool overlap(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& b) {
 }
 
 /// Results overlap no inputs, no other results, and not themselves.
-[[gnu::noinline]] inline void check_apart(std::string_view who, std::span<const Memory> results,
-                                          std::span<const Memory> inputs) {
-  for (std::size_t i = 0; i < results.size(); ++i) {
-    const Memory& result = results[i];
+[[gnu::noinline]] inline void check_apart(std::string_view who, const Memories& results, const Memories& inputs) {
+  for (std::size_t i = 0; i < results.count; ++i) {
+    const Memory& result = results.first[i];
     if (result.overlaps_itself()) {
       refuse(who, "%s overlaps itself: its rows of %td bytes are %td bytes apart", result.name, result.run(),
              result.row_stride());
     }
     check_apart_from(who, {&result, 1}, inputs);
-    check_apart_from(who, {&result, 1}, results.first(i));
+    check_apart_from(who, {&result, 1}, {results.first, i});
   }
 }
 
@@ -439,7 +452,8 @@ void check_finish(std::string_view who, const States& states, const MatrixRef<T>
   const bool same_rows = out.rows() == 1 || out.outerStride() == states.weighted.outerStride();
   const bool in_place =
       std::is_same_v<T, S> && same_rows && static_cast<const void*>(out.data()) == states.weighted.data();
-  check_apart(who, results, std::span(read).subspan(in_place ? 1 : 0));
+  const std::size_t written = in_place ? 1 : 0;
+  check_apart(who, results, {read.data() + written, read.size() - written});
 }
 
 }  // namespace attn::detail

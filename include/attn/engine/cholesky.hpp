@@ -54,7 +54,7 @@ Index choose_pivots(const ConstMatrixRef<T>& a, T tolerance, MatrixRef<T> factor
   const auto of = [&](Index i) -> T& { return left[static_cast<std::size_t>(i)]; };
   for (Index i = 0; i < count; ++i) of(order[static_cast<std::size_t>(i)] = i) = a(i, i);
   for (Index rank = 0; rank < count; ++rank) {
-    const std::span<Index> rest = order.subspan(static_cast<std::size_t>(rank));
+    const std::span<Index> rest = part_of(order, rank, count - rank);
     T floor = tolerance;
     for (const Index i : rest) floor = std::max(floor, -of(i));
     const auto largest = std::max_element(

@@ -9,6 +9,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <limits>
 #include <new>
@@ -178,11 +179,17 @@ void weigh_row(T* row, Index n, Rows rows) {
   for (Index j = 0; j < n; j += kLanes<T>) store_row(row, j, n, load_row(row, j, n) / broadcast(total));
 }
 
-/// x <- its elements, sorted. A template that is not constexpr, unlike std::sort, which compilers instantiate wherever a
-/// template names it, called or not.
+/// Elements [first, first + count) of x. As sort_elements a template that is not constexpr, unlike what it is for:
+/// constexpr functions are instantiated wherever a template names them, called or not.
+template <class T>
+std::span<T> part_of(std::span<T> x, Index first, Index count) {
+  return x.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
+}
+
+/// x <- its n elements, sorted.
 template <class T, class Less = std::less<>>
-void sort_elements(std::span<T> x, const Less& less = {}) {
-  std::sort(x.data(), x.data() + x.size(), less);
+void sort_elements(T* x, Index n, const Less& less = {}) {
+  std::sort(x, x + n, less);
 }
 
 /// view <- a view of what another one shows. Assignment would copy its elements.
