@@ -30,16 +30,16 @@ struct RowMask : Mask {
       : Mask{.keep_key = keys, .keep_query = queries} {}
 };
 
+}  // namespace detail
+
 /// The part of a mask that concerns keys alone: for landmarks in the place of queries.
-inline RowMask keys_only(const Mask& mask) {
+inline detail::RowMask keys_only(const Mask& mask) {
   return {mask.keep_key, {}};
 }
 
 /// The part of a mask that concerns queries alone: for landmarks in the place of keys.
-inline RowMask queries_only(const Mask& mask) {
+inline detail::RowMask queries_only(const Mask& mask) {
   return {{}, mask.keep_query};
 }
-
-}  // namespace detail
 
 }  // namespace attn

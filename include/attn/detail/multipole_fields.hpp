@@ -362,9 +362,7 @@ class FieldRunner {
         store(state_.maximum + p, max(load(state_.maximum + p), load(maximum + p)));
       }
     }
-    with_packets<kTilePackets>(strip_.packets, [&](auto packets) {
-      weigh<packets>(scores_, m, state_.maximum, std::numeric_limits<T>::infinity(), state_.sum);
-    });
+    weigh(scores_, m, lanes, state_.maximum, std::numeric_limits<T>::infinity(), state_.sum);
   }
 
   /// near_ <- the clusters of the largest error terms, ascending. Returns how many.

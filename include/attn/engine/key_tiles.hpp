@@ -117,8 +117,16 @@ class KeyReader {
                     .first = first,
                     .count = last - first};
     if (drops_keys_) list_kept(tile, last);
-    if (v_ != nullptr) copy_values(tile);
-    if (k_ != nullptr) copy_keys(tile);
+    if (v_ != nullptr) {
+      copy(in_.v, tile, nullptr, v_);
+      tile.v = v_;
+      tile.v_stride = in_.v.cols();
+    }
+    if (k_ != nullptr) {
+      copy(in_.k, tile, kernel_.center, k_);
+      tile.k = k_;
+      tile.k_stride = in_.k.cols();
+    }
     if (norm_bias_ != nullptr) set_norm_bias(tile);
     if (key_bias_ != nullptr) set_key_bias(tile);
     return tile;
@@ -132,21 +140,12 @@ class KeyReader {
     }
   }
 
-  void copy_values(KeyTile<T>& tile) const {
-    for (Index j = 0; j < tile.count; ++j) in_.v.copy_row(tile.row(j), v_ + j * in_.v.cols());
-    tile.v = v_;
-    tile.v_stride = in_.v.cols();
-  }
-
-  void copy_keys(KeyTile<T>& tile) const {
-    const Index d = in_.k.cols();
-    for (Index j = 0; j < tile.count; ++j) {
-      T* to = k_ + j * d;
-      in_.k.copy_row(tile.row(j), to);
-      if (kernel_.center != nullptr) add_row(T(-1), kernel_.center, to, d);
+  /// to <- the rows of from that a tile has, relative to center unless that is null.
+  [[gnu::noinline]] static void copy(const TokenRows<T>& from, const KeyTile<T>& tile, const T* center, T* to) {
+    for (Index j = 0; j < tile.count; ++j, to += from.cols()) {
+      from.copy_row(tile.row(j), to);
+      if (center != nullptr) add_row(T(-1), center, to, from.cols());
     }
-    tile.k = k_;
-    tile.k_stride = d;
   }
 
   void set_norm_bias(KeyTile<T>& tile) const {

@@ -161,24 +161,18 @@ void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hi
 /// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where
 /// there is no maximum, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
 /// weights could be any numbers).
-template <int kPackets, class T>
-[[gnu::noinline]] void weigh(T* panel, Index count, const T* maximum, T limit, T* sum) {
-  Packet<T> top[array_size(kPackets)], total[array_size(kPackets)];
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) {
-    top[p] = load(maximum + p * kLanes<T>);
-    total[p] = broadcast(T(0));
-  }
-  for (Index j = 0; j < count; ++j, panel += kPackets * kLanes<T>) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPackets; ++p) {
-      const auto weight = exp2_bounded(min(load(panel + p * kLanes<T>) - top[p], broadcast(limit)));
-      total[p] = total[p] + weight;
-      store(panel + p * kLanes<T>, weight);
+template <class T>
+[[gnu::noinline]] void weigh(T* panel, Index count, Index lanes, const T* maximum, T limit, T* sum) {
+  for (Index p = 0; p < lanes; p += kLanes<T>) {
+    const auto top = load(maximum + p);
+    auto total = broadcast(T(0));
+    for (T* at = panel + p; at < panel + count * lanes; at += lanes) {
+      const auto weight = exp2_bounded(min(load(at) - top, broadcast(limit)));
+      total = total + weight;
+      store(at, weight);
     }
+    store(sum + p, load(sum + p) + total);
   }
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) store(sum + p * kLanes<T>, load(sum + p * kLanes<T>) + total[p]);
 }
 
 /// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
@@ -278,9 +272,7 @@ class StripKernel {
 
   /// Turns scores into weights relative to top.
   void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, Index count, const T* top) const {
-    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      weigh<packets>(panel_, count, top, highest_exponent<T>(maximum_), state.sum);
-    });
+    weigh(panel_, count, strip.lanes(), top, highest_exponent<T>(maximum_), state.sum);
   }
 
   void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const T* v, Index v_stride, Index count,
