@@ -10,7 +10,6 @@
 
 #include <concepts>
 #include <cstdint>
-#include <optional>
 #include <string_view>
 #include <type_traits>
 
@@ -66,7 +65,7 @@ struct PassInputs {
   }
 };
 
-/// In the place of an option whose type cannot be compared: nothing is known of it but its type.
+/// In the place of an option whose type is not regular: nothing is known of it but its type.
 struct AnyOption {
   AnyOption() = default;
   template <class Option>
@@ -75,7 +74,7 @@ struct AnyOption {
 };
 
 template <class Option>
-using SavedOption = std::conditional_t<std::equality_comparable<Option>, std::optional<Option>, AnyOption>;
+using SavedOption = std::conditional_t<std::regular<Option>, Option, AnyOption>;
 
 /// A forward pass of a method with a kernel, a choice of landmarks and another option: what its backward pass relies on
 /// beside what is saved of the elements.

@@ -69,7 +69,6 @@ class FewKeysRunner {
         scores_(scratch.elements<T>(kTileWidth<T> * width_)),
         queries_(scratch.elements<T>(kTileWidth<T> * product.in.q.cols())),
         results_(scratch.elements<T>(kTileWidth<T> * product.in.v.cols())),
-        lanes_(scratch.elements<T>(kTileWidth<T> * kLanes<T>)),
         norm_(scratch.elements<T>(4 * kTileWidth<T>)),
         rows_{norm_ + kTileWidth<T>, norm_ + 2 * kTileWidth<T>, norm_ + 3 * kTileWidth<T>},
         tokens_(scratch.elements<T>(2 * product.in.q.cols())) {
@@ -83,8 +82,6 @@ class FewKeysRunner {
   }
 
  private:
-  static constexpr int kRows = std::min(4, kLanes<T>);  ///< weighed side by side, so that none waits for another
-
   Range rows_of_strip(Index s) const {
     const Range packets = product_.partition.packets_of_strip(s);
     return {packets.first * kLanes<T>, std::min(packets.last * kLanes<T>, product_.in.q.rows())};
@@ -147,8 +144,11 @@ class FewKeysRunner {
     for (Index i = 0; i < kTileWidth<T>; ++i) {
       rows_.maximum[i] = product_.maximum == Maximum::none ? kappa_unit(i) : row_maximum(scores_ + i * width_, width_);
     }
-    for (Index i = 0; i < kTileWidth<T>; i += kRows) weigh_rows(i);
-    for (Index i = 0; i < kTileWidth<T>; ++i) rows_.sum[i] = sum(load(lanes_ + i * kLanes<T>));
+    const T limit = highest_exponent<T>(product_.maximum);
+    for (Index i = 0; i < kTileWidth<T>; ++i) {
+      rows_.sum[i] = sum(
+          weigh_packets(scores_ + i * width_, few_.keys.packets, Index{kLanes<T>}, broadcast(rows_.maximum[i]), limit));
+    }
   }
 
   void add_bias() {
@@ -184,31 +184,11 @@ class FewKeysRunner {
     }
   }
 
-  /// kRows rows from the given one on, and the sums of each in lanes.
-  void weigh_rows(Index first) {
-    const auto limit = broadcast(highest_exponent<T>(product_.maximum));
-    Packet<T> total[array_size(kRows)];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) total[r] = broadcast(T(0));
-    T* row = scores_ + first * width_;
-    for (Index j = 0; j < width_; j += kLanes<T>) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const auto weight = exp2_bounded(min(load(row + r * width_ + j) - broadcast(rows_.maximum[first + r]), limit));
-        total[r] = total[r] + weight;
-        store(row + r * width_ + j, weight);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store(lanes_ + (first + r) * kLanes<T>, total[r]);
-  }
-
   const Product<T>& product_;
   const FewKeys<T>& few_;
   Index width_;  ///< elements between two rows of scores
   T *scores_, *queries_, *results_;
-  T* lanes_;  ///< of each row, kLanes partial sums of its weights
-  T* norm_;   ///< bias |q|^2 of each query
+  T* norm_;  ///< bias |q|^2 of each query
   RowStatistics<T> rows_;
   T* tokens_;  ///< a query and a key, where they are not in place
 };

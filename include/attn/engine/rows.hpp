@@ -159,6 +159,19 @@ T row_sum(const T* row, Index n) {
   return sum(total);
 }
 
+/// Scores, count packets of them that begin step elements apart, <- weights 2^(score - top), no exponent above limit;
+/// returns their sums, lane by lane.
+template <class T>
+inline Packet<T> weigh_packets(T* scores, Index count, Index step, Packet<T> top, T limit) {
+  auto total = broadcast(T(0));
+  for (const T* const end = scores + count * step; scores != end; scores += step) {
+    const auto weight = exp2_bounded(min(load(scores) - top, broadcast(limit)));
+    total = total + weight;
+    store(scores, weight);
+  }
+  return total;
+}
+
 /// row (length n) <- exp2(row - origin); returns its sum.
 template <class T>
 T exponentiate(T* row, Index n, T origin) {

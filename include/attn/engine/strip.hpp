@@ -164,14 +164,7 @@ void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hi
 template <class T>
 [[gnu::noinline]] void weigh(T* panel, Index count, Index lanes, const T* maximum, T limit, T* sum) {
   for (Index p = 0; p < lanes; p += kLanes<T>) {
-    const auto top = load(maximum + p);
-    auto total = broadcast(T(0));
-    for (T* at = panel + p; at < panel + count * lanes; at += lanes) {
-      const auto weight = exp2_bounded(min(load(at) - top, broadcast(limit)));
-      total = total + weight;
-      store(at, weight);
-    }
-    store(sum + p, load(sum + p) + total);
+    store(sum + p, load(sum + p) + weigh_packets(panel + p, count, lanes, load(maximum + p), limit));
   }
 }
 
