@@ -162,7 +162,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
   /// Of q (n_q, d) and k (n_k, d).
   ExactOperator(Kernel kernel, ConstMatrixRef<T> q, ConstMatrixRef<T> k, Mask mask, Context& context)
       : kernel_(kernel), q_(q), k_(k), mask_(mask) {
-    const Inputs<T> in{q_, k_, k_, mask_};
+    const Inputs<T> in{q_, k_, k_, mask};
     detail::check_inputs(kName, in);
     detail::MaskSupport{.key_bias = true}.check(kName, in);
     detail::check_kernel<T>(kName, kernel_, q_.cols());
@@ -185,7 +185,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
   void multiply_transposed(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
     check_blocks(x, rows(), y, cols());
     const detail::RawRows raw{score_parameters(kernel_, q_.cols())};
-    const Mask swapped{.keep_key = mask_.keep_query, .keep_query = mask_.keep_key};
+    const detail::RowMask swapped(mask_.keep_query, mask_.keep_key);
     const detail::Sources<Wide> in{detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(x),
                                    swapped, log_row_weights_};
     detail::multiply<detail::RawRows, Wide>(raw, in, detail::ResultRows<Wide>(y), nullptr, context);
@@ -211,7 +211,8 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
     Scratch scratch = context.scratch();
     log_row_weights_.resize(static_cast<std::size_t>(q_.rows()));
     const ConstMatrixRef<T> column = k_.leftCols(1);
-    const detail::Sources<Wide> in = detail::arithmetic_sources(Inputs<T>{q_, k_, column, mask_}, scratch);
+    const detail::Sources<Wide> in =
+        detail::arithmetic_sources<detail::RowMask>(Inputs<T>{q_, k_, column, mask_}, scratch);
     detail::multiply<Kernel, Wide>(kernel_, in, scratch.matrix<Wide>(q_.rows(), 1), log_row_weights_.data(), context);
     constexpr Wide kInfinity = std::numeric_limits<Wide>::infinity();
     for (Wide& x : log_row_weights_) x = x == -kInfinity ? -kInfinity : -x;
@@ -219,7 +220,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
 
   Kernel kernel_;
   ConstMatrixRef<T> q_, k_;
-  Mask mask_;
+  detail::RowMask mask_;
   std::vector<Wide> log_row_weights_;  // empty: the rows are raw
 };
 
