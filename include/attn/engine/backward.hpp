@@ -137,7 +137,7 @@ class BackwardRunner {
       : product_(product),
         rows_(rows),
         reader_(product.in, product.kernel, scratch),
-        far_pairs_(product.make_far_pairs(scratch)),
+        far_pairs_(product.far_pairs(scratch)),
         scores_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         slopes_(scratch.elements<T>(kTileKeys<T> * kTileWidth<T>)),
         ones_(scratch.elements<T>(kTileWidth<T>)),

@@ -36,11 +36,6 @@ class CausalStripKernel final : public StripKernel<T> {
         shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
         finite_values_(scratch.elements<T>(kTileKeys<T> * product.in.v.cols())) {}
 
-  static const Base& make(const Product<T>& product, Scratch& scratch) {
-    const FarPairs<T>* const far_pairs = product.make_far_pairs(scratch);
-    return *scratch.make<CausalStripKernel>(1, product, far_pairs, scratch);
-  }
-
   void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
            const std::array<Prefetch, 2>& prefetch) const override {
     const SeenKeys seen = tile.seen_by(strip.count, limit);
@@ -117,5 +112,11 @@ class CausalStripKernel final : public StripKernel<T> {
 
   T *shift_, *shifted_maximum_, *finite_values_;
 };
+
+template <class T>
+const StripKernel<T>& make_causal_strip_kernel(const Product<T>& product, Scratch& scratch) {
+  const FarPairs<T>* const far_pairs = product.far_pairs(scratch);
+  return *scratch.make<CausalStripKernel<T>>(1, product, far_pairs, scratch);
+}
 
 }  // namespace attn::detail

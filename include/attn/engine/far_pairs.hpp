@@ -47,10 +47,6 @@ bool is_near(T log_kappa, T n_q, T n_k) {
 template <class T>
 class FarPairs {
  public:
-  static const FarPairs* make(const Product<T>& product, Scratch& scratch) {
-    return scratch.make<FarPairs>(1, product.in, product.kernel.bias, product.maximum, scratch);
-  }
-
   FarPairs(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
       : in_(in),
         bias_(bias),
@@ -152,5 +148,10 @@ class FarPairs {
   T bias_, matters_above_;
   T *query_, *key_, *needed_, *floor_;
 };
+
+template <class T>
+const FarPairs<T>* make_far_pairs(const Product<T>& product, Scratch& scratch) {
+  return scratch.make<FarPairs<T>>(1, product.in, product.kernel.bias, product.maximum, scratch);
+}
 
 }  // namespace attn::detail

@@ -287,7 +287,11 @@ inline T row_log_sum(T maximum, T sum) {
 }
 
 template <class T>
+struct Product;
+template <class T>
 class FarPairs;
+template <class T>
+const FarPairs<T>* make_far_pairs(const Product<T>& product, Scratch& scratch);
 
 /// A kernel's product with inputs, which must outlive it. bounded: the kernel is at most 1.
 template <class T>
@@ -299,10 +303,10 @@ struct Product {
   bool bounded;
   Maximum maximum;
   Partition partition;
-  const FarPairs<T>* (*far_pairs)(const Product&, Scratch&) = nullptr;  ///< null where the kernel has no center
+  const FarPairs<T>* (*make_far)(const Product&, Scratch&) = nullptr;  ///< null where the kernel has no center
 
-  const FarPairs<T>* make_far_pairs(Scratch& scratch) const {
-    return far_pairs == nullptr ? nullptr : far_pairs(*this, scratch);
+  const FarPairs<T>* far_pairs(Scratch& scratch) const {
+    return make_far == nullptr ? nullptr : make_far(*this, scratch);
   }
 
   /// log2 of what a query's weights are multiplied by in kappa: they are relative to its origin. query_bias: -bias
@@ -361,12 +365,12 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   check_kernel<T>(kMatmulName, kernel, in.q.cols());
   const bool needs_no_maximum = parameters.bounded() && in.key_bias.empty() && parameters.rows == Rows::raw;
   const T* center = nullptr;
-  decltype(Product<T>::far_pairs) far_pairs = nullptr;
+  decltype(Product<T>::make_far) make_far = nullptr;
   if constexpr (kMayHaveBias<Kernel>) {
     const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
     if (is_gaussian) {
       center = choose_center(in, scratch);
-      far_pairs = &FarPairs<T>::make;
+      make_far = &make_far_pairs<T>;
     }
   }
   return {.in = in,
@@ -379,7 +383,7 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
           .bounded = parameters.bounded(),
           .maximum = needs_no_maximum ? raw_rows : Maximum::running,
           .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers),
-          .far_pairs = far_pairs};
+          .make_far = make_far};
 }
 
 }  // namespace attn::detail

@@ -26,7 +26,7 @@ class BlockRunner {
   BlockRunner(const Product<T>& product, Scratch& scratch)
       : product_(product),
         reader_(product.in, product.kernel, scratch),
-        kernel_(product.in.mask.strip_kernel(product, scratch)),
+        kernel_(product.in.mask.make_kernel(product, scratch)),
         rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
         strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
     for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {

@@ -199,12 +199,6 @@ class StripKernel {
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
         correction_(scratch.elements<T>(kTileWidth<T>)) {}
 
-  /// The kernel of a product.
-  static const StripKernel& make(const Product<T>& product, Scratch& scratch) {
-    const FarPairs<T>* const far_pairs = product.make_far_pairs(scratch);
-    return *scratch.make<StripKernel>(1, product.in, product.maximum, far_pairs, scratch);
-  }
-
   /// Adds the keys of a tile to the state of a strip, whose first query sees row numbers up to limit, as in
   /// KeyTile::seen_by. prefetch: what is used next, fetched during the first product and during the second.
   [[gnu::noinline]] virtual void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
@@ -280,5 +274,11 @@ class StripKernel {
   const FarPairs<T>* far_pairs_;
   T *panel_, *tile_maximum_, *correction_;
 };
+
+template <class T>
+const StripKernel<T>& make_strip_kernel(const Product<T>& product, Scratch& scratch) {
+  const FarPairs<T>* const far_pairs = product.far_pairs(scratch);
+  return *scratch.make<StripKernel<T>>(1, product.in, product.maximum, far_pairs, scratch);
+}
 
 }  // namespace attn::detail

@@ -152,18 +152,20 @@ struct Product;
 template <class T>
 class StripKernel;
 template <class T>
-class CausalStripKernel;
+const StripKernel<T>& make_strip_kernel(const Product<T>& product, Scratch& scratch);
+template <class T>
+const StripKernel<T>& make_causal_strip_kernel(const Product<T>& product, Scratch& scratch);
 
 /// The mask of Sources, and the kernel that it needs: programs compile the one for causal masks only where a mask may
 /// be causal.
 template <class T>
 struct SourceMask : Mask {
   SourceMask(const Mask& mask)  // NOLINT: implicit, as the mask would be
-      : Mask(mask), strip_kernel(&CausalStripKernel<T>::make) {}
+      : Mask(mask), make_kernel(&make_causal_strip_kernel<T>) {}
   SourceMask(const RowMask& mask = {})  // NOLINT: likewise
-      : Mask(mask), strip_kernel(&StripKernel<T>::make) {}
+      : Mask(mask), make_kernel(&make_strip_kernel<T>) {}
 
-  const StripKernel<T>& (*strip_kernel)(const Product<T>&, Scratch&);
+  const StripKernel<T>& (*make_kernel)(const Product<T>&, Scratch&);
 };
 
 /// Inputs as the kernels read them.
