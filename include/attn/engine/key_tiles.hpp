@@ -43,6 +43,7 @@ struct KeyTile {
   Index first, count;
   const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
   T bias_origin = 0;
+  bool finite = false;  ///< whether all keys and values are known to be
 
   T key_part_of(Index j) const { return key_part == nullptr ? T(0) : key_part[j]; }
 
@@ -77,10 +78,16 @@ struct KeyTile {
   /// Whether rows of d elements of k are finite, from key i on.
   bool finite_keys(Index i, Index end, Index d) const {
     FiniteLanes<T> elements;
-    for (; i < end; ++i) {
-      for (Index c = 0; c < d; c += kLanes<T>) elements.add(load_row(k + i * k_stride, c, d));
+    const Index together = k_stride == d ? std::max<Index>(1, end - i) : 1, length = together * d;
+    for (; i < end; i += together) {
+      for (Index c = 0; c < length; c += kLanes<T>) elements.add(load_row(k + i * k_stride, c, length));
     }
     return elements.all();
+  }
+
+  /// Whether keys of d features and values of d_v are finite.
+  bool holds_finite(Index d, Index d_v) const {
+    return finite_keys(0, count, d) && values().finite_keys(0, count, d_v);
   }
 
  private:

@@ -237,13 +237,14 @@ class StripKernel {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       score_keys<packets>(scored, seen.count, strip.panel, d_, panel_, tile_maximum_, prefetch[0]);
     });
+    if (strip.far && adds_nothing(strip, state, tile)) return;
     hide(strip, tile, seen, limit);
     if (strip.far) refine(strip, state, scored, seen.count);
     if (adds_bias) {
       add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
       hide(strip, tile, seen, limit);
     }
-    if (seen.partly() || strip.far) set_tile_maximum(seen.count, strip.lanes());
+    if (seen.partly()) set_tile_maximum(seen.count, strip.lanes());
     const T* const top = own_origins && !seen.partly() ? raise_shifted(strip, state, tile.bias_origin)
                                                        : raise_maximum(strip, state, tile_maximum_);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
@@ -256,19 +257,45 @@ class StripKernel {
     add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
   }
 
+  /// maximum <- at least the largest score of a tile's keys, which are to be added, but for rounding: what is as nothing
+  /// beside them is passed over from the beginning.
+  void expect(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile) const {
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      score_keys<packets>(tile, tile.count, strip.panel, d_, panel_, tile_maximum_, {});
+    });
+    T most_norm = 0;
+    for (Index j = 0; j < tile.count; ++j) most_norm = std::max(most_norm, -tile.norm_bias[j]);
+    for (Index i = 0; i < strip.lanes(); ++i) {
+      state.maximum[i] = std::max(state.maximum[i], tile_maximum_[i] - score_rounding(strip.norm[i] + most_norm));
+    }
+  }
+
  private:
   [[gnu::noinline]] void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen,
                               Index limit) const {
     hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
   }
 
+  /// Whether all weights of a tile's scores, whose maxima are known, are 0, and all that they hide is finite.
+  [[gnu::noinline]] bool adds_nothing(const QueryStrip<T>& strip, const LaneState<T>& state,
+                                      const KeyTile<T>& tile) const {
+    if (!tile.finite || !strip.finite || tile.key_bias != nullptr) return false;
+    const auto rounding = broadcast(score_rounding(T(1)));
+    auto most = broadcast(std::numeric_limits<T>::lowest());
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      const auto score = load(tile_maximum_ + p) - load(state.base + p) - load(state.maximum + p);
+      most = max(most, multiply_add(rounding, load(strip.norm + p), score));
+    }
+    return largest(most) < -std::max(matters_above<T>(maximum_), T(Exp2<T>::kBias));
+  }
+
   /// Scores of pairs that are far from the center and near each other are mended.
   [[gnu::noinline]] void refine(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
                                 Index count) const {
     if (maximum_ == Maximum::running) {
-      far_pairs_.find_near(strip, tile, count, panel_, state.base, state.maximum);
+      far_pairs_.find_near(strip, tile, count, panel_, tile_maximum_, state.base, state.maximum);
     }
-    far_pairs_.refine(strip, tile, count, state.base, state.maximum, panel_);
+    far_pairs_.refine(strip, tile, count, state.base, state.maximum, panel_, tile_maximum_);
   }
 
   [[gnu::noinline]] void set_tile_maximum(Index count, Index lanes) const {
