@@ -245,7 +245,7 @@ class BackwardRunner {
 
   void stream(std::span<Lanes> strips, Range keys, const PartialGradients<T>& to) {
     const Index limit = product_.limits.of(strips.back().queries.rows().last - 1);
-    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    keys = tiles_up_to<T>(keys, limit);
     for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
       const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
       for (const Lanes& strip : strips) add(strip, tile, to);
@@ -275,7 +275,7 @@ class BackwardRunner {
   /// scores_ and slopes_ <- weights and derivatives by the scores, of the keys that any query of the strip sees.
   void set_slopes(const Lanes& strip, const KeyTile<T>& tile, const SeenKeys& seen) const {
     const QueryStrip<T>& queries = strip.queries;
-    const bool own_origins = queries.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
+    const bool own_origins = queries.bias_origin != nullptr, adds_bias = own_origins && !tile.seen_wholly(seen);
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(queries.packets, [&](auto packets) {
       score_keys<packets>(scored, seen.count, queries.panel, product_.in.q.cols(), scores_, unused_, {});
@@ -283,7 +283,7 @@ class BackwardRunner {
         far_pairs_.refine(queries, scored, seen.count, strip.base, strip.log_divisor, scores_, unused_);
       if (adds_bias) add_key_bias(tile, seen.count, queries.bias_origin, queries.lanes(), scores_);
       score_keys<packets>(tile.values(), seen.count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      const T* const divisor = own_origins && !seen.partly() ? shifted_divisor(strip, tile) : strip.log_divisor;
+      const T* const divisor = own_origins && !adds_bias ? shifted_divisor(strip, tile) : strip.log_divisor;
       weigh_slopes<packets>(scores_, slopes_, seen.count, divisor, strip.dot, weights_at_most_one());
     });
   }

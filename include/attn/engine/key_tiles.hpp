@@ -31,6 +31,15 @@ struct SeenKeys {
   bool partly() const { return by_all < count; }
 };
 
+/// The tiles of some keys that have any up to limit, whole ones: a tile must not depend on which queries are computed
+/// together.
+template <class T>
+Range tiles_up_to(Range keys, Index limit) {
+  if (limit >= keys.last) return keys;
+  const Index seen = std::max<Index>(0, limit + 1 - keys.first), tiles = (seen + kTileKeys<T> - 1) / kTileKeys<T>;
+  return {keys.first, std::min(keys.last, keys.first + tiles * kTileKeys<T>)};
+}
+
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
 /// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2,
 /// and key_part, what the key biases are as counted from bias_origin. key_bias: these as they are. Each is null where
@@ -74,6 +83,9 @@ struct KeyTile {
     if (limit == CausalLimits::kNone) return {count, count};
     return {visible(limit + queries - 1), visible(limit)};
   }
+
+  /// Whether all queries see all keys: only then may what a query gets depend on all of them, as bias_origin does.
+  bool seen_wholly(const SeenKeys& seen) const { return seen.by_all == count; }
 
   /// Whether rows of d elements of k are finite, from key i on.
   bool finite_keys(Index i, Index end, Index d) const {

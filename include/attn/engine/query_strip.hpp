@@ -69,8 +69,8 @@ struct QueryStrip {
     count = std::min(some.last * kLanes<T>, product.in.q.rows()) - first;
   }
 
-  /// Loads the queries of the strip that is open. buffer: room for kLanes queries; not used, and may be null, where they
-  /// are in place.
+  /// Loads the queries of the strip that is open. buffer: room for kLanes queries; not used, and may be null, where
+  /// they are in place.
   void load(const Product<T>& product, T* buffer) {
     const LogKernel<T>& kernel = product.kernel;
     for (Index p = 0; p < lanes(); p += kLanes<T>) {

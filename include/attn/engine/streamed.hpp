@@ -40,7 +40,7 @@ class BlockRunner {
   void stream(Index block, Range keys, const LaneState<T>* totals, const MemoryRows& to) {
     open(block, totals);
     const Index limit = product_.limits.of(strips_[count_ - 1].queries.rows().last - 1);
-    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    keys = tiles_up_to<T>(keys, limit);
     Range chunk{keys.first, keys.first};
     do {  // once even where there are no keys
       chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};

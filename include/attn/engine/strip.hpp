@@ -232,7 +232,7 @@ class StripKernel {
            const std::array<Prefetch, 2>& prefetch) const {
     const SeenKeys seen = tile.seen_by(strip.count, limit);
     if (seen.count == 0) return;
-    const bool own_origins = strip.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
+    const bool own_origins = strip.bias_origin != nullptr, adds_bias = own_origins && !tile.seen_wholly(seen);
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       score_keys<packets>(scored, seen.count, strip.panel, d_, panel_, tile_maximum_, prefetch[0]);
@@ -244,9 +244,9 @@ class StripKernel {
       add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
       hide(strip, tile, seen, limit);
     }
-    if (seen.partly()) set_tile_maximum(seen.count, strip.lanes());
-    const T* const top = own_origins && !seen.partly() ? raise_shifted(strip, state, tile.bias_origin)
-                                                       : raise_maximum(strip, state, tile_maximum_);
+    if (seen.partly() || adds_bias) set_tile_maximum(seen.count, strip.lanes());
+    const T* const top = own_origins && !adds_bias ? raise_shifted(strip, state, tile.bias_origin)
+                                                   : raise_maximum(strip, state, tile_maximum_);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       weigh<packets>(panel_, seen.count, top, highest_exponent<T>(maximum_), state.sum);
     });
@@ -257,8 +257,8 @@ class StripKernel {
     add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
   }
 
-  /// maximum <- at least the largest score of a tile's keys, which are to be added, but for rounding: what is as nothing
-  /// beside them is passed over from the beginning.
+  /// maximum <- at least the largest score of a tile's keys, which are to be added, but for rounding: what is as
+  /// nothing beside them is passed over from the beginning.
   void expect(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       score_keys<packets>(tile, tile.count, strip.panel, d_, panel_, tile_maximum_, {});
