@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -159,6 +160,85 @@ TEST(FarTokens, AmongLandmarksTakeNoDigits) {
       // Not of the first tokens, which may be so far from all landmarks that the oracle's weights underflow.
       EXPECT_LT(relative_error<float>(out.bottomRows(124), expected.bottomRows(124)), 1e-5);
     }
+  }
+}
+
+/// Tokens along a line, in its order or not: most are far from the center, and each is near some others and so far from
+/// most that their weights are 0.
+template <class T>
+Tokens<T> along_a_line(Index n, Index d, bool ordered) {
+  Tokens<T> x = make_tokens<T>(Family::init, {n, n, d, 9}, 7);
+  for (Index i = 0; i < n; ++i) {
+    const auto at = static_cast<T>(ordered ? i : i * 577 % n) / 4;
+    x.q(i, 0) += at;
+    x.k(i, 0) += at;
+  }
+  return x;
+}
+
+template <class T>
+void expect_close_along_a_line(Index n_k, Index d, bool ordered, Rows rows, double tolerance) {
+  SCOPED_TRACE("n_k " + std::to_string(n_k) + ", d " + std::to_string(d) + (ordered ? ", ordered" : "") + ", rows " +
+               std::to_string(static_cast<int>(rows)));
+  Tokens<T> x = along_a_line<T>(1201, d, ordered);
+  const Inputs<T> in{.q = x.q, .k = x.k.topRows(n_k), .v = x.v.topRows(n_k)};
+  const GaussianKernel kernel{.bandwidth = 1, .rows = rows};
+  const auto oracle_kernel = reference::gaussian_kernel(d, kernel.bandwidth, rows == Rows::normalized);
+  Matrix<T> out(1201, 9);
+  Context context;
+  attn::GaussianAttention<T>{kernel}.forward(in, out, context);
+  EXPECT_LT(relative_error(out, attend(oracle_kernel, to_reference(in)).out), tolerance);
+}
+
+TEST(FarTokens, AlongALineTakeNoDigits) {
+  for (const Index n_k : {1201, 60}) {  // many keys, and few
+    for (const Index d : {1, 5, 32, 33}) {
+      for (const bool ordered : {true, false}) {
+        if (n_k < 1201 && ordered) continue;  // queries far from every key are another test's
+        expect_close_along_a_line<float>(n_k, d, ordered, Rows::raw, 3e-6);
+        expect_close_along_a_line<double>(n_k, d, ordered, Rows::raw, 3e-14);
+        if (n_k == 1201) expect_close_along_a_line<float>(n_k, d, ordered, Rows::normalized, 3e-6);
+        if (n_k == 1201) expect_close_along_a_line<double>(n_k, d, ordered, Rows::normalized, 3e-14);
+      }
+    }
+  }
+}
+
+/// A tile whose weights are all 0 is passed over, unless 0 times its values is NaN.
+TEST(FarTokens, WithoutWeightHideNoNaN) {
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    for (const int where : {0, 1, 2, 3}) {
+      SCOPED_TRACE("rows " + std::to_string(static_cast<int>(rows)) + ", where " + std::to_string(where));
+      Tokens<float> x = along_a_line<float>(1201, 5, true);
+      (where == 0 ? x.v : x.k)(where < 2 ? 1199 : 3, 2) =
+          where == 3 ? std::numeric_limits<float>::infinity() : kNaN<float>;
+      if (where == 3) x.v(3, 1) = -std::numeric_limits<float>::infinity();
+      Matrix<float> out(1201, 9);
+      Context context;
+      attn::GaussianAttention<float>{GaussianKernel{.bandwidth = 1, .rows = rows}}.forward(
+          {.q = x.q, .k = x.k, .v = x.v}, out, context);
+      for (Index i = 0; i < 1201; ++i) EXPECT_TRUE(out.row(i).array().isNaN().any()) << "row " << i;
+    }
+  }
+  Tokens<float> x = along_a_line<float>(1201, 5, true);
+  x.q(700, 1) = kNaN<float>;
+  Matrix<float> out(1201, 9);
+  Context context;
+  attn::GaussianAttention<float>{GaussianKernel{.bandwidth = 1}}.forward({.q = x.q, .k = x.k, .v = x.v}, out, context);
+  for (Index i = 0; i < 1201; ++i) EXPECT_EQ(out.row(i).array().isNaN().all(), i == 700) << "row " << i;
+}
+
+/// Far beyond where scores have digits, a row is still its nearest key's.
+TEST(FarTokens, VeryFarAlongALineHaveTheirOwnValues) {
+  Tokens<float> x = along_a_line<float>(1201, 5, true);
+  for (Index i = 0; i < 1201; ++i) x.k(i, 0) = static_cast<float>(i) * 1e5F;
+  x.q = x.k;
+  Matrix<float> out(1201, 9);
+  Context context;
+  for (const Rows rows : {Rows::raw, Rows::normalized}) {
+    attn::GaussianAttention<float>{GaussianKernel{.bandwidth = 1, .rows = rows}}.forward({.q = x.q, .k = x.k, .v = x.v},
+                                                                                         out, context);
+    EXPECT_LT(relative_error(out, reference::Matrix(x.v.cast<double>())), 1e-6);
   }
 }
 

@@ -203,6 +203,23 @@ TYPED_TEST(KeyBias, OfALaterKeyChangesNoBit) {
   }
 }
 
+/// Where all queries of a strip see the same keys, for those between are dropped, but not all keys of a tile.
+TYPED_TEST(KeyBias, OfAKeyBeyondDroppedOnesChangesNoBit) {
+  using T = TypeParam;
+  const Index n = 530;
+  std::vector<std::uint8_t> keep(static_cast<std::size_t>(n), 1);
+  std::fill_n(keep.begin() + 1, 60, std::uint8_t{0});
+  const Biased<T> one(n, n, std::vector<T>(static_cast<std::size_t>(n), T(0.3)), Causal::upper_left);
+  Biased<T> other = one;
+  other.bias[100] = T(777.7);
+  Inputs<T> in = one.inputs(), changed = other.inputs();
+  in.mask.keep_key = changed.mask.keep_key = keep;
+  const Matrix<T> a = forward(SoftmaxKernel{}, in), b = forward(SoftmaxKernel{}, changed), dout = some_gradient(in);
+  const Matrix<T> da = backward(SoftmaxKernel{}, in, dout, true).dq,
+                  db = backward(SoftmaxKernel{}, changed, dout, true).dq;
+  for (Index i = 0; i < 100; ++i) EXPECT_TRUE(same_row(a, b, i) && same_row(da, db, i)) << "row " << i;
+}
+
 TEST(KeyBiasInBackward, OfTwoEqualKeys) {
   const Matrix<float> q = Matrix<float>::Ones(1, 4), k = Matrix<float>::Ones(2, 4), v = Matrix<float>::Ones(2, 1);
   const Matrix<float> dout = Matrix<float>::Ones(1, 1);

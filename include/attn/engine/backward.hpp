@@ -193,11 +193,12 @@ class BackwardRunner {
   }
 
   void load_strip(Lanes& strip, Index s) const {
-    strip.queries.load(product_, s, nullptr);
+    strip.queries.open(product_, s);
     strip.finite = true;
     strip.has_base = false;
     const QueryStrip<T>& queries = strip.queries;
     for (Index p = 0; p < queries.lanes(); p += kLanes<T>) load_rows(strip, p);
+    strip.queries.load(product_, nullptr);  // after their rows have been read in the order of memory
     for (Index i = 0; i < queries.lanes(); ++i) set_statistics(strip, i);
     std::fill_n(strip.dq, queries.lanes() * round_up_to_tiles(product_.in.q.cols()), T(0));
     std::fill_n(strip.slope_sum, queries.lanes(), T(0));
@@ -244,7 +245,7 @@ class BackwardRunner {
 
   void stream(std::span<Lanes> strips, Range keys, const PartialGradients<T>& to) {
     const Index limit = product_.limits.of(strips.back().queries.rows().last - 1);
-    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    keys = tiles_up_to<T>(keys, limit);
     for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
       const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
       for (const Lanes& strip : strips) add(strip, tile, to);
@@ -274,14 +275,15 @@ class BackwardRunner {
   /// scores_ and slopes_ <- weights and derivatives by the scores, of the keys that any query of the strip sees.
   void set_slopes(const Lanes& strip, const KeyTile<T>& tile, const SeenKeys& seen) const {
     const QueryStrip<T>& queries = strip.queries;
-    const bool own_origins = queries.bias_origin != nullptr, adds_bias = seen.partly() && own_origins;
+    const bool own_origins = queries.bias_origin != nullptr, adds_bias = own_origins && !tile.seen_wholly(seen);
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     with_packets<kTilePackets>(queries.packets, [&](auto packets) {
       score_keys<packets>(scored, seen.count, queries.panel, product_.in.q.cols(), scores_, unused_, {});
-      if (strip.has_base) far_pairs_->refine(queries, scored, seen.count, strip.base, strip.log_divisor, scores_);
+      if (strip.has_base)
+        far_pairs_->refine(queries, scored, seen.count, strip.base, strip.log_divisor, scores_, unused_);
       if (adds_bias) add_key_bias(tile, seen.count, queries.bias_origin, queries.lanes(), scores_);
       score_keys<packets>(tile.values(), seen.count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      const T* const divisor = own_origins && !seen.partly() ? shifted_divisor(strip, tile) : strip.log_divisor;
+      const T* const divisor = own_origins && !adds_bias ? shifted_divisor(strip, tile) : strip.log_divisor;
       weigh_slopes<packets>(scores_, slopes_, seen.count, divisor, strip.dot, weights_at_most_one());
     });
   }

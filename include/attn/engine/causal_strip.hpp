@@ -39,32 +39,29 @@ class CausalStripKernel final : public StripKernel<T> {
   void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
            const std::array<Prefetch, 2>& prefetch) const override {
     const SeenKeys seen = tile.seen_by(strip.count, limit);
-    if (seen.count == 0) return;
-    if (seen.partly()) return add_partly_seen(strip, state, tile, seen, limit, prefetch);
-    if (strip.bias_origin == nullptr) return this->add_keys(strip, state, tile, seen.count, prefetch);
-    this->score(strip, tile, seen.count, prefetch[0]);
-    if (strip.far) this->refine(strip, state, tile, seen.count);
-    this->weigh_keys(strip, state, seen.count, raise_shifted(strip, state, tile.bias_origin));
-    this->add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
+    if (seen.partly() || strip.bias_origin != nullptr) return add_some(strip, state, tile, seen, limit, prefetch);
+    this->add_keys(strip, state, tile, seen.count, prefetch);
   }
 
  private:
-  [[gnu::noinline]] void add_partly_seen(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
-                                         const SeenKeys& seen, Index limit,
-                                         const std::array<Prefetch, 2>& prefetch) const {
-    const bool own_origins = strip.bias_origin != nullptr;
-    const KeyTile<T> scored = own_origins ? tile.without_key_bias() : tile;
+  [[gnu::noinline]] void add_some(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                  const SeenKeys& seen, Index limit, const std::array<Prefetch, 2>& prefetch) const {
+    if (seen.count == 0) return;
+    const bool own_origins = strip.bias_origin != nullptr, adds_bias = own_origins && !tile.seen_wholly(seen);
+    const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
     this->score(strip, scored, seen.count, prefetch[0]);
+    if (this->adds_nothing(strip, state, tile)) return;
     hide(strip, tile, seen, limit);
     if (strip.far) this->refine(strip, state, scored, seen.count);
-    if (own_origins) {
+    if (adds_bias) {
       add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
       hide(strip, tile, seen, limit);
     }
-    this->set_tile_maximum(seen.count, strip.lanes());
-    this->raise_maximum(strip, state, tile_maximum_);
-    this->weigh_keys(strip, state, seen.count, state.maximum);
-    if (!tile.values().finite_keys(seen.by_all, seen.count, this->d_v_)) {
+    if (seen.partly() || adds_bias) set_tile_maximum(seen.count, strip.lanes());
+    const bool shifts = own_origins && !adds_bias;
+    if (!shifts) this->raise_maximum(strip, state, tile_maximum_);
+    this->weigh_keys(strip, state, seen.count, shifts ? raise_shifted(strip, state, tile.bias_origin) : state.maximum);
+    if (seen.partly() && !tile.values().finite_keys(seen.by_all, seen.count, this->d_v_)) {
       return add_seen_values(strip, state, tile, seen.count, limit);
     }
     this->add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
@@ -72,6 +69,14 @@ class CausalStripKernel final : public StripKernel<T> {
 
   void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
     hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
+  }
+
+  void set_tile_maximum(Index count, Index lanes) const {
+    for (Index p = 0; p < lanes; p += kLanes<T>) {
+      auto top = broadcast(kNoMaximum<T>);
+      for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
+      store(tile_maximum_ + p, top);
+    }
   }
 
   /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no

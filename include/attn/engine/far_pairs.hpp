@@ -11,6 +11,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/engine/exp2.hpp>
 #include <attn/engine/key_tiles.hpp>
 #include <attn/engine/query_strip.hpp>
 #include <attn/engine/rows.hpp>
@@ -36,122 +37,293 @@ constexpr T matters_above(Maximum maximum) {
   return -(std::numeric_limits<T>::min_exponent - std::numeric_limits<T>::digits);
 }
 
-/// Whether log2 kappa of a pair has to be computed from the difference of its tokens.
+/// More than what scores lose by rounding, for norms that add up to this.
 template <class T>
-bool is_near(T log_kappa, T n_q, T n_k) {
-  return n_q > kFarNorm<T> && n_k > kFarNorm<T> && log_kappa > (n_q + n_k) / -kNearRatio<T>;
+T score_rounding(T norms) {
+  return 256 * std::numeric_limits<T>::epsilon() * norms;
 }
 
-/// Mends panels of scores. One for each worker. Virtual, so that calls of it compile it only where it is made: for
-/// kernels that may have a bias.
+/// What scores of a query of norm N_q matter above, relative to top: near keys have about its norm.
+template <class T>
+T floor_of(T top, T n_q, Maximum maximum) {
+  return top - matters_above<T>(maximum) - score_rounding(n_q);
+}
+
+/// What a score is above for near pairs, but for the part of N_k: the score is log2 kappa + beyond.
+template <class T>
+T needed_score(T n_q, T beyond) {
+  return n_q > kFarNorm<T> ? beyond - n_q / kNearRatio<T> : std::numeric_limits<T>::infinity();
+}
+
+/// What a key may lack to needed_score in near pairs; key_part: what scores have of its bias.
+template <class T>
+T allowance(T n_k, T key_part) {
+  return n_k > kFarNorm<T> ? n_k / kNearRatio<T> - key_part : -std::numeric_limits<T>::infinity();
+}
+
+/// Above 0 where log2 kappa of a pair has to be computed from the difference of its tokens: where its score is above
+/// floor, and near.
+template <class T>
+Packet<T> near_margin(Packet<T> score, Packet<T> needed, Packet<T> allowed, Packet<T> floor) {
+  return min(score - needed + allowed, score - floor);
+}
+
+/// |a - b_i|^2 in lane i for pairs whose margin is above 0, b along the lanes, or null, where distance(i) gives them.
+template <class T, class Distance>
+[[gnu::always_inline]] inline Packet<T> near_distances(const T* a, const T* b, Index stride, Index d, Packet<T> margin,
+                                                       const Distance& distance) {
+  if (b == nullptr) {
+    alignas(64) T squares[kLanes<T>], margins[kLanes<T>];
+    store(margins, margin);
+    for (Index i = 0; i < kLanes<T>; ++i) squares[i] = margins[i] > 0 ? distance(i) : T(0);
+    return load(squares);
+  }
+  auto squares = broadcast(T(0));
+  for (Index c = 0; c < d; ++c) {
+    const auto x = broadcast(a[c]) - load(b + c * stride);
+    squares = multiply_add(x, x, squares);
+  }
+  return squares;
+}
+
+/// Keys along the lanes, which rows of scores are of: what is mended in these, as FarPairs does in panels.
+template <class T>
+class FarKeys {
+ public:
+  /// Whether a query has a near key.
+  virtual bool any_near(const T* scores, T needed, T floor) const = 0;
+
+  /// The scores of a query's near pairs <- those by their difference. buffer: room for a key.
+  virtual void mend(T* scores, T needed, T floor, const T* query, T* buffer) const = 0;
+};
+
+/// Mends panels of scores. One for each worker. An interface, as FarKeys is, so that programs compile what is behind it
+/// only for kernels that may have a bias.
 template <class T>
 class FarPairs {
  public:
-  FarPairs(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
+  /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to
+  /// no base, with what the tile says of key biases; none is above panel_maximum.
+  virtual void find_near(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* panel,
+                         const T* panel_maximum, T* base, T* maximum) const = 0;
+
+  /// panel: scores relative to no base, of which none is above panel_maximum -> relative to base, those of near pairs
+  /// by their difference, unless they are too far below top, what the weights of each query are relative to.
+  /// panel_maximum follows.
+  virtual void refine(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* base, const T* top,
+                      T* panel, T* panel_maximum) const = 0;
+
+  /// Whether all weights of a tile's scores, none above panel_maximum, are 0, and all that they hide is finite.
+  virtual bool adds_nothing(const QueryStrip<T>& queries, const KeyTile<T>& tile, const T* panel_maximum,
+                            const RowStatistics<T>& state) const = 0;
+
+  /// maximum <- at least panel_maximum, that of a tile whose keys are to be added, but for rounding.
+  virtual void expect(const QueryStrip<T>& queries, const KeyTile<T>& tile, const T* panel_maximum,
+                      T* maximum) const = 0;
+
+  /// The keys of a tile along so many lanes; null where none is far from the center.
+  virtual const FarKeys<T>* keys(const KeyTile<T>& tile, Index lanes, Scratch& scratch) const = 0;
+};
+
+/// FarKeys of a Gaussian.
+template <class T>
+class GaussianFarKeys final : public FarKeys<T> {
+ public:
+  /// For count of the rows of keys, numbered by row(j), with norms n_k(j) and key_part(j), and for scores of up to
+  /// width lanes.
+  template <class Row, class Norm, class Part>
+  GaussianFarKeys(const TokenRows<T>& keys, Index count, Index width, const Row& row, const Norm& n_k,
+                  const Part& key_part, T bias, Scratch& scratch)
+      : keys_(keys),
+        width_(width),
+        bias_(bias),
+        allowed_(scratch.elements<T>(width)),
+        key_part_(scratch.elements<T>(width)),
+        rows_(scratch.elements<Index>(width)),
+        tokens_(keys.cols() <= kFeaturesTogether ? scratch.elements<T>(keys.cols() * width) : nullptr) {
+    Scratch temporary = scratch.nested();
+    T* const buffer = temporary.elements<T>(keys.cols());
+    for (Index j = 0; j < width; ++j) {
+      rows_[j] = row(std::min(j, count - 1));
+      key_part_[j] = j < count ? key_part(j) : T(0);
+      allowed_[j] = j < count ? allowance<T>(n_k(j), key_part_[j]) : -std::numeric_limits<T>::infinity();
+      if (tokens_ == nullptr) continue;
+      const T* const from = keys.row(rows_[j], buffer);
+      for (Index c = 0; c < keys.cols(); ++c) tokens_[c * width + j] = from[c];
+    }
+  }
+
+  bool any_near(const T* scores, T needed, T floor) const override {
+    auto margin = broadcast(std::numeric_limits<T>::lowest());
+    for (Index j = 0; j < width_; j += kLanes<T>) margin = max(margin, margin_of(scores, j, needed, floor));
+    return any_positive(margin);
+  }
+
+  void mend(T* scores, T needed, T floor, const T* query, T* buffer) const override {
+    for (Index j = 0; j < width_; j += kLanes<T>) {
+      const auto margin = margin_of(scores, j, needed, floor);
+      if (!any_positive(margin)) continue;
+      const auto squares = near_distances(
+          query, tokens_ == nullptr ? nullptr : tokens_ + j, width_, keys_.cols(), margin,
+          [&](Index i) { return squared_distance(query, keys_.row(rows_[j + i], buffer), keys_.cols()); });
+      const auto mended = load(key_part_ + j) - broadcast(bias_) * squares;
+      store(scores + j, select_positive(margin, mended, load(scores + j)));
+    }
+  }
+
+ private:
+  Packet<T> margin_of(const T* scores, Index j, T needed, T floor) const {
+    return near_margin(load(scores + j), broadcast(needed), load(allowed_ + j), broadcast(floor));
+  }
+
+  TokenRows<T> keys_;
+  Index width_;
+  T bias_;
+  T *allowed_, *key_part_;
+  Index* rows_;
+  T* tokens_;  ///< features of all keys, null where there are many features
+};
+
+/// FarPairs of a Gaussian.
+template <class T>
+class GaussianFarPairs final : public FarPairs<T> {
+ public:
+  GaussianFarPairs(const Sources<T>& in, T bias, Maximum maximum, Scratch& scratch)
       : in_(in),
         bias_(bias),
-        matters_above_(matters_above<T>(maximum)),
+        maximum_(maximum),
         query_(scratch.elements<T>(in.q.cols())),
         key_(scratch.elements<T>(in.k.cols())),
         needed_(scratch.elements<T>(kTileWidth<T>)),
-        floor_(scratch.elements<T>(kTileWidth<T>)) {}
+        floor_(scratch.elements<T>(kTileWidth<T>)),
+        allowed_(scratch.elements<T>(kTileKeys<T>)) {}
 
-  /// Queries that have a near key among count ones get their N as the base; maximum follows. panel: scores relative to
-  /// no base, with what the tile says of key biases.
-  virtual void find_near(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* panel, T* base,
-                         T* maximum) const {
+  void find_near(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* panel,
+                 const T* panel_maximum, T* base, T* maximum) const override {
     for (Index i = 0; i < queries.lanes(); ++i) {
-      needed_[i] = base[i] == 0 ? needed(queries.norm[i], queries.norm[i]) : kNever;
-      floor_[i] = maximum[i] - matters_above_;
+      needed_[i] = base[i] == 0 ? needed_score(queries.norm[i], queries.norm[i]) : kNever;
+      floor_[i] = floor_of(maximum[i], queries.norm[i], maximum_);
     }
-    for_each_candidate(tile, count, panel, queries.lanes(), [&](Index j) {
-      const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
-      for (Index i = 0; i < queries.lanes(); ++i) {
-        const T n_q = queries.norm[i];
-        const T score = panel[j * queries.lanes() + i];
-        if (base[i] != 0 || !(score > floor_[i]) || !is_near(score - key_part - n_q, n_q, n_k)) continue;
-        base[i] = n_q;
-        maximum[i] -= n_q;
-        needed_[i] = kNever;
+    const auto most = broadcast(set_allowed(tile, count));
+    for (Index p = 0; p < queries.lanes(); p += kLanes<T>) {
+      const auto needed = load(needed_ + p), floor = load(floor_ + p);
+      if (!any_positive(near_margin(load(panel_maximum + p), needed, most, floor))) continue;
+      auto margin = broadcast(std::numeric_limits<T>::lowest());
+      for (Index j = 0; j < count; ++j) {
+        margin = max(margin, near_margin(load(panel + j * queries.lanes() + p), needed, broadcast(allowed_[j]), floor));
       }
-    });
+      if (any_positive(margin)) set_bases(queries.norm + p, margin, base + p, maximum + p);
+    }
   }
 
-  /// panel: scores relative to no base -> relative to base, those of near pairs by their difference, unless they are
-  /// too far below top, what the weights of each query are relative to.
-  virtual void refine(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* base, const T* top,
-                      T* panel) const {
+  void refine(const QueryStrip<T>& queries, const KeyTile<T>& tile, Index count, const T* base, const T* top, T* panel,
+              T* panel_maximum) const override {
     bool any_base = false;
     for (Index i = 0; i < queries.lanes(); ++i) {
-      needed_[i] = base[i] == 0 ? kNever : needed(queries.norm[i], T(0));
-      floor_[i] = top[i] - matters_above_;
+      needed_[i] = base[i] == 0 ? kNever : needed_score(queries.norm[i], T(0));
+      floor_[i] = floor_of(top[i], queries.norm[i], maximum_);
       any_base = any_base || base[i] != 0;
     }
     if (!any_base) return;
-    for (Index j = 0; j < count; ++j) {
-      for (Index p = 0; p < queries.lanes(); p += kLanes<T>) {
-        T* const at = panel + j * queries.lanes() + p;
-        store(at, load(at) - load(base + p));
+    const auto most = broadcast(set_allowed(tile, count));
+    for (Index p = 0; p < queries.lanes(); p += kLanes<T>) {
+      const auto maximum = load(panel_maximum + p) - load(base + p);
+      if (any_positive(near_margin(maximum, load(needed_ + p), most, load(floor_ + p)))) {
+        store(panel_maximum + p, mend(queries, p, tile, count, load(base + p), panel + p));
+      } else {
+        store(panel_maximum + p, maximum);
+        subtract(load(base + p), count, queries.lanes(), panel + p);
       }
     }
-    for_each_candidate(tile, count, panel, queries.lanes(), [&](Index j) {
-      const T n_k = -tile.norm_bias[j], key_part = tile.key_part_of(j);
-      for (Index i = 0; i < queries.lanes(); ++i) {
-        T& score = panel[j * queries.lanes() + i];
-        if (base[i] == 0 || !(score > floor_[i]) || !is_near(score - key_part, queries.norm[i], n_k)) continue;
-        score = key_part - bias_ * distance(queries.first + i, tile.row(j));
-      }
-    });
+  }
+
+  bool adds_nothing(const QueryStrip<T>& queries, const KeyTile<T>& tile, const T* panel_maximum,
+                    const RowStatistics<T>& state) const override {
+    if (!tile.finite || !queries.finite || tile.key_bias != nullptr) return false;
+    const auto rounding = broadcast(score_rounding(T(1)));
+    auto most = broadcast(std::numeric_limits<T>::lowest());
+    for (Index p = 0; p < queries.lanes(); p += kLanes<T>) {
+      const auto score = load(panel_maximum + p) - load(state.base + p) - load(state.maximum + p);
+      most = max(most, multiply_add(rounding, load(queries.norm + p), score));
+    }
+    return largest(most) < -std::max(matters_above<T>(maximum_), T(Exp2<T>::kBias));
+  }
+
+  void expect(const QueryStrip<T>& queries, const KeyTile<T>& tile, const T* panel_maximum, T* maximum) const override {
+    T most_norm = 0;
+    for (Index j = 0; j < tile.count; ++j) most_norm = std::max(most_norm, -tile.norm_bias[j]);
+    for (Index i = 0; i < queries.lanes(); ++i) {
+      maximum[i] = std::max(maximum[i], panel_maximum[i] - score_rounding(queries.norm[i] + most_norm));
+    }
+  }
+
+  const FarKeys<T>* keys(const KeyTile<T>& tile, Index lanes, Scratch& scratch) const override {
+    const auto norm = [&tile](Index j) { return -tile.norm_bias[j]; };
+    Index j = 0;
+    while (j < tile.count && !(norm(j) > kFarNorm<T>)) ++j;
+    if (j == tile.count) return nullptr;
+    const auto row = [&tile](Index key) { return tile.row(key); };
+    const auto key_part = [&tile](Index key) { return tile.key_part_of(key); };
+    return scratch.make<GaussianFarKeys<T>>(1, in_.k, tile.count, lanes, row, norm, key_part, bias_, scratch);
   }
 
  private:
   static constexpr T kNever = std::numeric_limits<T>::infinity();
 
-  /// What a score is above for near pairs, but for the part of N_k: the score is log2 kappa + beyond.
-  static T needed(T n_q, T beyond) { return n_q > kFarNorm<T> ? beyond - n_q / kNearRatio<T> : kNever; }
+  /// allowed_ <- the allowance of count keys; returns the largest.
+  T set_allowed(const KeyTile<T>& tile, Index count) const {
+    for (Index j = 0; j < count; ++j) allowed_[j] = allowance(-tile.norm_bias[j], tile.key_part_of(j));
+    return row_maximum(allowed_, count);
+  }
 
-  /// body(j) for every key that may be near to a lane whose needed_ is not kNever: scores are looked at together for
-  /// kTogether keys first. They may be of pairs that are hidden, at -infinity.
-  template <class Body>
-  void for_each_candidate(const KeyTile<T>& tile, Index count, const T* panel, Index lanes, const Body& body) const {
-    constexpr Index kTogether = 8;
-    for (Index first = 0; first < count; first += kTogether) {
-      const Index last = std::min(first + kTogether, count);
-      auto most = broadcast(std::numeric_limits<T>::lowest());
-      for (Index j = first; j < last; ++j) most = max(most, margin(tile, j, panel + j * lanes, lanes));
-      for (Index j = first; j < last && largest(most) > 0; ++j) {
-        if (largest(margin(tile, j, panel + j * lanes, lanes)) > 0) body(j);
+  /// The lanes of positive margin get their norm as the base.
+  static void set_bases(const T* norm, Packet<T> margin, T* base, T* maximum) {
+    store(base, select_positive(margin, load(norm), load(base)));
+    store(maximum, select_positive(margin, load(maximum) - load(norm), load(maximum)));
+  }
+
+  static void subtract(Packet<T> base, Index count, Index lanes, T* panel) {
+    for (Index j = 0; j < count; ++j) store(panel + j * lanes, load(panel + j * lanes) - base);
+  }
+
+  /// refine for the queries from lane p on; returns the maxima of scores.
+  Packet<T> mend(const QueryStrip<T>& queries, Index p, const KeyTile<T>& tile, Index count, Packet<T> base,
+                 T* panel) const {
+    const auto needed = load(needed_ + p), floor = load(floor_ + p);
+    auto maximum = broadcast(kNoMaximum<T>);
+    for (Index j = 0; j < count; ++j) {
+      T* const at = panel + j * queries.lanes();
+      auto score = load(at) - base;
+      const auto margin = near_margin(score, needed, broadcast(allowed_[j]), floor);
+      if (any_positive(margin)) {
+        const auto mended =
+            broadcast(tile.key_part_of(j)) - broadcast(bias_) * distances(queries, p, tile.row(j), margin);
+        score = select_positive(margin, mended, score);
       }
+      store(at, score);
+      maximum = max(maximum, score);
     }
+    return maximum;
   }
 
-  /// How far the scores of a key are above what is needed for near pairs, of the lanes the most; lowest() for one that
-  /// is not far.
-  Packet<T> margin(const KeyTile<T>& tile, Index j, const T* scores, Index lanes) const {
-    auto most = broadcast(std::numeric_limits<T>::lowest());
-    const T n_k = -tile.norm_bias[j];
-    if (!(n_k > kFarNorm<T>)) return most;
-    const auto part = broadcast(n_k / kNearRatio<T> - tile.key_part_of(j));
-    for (Index p = 0; p < lanes; p += kLanes<T>) {
-      const auto score = load(scores + p);
-      most = max(most, min(score - load(needed_ + p) + part, score - load(floor_ + p)));
-    }
-    return most;
-  }
-
-  /// |q - k|^2 of rows as they are.
-  T distance(Index query, Index key) const {
-    return squared_distance(in_.q.row(query, query_), in_.k.row(key, key_), in_.q.cols());
+  /// |q_i - k|^2 for the queries from lane p on whose margin is positive.
+  [[gnu::always_inline]] inline Packet<T> distances(const QueryStrip<T>& queries, Index p, Index key_row,
+                                                    Packet<T> margin) const {
+    const T* const key = in_.k.row(key_row, key_);
+    const Index d = in_.q.cols();
+    return near_distances(key, queries.tokens == nullptr ? nullptr : queries.tokens + p, queries.lanes(), d, margin,
+                          [&](Index i) { return squared_distance(in_.q.row(queries.first + p + i, query_), key, d); });
   }
 
   const Sources<T>& in_;
-  T bias_, matters_above_;
-  T *query_, *key_, *needed_, *floor_;
+  T bias_;
+  Maximum maximum_;
+  T *query_, *key_, *needed_, *floor_, *allowed_;
 };
 
 template <class T>
 const FarPairs<T>* make_far_pairs(const Product<T>& product, Scratch& scratch) {
-  return scratch.make<FarPairs<T>>(1, product.in, product.kernel.bias, product.maximum, scratch);
+  return scratch.make<GaussianFarPairs<T>>(1, product.in, product.kernel.bias, product.maximum, scratch);
 }
 
 }  // namespace attn::detail

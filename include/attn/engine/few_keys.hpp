@@ -33,6 +33,7 @@ struct FewKeys {
   Panels<T> keys, values;
   const T* bias;  ///< of each lane of keys.packets, in units of log2, -infinity beyond the last key; null if all are 0
   KeyTile<T> tile;
+  const FarKeys<T>* far = nullptr;  ///< the same keys, if any is far from the center
 
   /// Below four queries a key, packing costs more than it saves.
   static bool suits(const Product<T>& product) {
@@ -49,11 +50,14 @@ struct FewKeys {
     const auto keys = Panels<T>::pack(transposed(k), scratch);
     const auto values = Panels<T>::pack(v, scratch);
     const Index lanes = keys.packets * kLanes<T>;
-    if (tile.bias == nullptr && lanes == tile.count) return {keys, values, nullptr, tile};
+    FewKeys few{keys, values, nullptr, tile};
+    if (tile.bias == nullptr && lanes == tile.count) return few;
     T* const bias = scratch.elements<T>(lanes);
     for (Index j = 0; j < tile.count; ++j) bias[j] = tile.bias != nullptr ? tile.bias[j] : T(0);
     std::fill_n(bias + tile.count, lanes - tile.count, -std::numeric_limits<T>::infinity());
-    return {keys, values, bias, tile};
+    few.bias = bias;
+    if (const FarPairs<T>* const pairs = product.far_pairs(scratch)) few.far = pairs->keys(tile, lanes, scratch);
+    return few;
   }
 };
 
@@ -138,7 +142,7 @@ class FewKeysRunner {
   void weigh(Range rows) {
     if (few_.bias != nullptr) add_bias();
     std::fill_n(rows_.base, kTileWidth<T>, T(0));
-    for (Index i = 0; i < rows.last - rows.first && product_.kernel.center != nullptr; ++i) {
+    for (Index i = 0; i < rows.last - rows.first && few_.far != nullptr; ++i) {
       if (norm_[i] > kFarNorm<T>) refine_row(rows.first + i, scores_ + i * width_, norm_[i], &rows_.base[i]);
     }
     for (Index i = 0; i < kTileWidth<T>; ++i) {
@@ -161,27 +165,13 @@ class FewKeysRunner {
   /// The scores of a query far from the center, mended as in far_pairs.hpp: where it has a near key, they become
   /// relative to a base.
   [[gnu::noinline]] void refine_row(Index query, T* scores, T norm, T* base) const {
-    const KeyTile<T>& tile = few_.tile;
-    const Index d = product_.in.q.cols();
-    T floor = product_.maximum == Maximum::running ? row_maximum(scores, width_) : norm;
-    floor -= matters_above<T>(product_.maximum);
-    const auto near = [&](Index j) {
-      if (!(scores[j] > floor)) return false;
-      const T log_kappa = scores[j] - tile.key_part_of(j) - (*base == 0 ? norm : T(0));
-      return is_near(log_kappa, norm, -tile.norm_bias[j]);
-    };
-    for (Index j = 0; j < tile.count && *base == 0; ++j) {
-      if (near(j)) *base = norm;
-      if (*base != 0) add_to_row(-*base, scores, width_);
-    }
-    floor -= *base;
-    if (*base == 0) return;
-    const T* const q = product_.in.q.row(query, tokens_);
-    for (Index j = 0; j < tile.count; ++j) {
-      if (!near(j)) continue;
-      const T* const k = product_.in.k.row(tile.row(j), tokens_ + d);
-      scores[j] = tile.key_part_of(j) - product_.kernel.bias * squared_distance(q, k, d);
-    }
+    const T top = product_.maximum == Maximum::running ? row_maximum(scores, width_) : norm,
+            floor = floor_of(top, norm, product_.maximum);
+    if (!few_.far->any_near(scores, needed_score(norm, norm), floor)) return;
+    *base = norm;
+    add_to_row(-norm, scores, width_);
+    few_.far->mend(scores, needed_score(norm, T(0)), floor - norm, product_.in.q.row(query, tokens_),
+                   tokens_ + product_.in.q.cols());
   }
 
   const Product<T>& product_;
@@ -206,6 +196,28 @@ std::span<T> copy_centered(const ConstMatrixRef<T>& x, const T* origin, T bias, 
   return norms;
 }
 
+/// out (n, m), which is log2 kappa(x_i, y_j) for a Gaussian: near pairs <- those by their difference.
+template <class T>
+void mend_rows(T bias, const ConstMatrixRef<T>& x, std::span<const T> norms_x, const ConstMatrixRef<T>& y,
+               std::span<const T> norms_y, const MatrixRef<T>& out, Scratch& scratch) {
+  constexpr T kAll = std::numeric_limits<T>::lowest();
+  const Index m = y.rows(), lanes = (m + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const auto far = [](T norm) { return norm > kFarNorm<T>; };
+  if (!std::any_of(norms_x.begin(), norms_x.end(), far) || !std::any_of(norms_y.begin(), norms_y.end(), far)) return;
+  const GaussianFarKeys<T> keys(
+      y, m, lanes, [](Index j) { return j; }, [&](Index j) { return norms_y[static_cast<std::size_t>(j)]; },
+      [](Index) { return T(0); }, bias, scratch);
+  T *const row = scratch.elements<T>(lanes), *const buffer = scratch.elements<T>(y.cols());
+  std::fill_n(row, lanes, T(0));
+  for (Index i = 0; i < out.rows(); ++i) {
+    const T n_x = norms_x[static_cast<std::size_t>(i)];
+    if (!far(n_x)) continue;
+    std::copy_n(row_of(out, i), m, row);
+    keys.mend(row, needed_score(n_x, T(0)), kAll, row_of(x, i), buffer);
+    std::copy_n(row, m, row_of(out, i));
+  }
+}
+
 /// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest. For a Gaussian that is -bias |x_i - y_j|^2,
 /// and computed from a center amid y, or from that difference, see far_pairs.hpp.
 template <class T>
@@ -218,16 +230,12 @@ void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const
              norms_to = copy_centered(y, origin, bias, to, scratch);
   gemm<T>(scale, from, transposed(to), 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
-    T* row = row_of(out, i);
     const T n_x = norms_from[static_cast<std::size_t>(i)];
-    for (Index j = 0; j < out.cols(); ++j) {
-      const T n_y = norms_to[static_cast<std::size_t>(j)];
-      row[j] -= n_x + n_y;
-      if (origin != nullptr && is_near(row[j], n_x, n_y)) {
-        row[j] = -bias * squared_distance(row_of(x, i), row_of(y, j), x.cols());
-      }
-      row[j] = std::min(row[j], largest);
-    }
+    for (Index j = 0; j < out.cols(); ++j) row_of(out, i)[j] -= n_x + norms_to[static_cast<std::size_t>(j)];
+  }
+  if (origin != nullptr) mend_rows<T>(bias, x, norms_from, y, norms_to, out, scratch);
+  for (Index i = 0; i < out.rows(); ++i) {
+    for (Index j = 0; j < out.cols(); ++j) row_of(out, i)[j] = std::min(row_of(out, i)[j], largest);
   }
 }
 

@@ -31,6 +31,15 @@ struct SeenKeys {
   bool partly() const { return by_all < count; }
 };
 
+/// The tiles of some keys that have any up to limit, whole ones: a tile must not depend on which queries are computed
+/// together.
+template <class T>
+Range tiles_up_to(Range keys, Index limit) {
+  if (limit >= keys.last) return keys;
+  const Index seen = std::max<Index>(0, limit + 1 - keys.first), tiles = (seen + kTileKeys<T> - 1) / kTileKeys<T>;
+  return {keys.first, std::min(keys.last, keys.first + tiles * kTileKeys<T>)};
+}
+
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
 /// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2,
 /// and key_part, what the key biases are as counted from bias_origin. key_bias: these as they are. Each is null where
@@ -43,6 +52,7 @@ struct KeyTile {
   Index first, count;
   const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
   T bias_origin = 0;
+  bool finite = false;  ///< whether all keys and values are known to be
 
   T key_part_of(Index j) const { return key_part == nullptr ? T(0) : key_part[j]; }
 
@@ -74,13 +84,22 @@ struct KeyTile {
     return {visible(limit + queries - 1), visible(limit)};
   }
 
+  /// Whether all queries see all keys: only then may what a query gets depend on all of them, as bias_origin does.
+  bool seen_wholly(const SeenKeys& seen) const { return seen.by_all == count; }
+
   /// Whether rows of d elements of k are finite, from key i on.
   bool finite_keys(Index i, Index end, Index d) const {
     FiniteLanes<T> elements;
-    for (; i < end; ++i) {
-      for (Index c = 0; c < d; c += kLanes<T>) elements.add(load_row(k + i * k_stride, c, d));
+    const Index together = k_stride == d ? std::max<Index>(1, end - i) : 1, length = together * d;
+    for (; i < end; i += together) {
+      for (Index c = 0; c < length; c += kLanes<T>) elements.add(load_row(k + i * k_stride, c, length));
     }
     return elements.all();
+  }
+
+  /// Whether keys of d features and values of d_v are finite.
+  bool holds_finite(Index d, Index d_v) const {
+    return finite_keys(0, count, d) && values().finite_keys(0, count, d_v);
   }
 
  private:

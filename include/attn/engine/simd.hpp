@@ -162,6 +162,12 @@ inline Packet<T> min(Packet<T> a, Packet<T> b) {
 #endif
 }
 
+/// a where x is above 0, else b, lane by lane.
+template <class T>
+inline Packet<T> select_positive(Packet<T> x, Packet<T> a, Packet<T> b) {
+  return {x.raw > typename Packet<T>::Raw{} ? a.raw : b.raw};
+}
+
 /// c + a b, in one instruction where there is one, even if the compiler was told to contract nothing.
 template <class T>
 inline Packet<T> multiply_add(Packet<T> a, Packet<T> b, Packet<T> c) {
@@ -326,6 +332,23 @@ inline T sum(Packet<T> x) {
 template <class T>
 inline T largest(Packet<T> x) {
   return combine(x, [](Packet<T> a, Packet<T> b) { return max(a, b); });
+}
+
+/// Whether any lane is above 0.
+template <class T>
+inline bool any_positive(Packet<T> x) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(x.raw, _mm512_setzero_ps(), _CMP_GT_OQ) != 0;
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask(x.raw, _mm512_setzero_pd(), _CMP_GT_OQ) != 0;
+#elif defined(EIGEN_VECTORIZE_AVX)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(_mm256_cmp_ps(x.raw, _mm256_setzero_ps(), _CMP_GT_OQ)) != 0;
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd(_mm256_cmp_pd(x.raw, _mm256_setzero_pd(), _CMP_GT_OQ)) != 0;
+#elif defined(EIGEN_VECTORIZE_SSE)
+  if constexpr (sizeof(T) == 4) return _mm_movemask_ps(_mm_cmpgt_ps(x.raw, _mm_setzero_ps())) != 0;
+  if constexpr (sizeof(T) == 8) return _mm_movemask_pd(_mm_cmpgt_pd(x.raw, _mm_setzero_pd())) != 0;
+#else
+  return largest(select_positive(x, broadcast(T(1)), broadcast(T(0)))) > 0;
+#endif
 }
 
 /// Transposes a square block of kLanes packets in registers.

@@ -41,12 +41,13 @@ class BlockRunner {
   void stream(Index block, Range keys, const LaneState<T>* totals, const MemoryRows& to) {
     open(block, totals);
     const Index limit = product_.limits.of(strips_[count_ - 1].queries.rows().last - 1);
-    if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
+    keys = tiles_up_to<T>(keys, limit);
     Range chunk{keys.first, keys.first};
     do {  // once even where there are no keys
       chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
       LaneState<T> Lanes::*const state = chunk.first == keys.first ? &Lanes::total : &Lanes::recent;
       for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].*state);
+      if (far_) expect_own_keys(state);
       stream_chunk(state, chunk, keys.last, to);
       for (Index s = 0; s < count_ && state == &Lanes::recent; ++s) merge(strips_[s], strips_[s].recent);
     } while (chunk.last < keys.last);
@@ -103,9 +104,12 @@ class BlockRunner {
   void open(Index block, const LaneState<T>* totals) {
     const Range strips = product_.partition.strips_of_block(block);
     count_ = strips.last - strips.first;
+    far_ = false;
     for (Index s = 0; s < count_; ++s) {
       if (totals != nullptr) strips_[s].total = totals[strips.first + s];
-      strips_[s].queries.load(product_, strips.first + s, rows_);
+      strips_[s].queries.open(product_, strips.first + s);
+      strips_[s].queries.load(product_, rows_);
+      far_ = far_ || strips_[s].queries.far;
     }
   }
 
@@ -118,7 +122,8 @@ class BlockRunner {
   void stream_chunk(LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
     for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
       tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
-      const KeyTile<T> read = reader_.read(tile.first, tile.last);
+      KeyTile<T> read = reader_.read(tile.first, tile.last);
+      read.finite = far_ && read.holds_finite(product_.in.k.cols(), product_.in.v.cols());
       const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};
       std::array<Prefetch, 2> prefetch{Prefetch::of(product_.in.v.memory(), tile),
                                        Prefetch::of(product_.in.k.memory(), next)};
@@ -128,6 +133,20 @@ class BlockRunner {
         kernel_.add(queries, strips_[s].*state, read, product_.limits.of(queries.first), prefetch);
         prefetch = {};
       }
+    }
+  }
+
+  /// Far queries may well be near the keys of their own numbers, and those are among the keys to come.
+  void expect_own_keys(LaneState<T> Lanes::*state) const {
+    constexpr Index kFewestKeys = 8 * kTileKeys<T>;
+    if (product_.maximum == Maximum::none || product_.limits.causal || product_.partition.splits != 1 ||
+        !product_.in.key_bias.empty() || product_.in.k.rows() < kFewestKeys) {
+      return;
+    }
+    for (Index s = 0; s < count_; ++s) {
+      const QueryStrip<T>& queries = strips_[s].queries;
+      if (!queries.far || queries.rows().last > product_.in.k.rows()) continue;
+      kernel_.expect(queries, strips_[s].*state, reader_.read(queries.rows().first, queries.rows().last));
     }
   }
 
@@ -208,7 +227,8 @@ class BlockRunner {
   const StripKernel<T>& kernel_;
   T* rows_;  ///< kLanes rows of q or of the results, where they are not in place
   Lanes* strips_;
-  Index count_ = 0;  ///< strips of the current block
+  Index count_ = 0;   ///< strips of the current block
+  bool far_ = false;  ///< whether any of these is
 };
 
 }  // namespace attn::detail

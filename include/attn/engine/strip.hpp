@@ -206,12 +206,20 @@ class StripKernel {
     add_keys(strip, state, tile, tile.count, prefetch);
   }
 
+  /// maximum <- at least the largest score of a tile's keys, which are to be added, but for rounding: what is as
+  /// nothing beside them is passed over from the beginning. For strips that are far from the center.
+  void expect(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile) const {
+    score(strip, tile, tile.count, {});
+    far_pairs_->expect(strip, tile, tile_maximum_, state.maximum);
+  }
+
  protected:
   /// Adds the first count keys of a tile, which all queries see.
   void add_keys(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
                 const std::array<Prefetch, 2>& prefetch) const {
     if (count == 0) return;
     score(strip, tile, count, prefetch[0]);
+    if (adds_nothing(strip, state, tile)) return;
     if (strip.far) refine(strip, state, tile, count);
     raise_maximum(strip, state, tile_maximum_);
     weigh_keys(strip, state, count, state.maximum);
@@ -224,22 +232,18 @@ class StripKernel {
     });
   }
 
+  /// Whether a tile with such scores has nothing to add.
+  bool adds_nothing(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile) const {
+    return strip.far && far_pairs_->adds_nothing(strip, tile, tile_maximum_, state);
+  }
+
   /// Scores of pairs that are far from the center and near each other are mended.
   [[gnu::noinline]] void refine(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
                                 Index count) const {
     if (maximum_ == Maximum::running) {
-      far_pairs_->find_near(strip, tile, count, panel_, state.base, state.maximum);
+      far_pairs_->find_near(strip, tile, count, panel_, tile_maximum_, state.base, state.maximum);
     }
-    far_pairs_->refine(strip, tile, count, state.base, state.maximum, panel_);
-    set_tile_maximum(count, strip.lanes());
-  }
-
-  [[gnu::noinline]] void set_tile_maximum(Index count, Index lanes) const {
-    for (Index p = 0; p < lanes; p += kLanes<T>) {
-      auto top = broadcast(kNoMaximum<T>);
-      for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
-      store(tile_maximum_ + p, top);
-    }
+    far_pairs_->refine(strip, tile, count, state.base, state.maximum, panel_, tile_maximum_);
   }
 
   /// maximum <- max(maximum, that of a tile); correction and sum follow.
