@@ -50,10 +50,11 @@ struct FewQueries {
     const TokenRows<T>& q = product.in.q;
     const Index d = q.cols(), cols = std::max<Index>(d, kLanes<T>);
     const Index width = times_to_read(cols, kLanes<T>) * kLanes<T>;
-    const FewQueries few{{scratch.elements<T>(q.rows() * width), q.rows(), width},
+    const FewQueries few{{scratch.elements<T>(with_room<T>(q.rows()) * width), q.rows(), width},
                          product.kernel.center == nullptr ? Measure::dot_product : Measure::squared_distance,
                          scratch.elements<T>(kTileWidth<T>)};
     std::fill_n(few.norm, kTileWidth<T>, T(0));
+    std::fill_n(few.rows.data, with_room<T>(q.rows()) * width, T(0));
     T* const row = scratch.elements<T>(cols);
     for (Index i = 0; i < q.rows(); ++i) {
       std::fill_n(row, cols, T(0));
@@ -79,7 +80,8 @@ struct FewQueriesState : RowStatistics<T> {
   static FewQueriesState make(Index n_q, Index d_v, Scratch& scratch) {
     T* const rows = scratch.elements<T>(3 * kTileWidth<T>);
     const Index width = times_to_read(d_v, kLanes<T>) * kLanes<T>;
-    return {{rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>}, {scratch.elements<T>(n_q * width), n_q, width}};
+    return {{rows, rows + kTileWidth<T>, rows + 2 * kTileWidth<T>},
+            {scratch.elements<T>(with_room<T>(n_q) * width), n_q, width}};
   }
 };
 
@@ -104,7 +106,7 @@ class FewQueriesRunner {
         queries_(queries),
         drops_keys_(!product.in.mask.keep_key.empty() || !product.in.key_bias.empty()),
         recent_(FewQueriesState<T>::make(queries.rows.count, product.in.v.cols(), scratch)),
-        scores_{scratch.elements<T>(queries.rows.count * kKeys), queries.rows.count, kKeys},
+        scores_{scratch.elements<T>(with_room<T>(queries.rows.count) * kKeys), queries.rows.count, kKeys},
         sums_(FewQueriesState<T>::make(queries.rows.count, product.in.v.cols(), scratch).weighted),
         tile_maximum_(scratch.elements<T>(kTileWidth<T>)),
         correction_(scratch.elements<T>(kTileWidth<T>)),
@@ -116,6 +118,7 @@ class FewQueriesRunner {
         numbers_(scratch.elements<Index>(kKeys)),
         seen_(scratch.elements<Index>(queries.rows.count)) {
     std::fill_n(ones_, kTileWidth<T>, T(1));
+    std::fill_n(scores_.data, with_room<T>(queries.rows.count) * kKeys, T(0));
     for (Index j = 0; j < kKeys; ++j) numbers_[j] = j;
   }
 
@@ -198,7 +201,7 @@ class FewQueriesRunner {
     for (Index i = 0; i < queries_.rows.count; ++i) finish_scores(i);
     raise_maximum(state);
     for (Index i = 0; i < queries_.rows.count; ++i) state.sum[i] += weigh(scores_.row(i), seen_[i], state.maximum[i]);
-    std::fill_n(sums_.data, sums_.count * sums_.stride, T(0));
+    std::fill_n(sums_.data, with_room<T>(sums_.count) * sums_.stride, T(0));
     v.products.add(v.rows, {0, by_all}, scores_, sums_);
     for (Index i = 0; i < queries_.rows.count && by_all < count; ++i) {
       v.products.add(v.rows, {by_all, seen_[i]}, scores_.only(i), sums_.only(i));

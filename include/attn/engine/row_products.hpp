@@ -152,9 +152,20 @@ template <Measure kMeasure, std::size_t kRows, std::size_t kKeys, class E, class
   if (last != nullptr) add(times.last, d - kLanes<T>, *last);
 }
 
-/// Queries that are multiplied side by side.
+/// Queries that are multiplied side by side; of four one may be missing, for which there must be room.
 template <class T>
 inline constexpr int kQueriesAtOnce = std::min(4, kLanes<T>);
+
+template <class T>
+constexpr bool at_once(Index queries) {
+  return queries >= kQueriesAtOnce<T> - kQueriesAtOnce<T> / 4;
+}
+
+/// As many rows as there must be room for.
+template <class T>
+constexpr Index with_room(Index queries) {
+  return (queries + kQueriesAtOnce<T> - 1) / kQueriesAtOnce<T> * kQueriesAtOnce<T>;
+}
 
 /// scores_i <- those of kLanes keys, for kRows rows of q. Sums run over at most kMostTerms terms at a time.
 template <Measure kMeasure, int kRows, class E, class T>
@@ -202,7 +213,7 @@ void score_rows(Measure measure, const ListedRows& k, const FewRows<T>& q, const
       some(keys, k.cols, q.some(i), last, k.to_next, {scores.row(i) + j, q.count, scores.stride});
     };
     Index i = 0;
-    for (; measure == Measure::dot_product && i + kRows <= q.count; i += kRows) {
+    for (; measure == Measure::dot_product && at_once<T>(q.count - i); i += kRows) {
       score(score_some_keys<Measure::dot_product, kRows, E, T>, i);
     }
     for (; i < q.count; ++i) {
@@ -263,7 +274,7 @@ void add_weighted_rows(const ListedRows& v, Range keys, const FewRows<T>& weight
   for (Range some{keys.first, 0}; some.first < keys.last; some.first = some.last) {
     some.last = std::min(keys.last, some.first + kKeysAtOnce);
     Index i = 0;
-    for (; i + kRows <= sums.count; i += kRows) {
+    for (; at_once<T>(sums.count - i); i += kRows) {
       add_some_rows<kRows, E>(v, some, weights.some(i), sums.some(i));
     }
     for (; i < sums.count; ++i) {
