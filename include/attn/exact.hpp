@@ -4,6 +4,7 @@
 #include <attn/approximator.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/engine/checks.hpp>
+#include <attn/engine/few_queries.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 
@@ -44,6 +45,12 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
 
   /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
+
+  /// Up to how many queries of d features, of heads that share their keys, are computed together by multi_head.
+  Index most_shared_queries(Index d) const {
+    using Few = detail::FewQueries<detail::Arithmetic<T>>;
+    return Few::suits(score_parameters(kernel_, d)) ? Few::kMost : 0;
+  }
 
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const { detail::check_kernel<T>(kName, kernel_, in.q.cols()); }

@@ -22,6 +22,9 @@ struct ScoreParameters {
   /// Whether kappa is at most 1, as a Gaussian is:
   /// kappa(q, k) = exp(-scale |q - k|^2 / 2 - (bias - scale / 2) (|q|^2 + |k|^2)).
   constexpr bool bounded() const { return scale >= 0 && bias >= scale / 2; }
+
+  /// Whether kappa(q, k) = exp(-bias |q - k|^2).
+  constexpr bool gaussian() const { return bias != 0 && scale == 2 * bias; }
 };
 
 /// softmax(scale q k^T), scale = 1/sqrt(d) unless given. Vaswani et al. 2017, eq. 1.

@@ -90,12 +90,13 @@ void for_each_sampled(const SampledRows& rows, const Body& body) {
   for (const Index row : rows.from_k) body(landmark++, row, false);
 }
 
-template <class T>
-MatrixRef<T> gather_rows(const Sources<T>& in, const SampledRows& rows, Scratch& scratch) {
+template <class In, class T = typename decltype(In::key_bias)::value_type>
+MatrixRef<T> gather_rows(const In& in, const SampledRows& rows, Scratch& scratch) {
+  const TokenRows<T> q(in.q), k(in.k);
   const MatrixRef<T> landmarks =
-      scratch.matrix<T>(static_cast<Index>(rows.from_q.size() + rows.from_k.size()), in.q.cols());
+      scratch.matrix<T>(static_cast<Index>(rows.from_q.size() + rows.from_k.size()), q.cols());
   for_each_sampled(rows, [&](Index landmark, Index row, bool of_queries) {
-    (of_queries ? in.q : in.k).copy_row(row, landmarks.data() + landmark * landmarks.cols());
+    (of_queries ? q : k).copy_row(row, landmarks.data() + landmark * landmarks.cols());
   });
   return landmarks;
 }
@@ -117,13 +118,8 @@ struct StridedSample {
   friend bool operator==(const StridedSample&, const StridedSample&) = default;
 
   /// @{ As JointLandmarks says.
-  template <class T>
-  MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
-    return select(detail::sources(in), scratch);
-  }
-
-  template <class T>
-  MatrixRef<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
+  template <class In>
+  auto select(const In& in, Scratch& scratch) const {
     return detail::gather_rows(in, sample(in, scratch), scratch);
   }
 
@@ -154,13 +150,8 @@ struct UniformSample {
   friend bool operator==(const UniformSample&, const UniformSample&) = default;
 
   /// @{ As JointLandmarks says.
-  template <class T>
-  MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
-    return select(detail::sources(in), scratch);
-  }
-
-  template <class T>
-  MatrixRef<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
+  template <class In>
+  auto select(const In& in, Scratch& scratch) const {
     return detail::gather_rows(in, sample(in, scratch), scratch);
   }
 

@@ -6,12 +6,15 @@
 #include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/problem.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/tokens.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -250,6 +253,77 @@ void run_heads(const HeadInputs<T>& inputs, const HeadsView<T>& out, Context& co
   });
 }
 
+/// a.most_shared_queries(d): up to so many queries, of query heads that share a key head, take less time as rows of one
+/// product, and get bitwise what they would get head by head.
+template <class A>
+concept SharesKeys = Approximator<A> && requires(const A& a, Index d) {
+  { a.most_shared_queries(d) } -> std::same_as<Index>;
+};
+
+/// Query heads that are computed together.
+template <Approximator A>
+Index heads_at_once(const A& a, const HeadInputs<typename A::Scalar>& in) {
+  if constexpr (SharesKeys<A>) {
+    return std::clamp<Index>(a.most_shared_queries(in.q.dim) / in.q.length, 1, in.q.heads / in.k.heads);
+  }
+  return 1;
+}
+
+/// The rows of x's heads [first, last) of item b one after another, copied.
+template <class T>
+MatrixRef<T> stacked_rows(const HeadsView<const T>& x, Index b, Range heads, Scratch& scratch) {
+  MatrixRef<T> rows = scratch.matrix<T>((heads.last - heads.first) * x.length, x.dim);
+  for (Index h = heads.first; h < heads.last; ++h) {
+    for (Index i = 0; i < x.length; ++i) {
+      std::copy_n(row_of(x(b, h), i), x.dim, row_of(rows, (h - heads.first) * x.length + i));
+    }
+  }
+  return rows;
+}
+
+/// A mask of queries, repeated for so many heads.
+inline std::span<const std::uint8_t> repeated(std::span<const std::uint8_t> keep, Index heads, Scratch& scratch) {
+  const std::span<std::uint8_t> all = scratch.array<std::uint8_t>(heads * static_cast<Index>(keep.size()));
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = keep[i % keep.size()];
+  return all;
+}
+
+/// Query heads [first, last) of batch item b, which share a key head, as rows of one product.
+template <SharesKeys A>
+void run_heads_together(const A& a, const HeadInputs<typename A::Scalar>& inputs,
+                        const HeadsView<typename A::Scalar>& out, Index b, Range heads, Context& context) {
+  using T = typename A::Scalar;
+  const auto& method = wide_method(a);
+  Scratch scratch = context.scratch();
+  const Index count = heads.last - heads.first, n_q = inputs.q.length;
+  Inputs<T> in = inputs(b, heads.first);
+  const MatrixRef<T> q = stacked_rows(inputs.q, b, heads, scratch);
+  in.mask.keep_query = repeated(in.mask.keep_query, count, scratch);
+  auto from = arithmetic_sources(Inputs<T>{q, in.k, in.v, in.mask}, scratch);
+  from.heads = count;
+  method.check(from);
+  const MatrixRef<T> results = scratch.matrix<T>(count * n_q, out.dim);
+  method.attend(from, ResultRows<Arithmetic<T>>(results), context, nullptr);
+  for (Index i = 0; i < count * n_q; ++i) {
+    std::copy_n(row_of(results, i), out.dim, row_of(out(b, heads.first + i / n_q), i % n_q));
+  }
+}
+
+/// Some query heads of each key head at a time.
+template <Approximator A>
+void run_groups(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out,
+                Index at_once, Context& context) {
+  if constexpr (SharesKeys<A>) {
+    const Index group = inputs.q.heads / inputs.k.heads, parts = (group + at_once - 1) / at_once;
+    const Index item = inputs.k.heads * parts;
+    for_each_problem(inputs.q.batch * item, multiply_adds(inputs), context, [&](Index i, Context& on) {
+      const Index first = i % item / parts * group;
+      const Range part = nth_part(group, parts, i % parts);
+      run_heads_together(a, inputs, out, i / item, {first + part.first, first + part.last}, on);
+    });
+  }
+}
+
 /// The backward pass of the query heads of batch item b that share a key head, from head first on, each with its saved:
 /// dk and dv add up in their order, in the type of the arithmetic.
 template <Approximator A>
@@ -291,7 +365,8 @@ void run_group_backward(const A& a, const HeadInputs<typename A::Scalar>& inputs
 /// divide H_q (grouped queries; H_k = 1: multi-query). No key bias.
 ///   q (batch, H_q, n_q, d)   k (batch, H_k, n_k, d)   v (batch, H_k, n_k, d_v)   out (batch, H_q, n_q, d_v)
 /// masks: none, one for all batch items, or one for each. An empty batch is allowed, and nothing is done. Results are
-/// bitwise those of a.forward, head by head, whatever the executor. Scratch memory: that of a, once a worker. Throws
+/// bitwise those of a.forward, head by head, whatever the executor; few queries of an exact method read the keys that
+/// their heads share once. Scratch memory: that of a, once a worker. Throws
 /// std::invalid_argument before anything is written when shapes disagree or are empty, any head of out overlaps another
 /// or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the calling
 /// thread, with out partly written.
@@ -301,6 +376,8 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
                 std::span<const Mask> masks, Context& context) {
   const detail::HeadInputs<typename A::Scalar> inputs{q, k, v, masks};
   detail::check_call(a, inputs, out);
+  const Index at_once = detail::heads_at_once(a, inputs);
+  if (at_once > 1) return detail::run_groups(a, inputs, out, at_once, context);
   detail::run_heads(inputs, out, context,
                     [&](Index, const auto& in, const auto& to, Context& on) { a.forward(in, to, on); });
 }

@@ -34,21 +34,22 @@ inline Index length_kept(Index n, std::span<const std::uint8_t> keep) {
 
 /// Query i sees the keys of rows up to of(i), which without a causal mask is beyond all. lower_right counts from the
 /// last query and the last key that the masks keep, so that padding behind them changes nothing; in front of them it
-/// moves both by what it adds.
+/// moves both by what it adds. queries: of each head.
 struct CausalLimits {
   static constexpr Index kNone = std::numeric_limits<Index>::max();
 
   bool causal = false;
-  Index offset = 0;
+  Index offset = 0, queries = kNone;
 
   template <class In>
   static CausalLimits of_inputs(const In& in) {
     const Mask& mask = in.mask;
-    if (mask.causal != Causal::lower_right) return {mask.causal != Causal::none, 0};
-    return {true, length_kept(in.k.rows(), mask.keep_key) - length_kept(in.q.rows(), mask.keep_query)};
+    const Index queries = queries_of_head(in);
+    if (mask.causal != Causal::lower_right) return {mask.causal != Causal::none, 0, queries};
+    return {true, length_kept(in.k.rows(), mask.keep_key) - length_kept(queries, mask.keep_query), queries};
   }
 
-  Index of(Index query) const { return causal ? query + offset : kNone; }
+  Index of(Index query) const { return causal ? query % queries + offset : kNone; }
 
   /// How many of n keys every query sees.
   Index seen_by_all(Index n) const { return causal ? std::clamp<Index>(of(0) + 1, 0, n) : n; }
@@ -96,7 +97,9 @@ struct BiasOrigins {
     if (in.mask.causal == Causal::none) return {see_up_to(CausalLimits::kNone), nullptr};
     const CausalLimits limits = CausalLimits::of_inputs(in);
     T* const origins = scratch.elements<T>(in.q.rows());
-    for (Index i = 0; i < in.q.rows(); ++i) origins[i] = see_up_to(limits.of(i));
+    const Index queries = queries_of_head(in);
+    for (Index i = 0; i < queries; ++i) origins[i] = see_up_to(limits.of(i));
+    for (Index i = queries; i < in.q.rows(); ++i) origins[i] = origins[i - queries];
     return {T(0), origins};
   }
 };
@@ -353,6 +356,32 @@ struct Product {
     const double maximum_so_far = static_cast<double>(relative) + query_bias;
     return bounded ? std::min(maximum_so_far, 0.0) : maximum_so_far;
   }
+
+  /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the
+  /// weights are multiplied by scale, so that they are relative to just that. query_bias as in kernel_maximum.
+  T state_maximum(Index query, T relative, T sum, double query_bias, T* scale) const {
+    *scale = 1;
+    if (sum == 0) return kNoMaximum<T>;
+    if (maximum == Maximum::none) return 0;
+    const auto bias = static_cast<double>(kernel.bias_origins.of(query));
+    const double origin = std::numbers::log2e * bias,
+                 rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
+    const double beyond = kernel_maximum(relative, query_bias);
+    constexpr auto kLargest = static_cast<double>(std::numeric_limits<T>::max());
+    const auto rounded = static_cast<T>(std::clamp(origin, -kLargest, kLargest));
+    if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
+      // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands
+      // for its origin.
+      *scale = static_cast<T>(std::exp2(std::clamp(beyond, -kMostStateScale, kMostStateScale)));
+      return rounded;
+    }
+    const auto absolute = static_cast<T>(origin + beyond);
+    const double lost = (origin - static_cast<double>(absolute)) + beyond + rest;
+    if (std::abs(lost) < kMostStateScale) *scale = static_cast<T>(std::exp2(lost));  // else scores have no digits left
+    return absolute;
+  }
+
+  static constexpr double kMostStateScale = std::numeric_limits<T>::max_exponent / 4;  ///< log2 of it
 };
 
 inline constexpr std::string_view kMatmulName = "kernel_matmul";
@@ -367,8 +396,7 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   const T* center = nullptr;
   decltype(Product<T>::make_far) make_far = nullptr;
   if constexpr (kMayHaveBias<Kernel>) {
-    const bool is_gaussian = parameters.bias != 0 && parameters.scale == 2 * parameters.bias;
-    if (is_gaussian) {
+    if (parameters.gaussian()) {
       center = choose_center(in, scratch);
       make_far = &make_far_pairs<T>;
     }

@@ -5,6 +5,7 @@
 #include <attn/engine/backward.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/few_keys.hpp>
+#include <attn/engine/few_queries.hpp>
 #include <attn/engine/problem.hpp>
 #include <attn/engine/streamed.hpp>
 #include <attn/engine/tokens.hpp>
@@ -51,6 +52,10 @@ void run_blocks(const Product<T>& product, const MemoryRows& to, Context& contex
 template <class T>
 void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& logs, Context& context,
          Scratch& scratch) {
+  if (FewQueries<T>::suits(product)) {
+    return run_few_queries(product, context, scratch,
+                           [&](const auto& runner, const auto& total) { runner.write_results(total, out, logs); });
+  }
   if (!FewKeys<T>::suits(product)) {
     return run_blocks(product, out.memory(), context, scratch,
                       [&](const BlockRunner<T>& runner) { runner.write_results(out, logs); });
@@ -64,6 +69,10 @@ void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& 
 /// states (n_q): maximum, sum and weighted <- those of all rows.
 template <class T, class States>
 void run_partial(const Product<T>& product, const States& states, Context& context, Scratch& scratch) {
+  if (FewQueries<T>::suits(product)) {
+    return run_few_queries(product, context, scratch,
+                           [&](const auto& runner, const auto& total) { runner.write_states(total, states); });
+  }
   run_blocks(product, MemoryRows::of(states.weighted), context, scratch,
              [&](const BlockRunner<T>& runner) { runner.write_states(states); });
 }

@@ -83,7 +83,10 @@ class BlockRunner {
       RowScales<T> scales;
       for (Index i = 0; i < queries.count; ++i) {
         const T sum = queries.holds(product_, i) ? strips_[s].total.sum[i] : T(0);
-        states.maximum.data()[queries.first + i] = set_state_scale(strips_[s], i, sum, &scales.first[i]);
+        const LaneState<T>& total = strips_[s].total;
+        const double query_bias = total.base[i] == 0 && sum != 0 ? exact_query_bias(queries.first + i) : 0;
+        states.maximum.data()[queries.first + i] =
+            product_.state_maximum(queries.first + i, total.maximum[i], sum, query_bias, &scales.first[i]);
         states.sum.data()[queries.first + i] = scales.first[i] * sum;
       }
       write_rows(strips_[s], scales, states.weighted);
@@ -163,33 +166,6 @@ class BlockRunner {
     std::fill_n(state.sum, queries.lanes(), T(0));
     std::fill_n(state.weighted, queries.lanes() * round_up_to_tiles(product_.in.v.cols()), T(0));
   }
-
-  /// The maximum of a row state: as near to the absolute one as T holds, which a large bias may make coarse; the
-  /// weights are multiplied by scale, so that they are relative to just that.
-  T set_state_scale(const Lanes& strip, Index i, T sum, T* scale) const {
-    *scale = 1;
-    if (sum == 0) return kNoMaximum<T>;
-    if (product_.maximum == Maximum::none) return 0;
-    const auto bias = static_cast<double>(product_.kernel.bias_origins.of(strip.queries.first + i));
-    const double origin = std::numbers::log2e * bias,
-                 rest = std::fma(std::numbers::log2e, bias, -origin);  // a product, and what it lacks
-    const double relative = product_.kernel_maximum(
-        strip.total.maximum[i], strip.total.base[i] == 0 ? exact_query_bias(strip.queries.first + i) : 0);
-    constexpr auto kLargest = static_cast<double>(std::numeric_limits<T>::max());
-    const auto rounded = static_cast<T>(std::clamp(origin, -kLargest, kLargest));
-    if (!(std::abs((origin - static_cast<double>(rounded)) + rest) < kMostStateScale)) {
-      // Unequal origins of this size are too far apart for one to matter beside the other, so the rounded one stands
-      // for its origin.
-      *scale = static_cast<T>(std::exp2(std::clamp(relative, -kMostStateScale, kMostStateScale)));
-      return rounded;
-    }
-    const auto absolute = static_cast<T>(origin + relative);
-    const double lost = (origin - static_cast<double>(absolute)) + relative + rest;
-    if (std::abs(lost) < kMostStateScale) *scale = static_cast<T>(std::exp2(lost));  // else scores have no digits left
-    return absolute;
-  }
-
-  static constexpr double kMostStateScale = std::numeric_limits<T>::max_exponent / 4;  ///< log2 of it
 
   /// -bias |q|^2, in double: states of other keys, whose center may be another, are compared by it.
   double exact_query_bias(Index query) const {

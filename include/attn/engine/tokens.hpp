@@ -3,6 +3,7 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/engine/row_products.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
 #include <attn/matrix.hpp>
@@ -77,7 +78,11 @@ class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index 
   template <NarrowScalar Narrow>
     requires std::same_as<T, float>
   explicit TokenRows(const ConstMatrixRef<Narrow>& m)
-      : Base(m, [](const char* row, T* to, Index n) { convert_row(reinterpret_cast<const Narrow*>(row), to, n); }) {}
+      : Base(m, [](const char* row, T* to, Index n) { convert_row(reinterpret_cast<const Narrow*>(row), to, n); }),
+        products_(&kRowProducts<T, Narrow>) {}
+
+  /// Products with rows as they lie, whatever their type.
+  const RowProducts<T>& products() const { return this->in_place() ? kRowProducts<T, T> : *products_; }
 
   /// All rows as they lie, where they are in place.
   ConstMatrixRef<T> matrix() const { return {data(), this->rows(), this->cols(), outerStride()}; }
@@ -106,6 +111,9 @@ class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index 
     some.memory_.rows = count;
     return some;
   }
+
+ private:
+  const RowProducts<T>* products_ = nullptr;  ///< null where rows are in place
 };
 
 /// Rows to write as T.
@@ -168,13 +176,21 @@ struct SourceMask : Mask {
   const StripKernel<T>& (*make_kernel)(const Product<T>&, Scratch&);
 };
 
-/// Inputs as the kernels read them.
+/// Inputs as the kernels read them. heads: q has the queries of so many heads, one after another, for which the same
+/// keys and masks count; keep_query is repeated.
 template <class T>
 struct Sources {
   TokenRows<T> q, k, v;
   SourceMask<T> mask{};
   std::span<const T> key_bias{};
+  Index heads = 1;
 };
+
+template <class In>
+Index queries_of_head(const In& in) {
+  if constexpr (requires { in.heads; }) return in.q.rows() / in.heads;
+  return in.q.rows();
+}
 
 template <class T>
 Sources<T> sources(const Inputs<T>& in) {
