@@ -34,6 +34,9 @@ namespace attn {
   ATTN_TEMPLATE void detail::run(const detail::Product<T>&, const detail::ResultRows<T>&, const detail::LogSums<T>&, \
                                  Context&, Scratch&);                                                                \
   ATTN_TEMPLATE void detail::run_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);        \
+  ATTN_TEMPLATE void detail::run_few(const detail::Product<T>&, const detail::ResultRows<T>&,                        \
+                                     const detail::LogSums<T>&, Context&, Scratch&);                                 \
+  ATTN_TEMPLATE void detail::run_few_partial(const detail::Product<T>&, const RowStates<T>&, Context&, Scratch&);    \
   ATTN_TEMPLATE const detail::StripKernel<T>& detail::make_strip_kernel(const detail::Product<T>&, Scratch&);        \
   ATTN_TEMPLATE const detail::StripKernel<T>& detail::make_causal_strip_kernel(const detail::Product<T>&, Scratch&); \
   ATTN_TEMPLATE const detail::FarPairs<T>* detail::make_far_pairs(const detail::Product<T>&, Scratch&);              \

@@ -48,14 +48,27 @@ void run_blocks(const Product<T>& product, const MemoryRows& to, Context& contex
   });
 }
 
+/// run for few queries.
+template <class T>
+void run_few(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& logs, Context& context,
+             Scratch& scratch) {
+  run_few_queries(product, context, scratch,
+                  [&](const auto& runner, const auto& total) { runner.write_results(total, out, logs); });
+}
+
+/// run_partial for few queries.
+template <class T>
+void run_few_partial(const Product<T>& product, const RowStates<T>& states, Context& context, Scratch& scratch) {
+  run_few_queries(product, context, scratch,
+                  [&](const auto& runner, const auto& total) { runner.write_states(total, states); });
+}
+
 /// out <- all rows, and their log-sums.
 template <class T>
 void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& logs, Context& context,
          Scratch& scratch) {
-  if (FewQueries<T>::suits(product)) {
-    return run_few_queries(product, context, scratch,
-                           [&](const auto& runner, const auto& total) { runner.write_results(total, out, logs); });
-  }
+  const auto& run_few = product.in.mask.run_few;
+  if (run_few != nullptr && FewQueries<T>::suits(product)) return run_few(product, out, logs, context, scratch);
   if (!FewKeys<T>::suits(product)) {
     return run_blocks(product, out.memory(), context, scratch,
                       [&](const BlockRunner<T>& runner) { runner.write_results(out, logs); });
@@ -69,10 +82,8 @@ void run(const Product<T>& product, const ResultRows<T>& out, const LogSums<T>& 
 /// states (n_q): maximum, sum and weighted <- those of all rows.
 template <class T, class States>
 void run_partial(const Product<T>& product, const States& states, Context& context, Scratch& scratch) {
-  if (FewQueries<T>::suits(product)) {
-    return run_few_queries(product, context, scratch,
-                           [&](const auto& runner, const auto& total) { runner.write_states(total, states); });
-  }
+  const auto& run_few = product.in.mask.run_few_partial;
+  if (run_few != nullptr && FewQueries<T>::suits(product)) return run_few(product, states, context, scratch);
   run_blocks(product, MemoryRows::of(states.weighted), context, scratch,
              [&](const BlockRunner<T>& runner) { runner.write_states(states); });
 }

@@ -13,7 +13,12 @@
 #include <cstdint>
 #include <span>
 
-namespace attn::detail {
+namespace attn {
+
+template <class T>
+struct RowStates;
+
+namespace detail {
 
 /// to <- from, n elements.
 template <NarrowScalar T>
@@ -156,6 +161,8 @@ class ResultRows : public ConvertibleRows<void (*)(const T* from, char* row, Ind
 };
 
 template <class T>
+struct LogSums;
+template <class T>
 struct Product;
 template <class T>
 class StripKernel;
@@ -163,17 +170,26 @@ template <class T>
 const StripKernel<T>& make_strip_kernel(const Product<T>& product, Scratch& scratch);
 template <class T>
 const StripKernel<T>& make_causal_strip_kernel(const Product<T>& product, Scratch& scratch);
+template <class T>
+void run_few(const Product<T>&, const ResultRows<T>&, const LogSums<T>&, Context&, Scratch&);
+template <class T>
+void run_few_partial(const Product<T>&, const RowStates<T>&, Context&, Scratch&);
 
-/// The mask of Sources, and the kernel that it needs: programs compile the one for causal masks only where a mask may
-/// be causal.
+/// The mask of Sources, and what it needs: programs compile the kernel of causal masks, and that of few queries, which
+/// decode, only where a mask may be causal. Landmark methods, whose masks are RowMask, do not.
 template <class T>
 struct SourceMask : Mask {
   SourceMask(const Mask& mask)  // NOLINT: implicit, as the mask would be
-      : Mask(mask), make_kernel(&make_causal_strip_kernel<T>) {}
+      : Mask(mask),
+        make_kernel(&make_causal_strip_kernel<T>),
+        run_few(&detail::run_few<T>),
+        run_few_partial(&detail::run_few_partial<T>) {}
   SourceMask(const RowMask& mask = {})  // NOLINT: likewise
       : Mask(mask), make_kernel(&make_strip_kernel<T>) {}
 
   const StripKernel<T>& (*make_kernel)(const Product<T>&, Scratch&);
+  void (*run_few)(const Product<T>&, const ResultRows<T>&, const LogSums<T>&, Context&, Scratch&) = nullptr;
+  void (*run_few_partial)(const Product<T>&, const RowStates<T>&, Context&, Scratch&) = nullptr;
 };
 
 /// Inputs as the kernels read them. heads: q has the queries of so many heads, one after another, for which the same
@@ -281,4 +297,5 @@ class Prefetch {
   MemoryRows memory_{};
 };
 
-}  // namespace attn::detail
+}  // namespace detail
+}  // namespace attn
