@@ -22,7 +22,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numbers>
 #include <span>
 
 namespace attn::detail {
@@ -218,17 +217,19 @@ void mend_rows(T bias, const ConstMatrixRef<T>& x, std::span<const T> norms_x, c
   }
 }
 
-/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most largest. For a Gaussian that is -bias |x_i - y_j|^2,
+/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most 0 where kappa is at most 1. For a Gaussian that is -bias |x_i - y_j|^2,
 /// and computed from a center amid y, or from that difference, see far_pairs.hpp.
 template <class T>
-void biased_scores(T scale, T bias, T largest, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
-                   Context& context) {
+void biased_scores(const ScoreParameters& parameters, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y,
+                   MatrixRef<T> out, Context& context) {
+  const T bias = LogKernel<T>::of(parameters).bias,
+          largest = parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity();
   Scratch scratch = context.scratch();
   MatrixRef<T> from = scratch.matrix<T>(x.rows(), x.cols()), to = scratch.matrix<T>(y.rows(), y.cols());
-  const T* origin = bias != 0 && scale == 2 * bias ? choose_center(Sources<T>{x, y, y}, scratch) : nullptr;
+  const T* origin = parameters.gaussian() ? choose_center(Sources<T>{x, y, y}, scratch) : nullptr;
   const auto norms_from = copy_centered(x, origin, bias, from, scratch),
              norms_to = copy_centered(y, origin, bias, to, scratch);
-  gemm<T>(scale, from, transposed(to), 0, out, context);
+  gemm<T>(LogKernel<T>::of(parameters).scale, from, transposed(to), 0, out, context);
   for (Index i = 0; i < out.rows(); ++i) {
     const T n_x = norms_from[static_cast<std::size_t>(i)];
     for (Index j = 0; j < out.cols(); ++j) row_of(out, i)[j] -= n_x + norms_to[static_cast<std::size_t>(j)];
@@ -245,12 +246,10 @@ template <ScoreKernel Kernel, class T>
 void kernel_matrix(const Kernel& kernel, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y, MatrixRef<T> out,
                    Context& context) {
   const ScoreParameters parameters = score_parameters(kernel, x.cols());
-  const T scale = static_cast<T>(parameters.scale * std::numbers::log2e);
   if constexpr (kMayHaveBias<Kernel>) {
-    const T bias = static_cast<T>(parameters.bias * std::numbers::log2e);
-    biased_scores(scale, bias, parameters.bounded() ? T(0) : std::numeric_limits<T>::infinity(), x, y, out, context);
+    biased_scores<T>(parameters, x, y, out, context);
   } else {
-    gemm<T>(scale, x, transposed(y), 0, out, context);
+    gemm<T>(LogKernel<T>::of(parameters).scale, x, transposed(y), 0, out, context);
   }
   for (Index i = 0; i < out.rows(); ++i) weigh_row(row_of(out, i), out.cols(), parameters.rows);
 }

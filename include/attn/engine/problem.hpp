@@ -158,6 +158,11 @@ struct LogKernel {
   const T* center = nullptr;
   T scale = 0, bias = 0;
   BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
+
+  static LogKernel of(const ScoreParameters& kernel) {
+    return {.scale = static_cast<T>(kernel.scale * std::numbers::log2e),
+            .bias = static_cast<T>(kernel.bias * std::numbers::log2e)};
+  }
 };
 
 /// What weights are relative to: the largest score so far, or nothing where no weight is above 1: they are kappa
@@ -393,25 +398,21 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_kernel<T>(kMatmulName, kernel, in.q.cols());
   const bool needs_no_maximum = parameters.bounded() && in.key_bias.empty() && parameters.rows == Rows::raw;
-  const T* center = nullptr;
-  decltype(Product<T>::make_far) make_far = nullptr;
+  Product<T> product{.in = in,
+                     .kernel = LogKernel<T>::of(parameters),
+                     .limits = CausalLimits::of_inputs(in),
+                     .rows = parameters.rows,
+                     .bounded = parameters.bounded(),
+                     .maximum = needs_no_maximum ? raw_rows : Maximum::running,
+                     .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
+  product.kernel.bias_origins = BiasOrigins<T>::of_inputs(in, scratch);
   if constexpr (kMayHaveBias<Kernel>) {
     if (parameters.gaussian()) {
-      center = choose_center(in, scratch);
-      make_far = &make_far_pairs<T>;
+      product.kernel.center = choose_center(in, scratch);
+      product.make_far = &make_far_pairs<T>;
     }
   }
-  return {.in = in,
-          .kernel = {.center = center,
-                     .scale = static_cast<T>(parameters.scale * std::numbers::log2e),
-                     .bias = static_cast<T>(parameters.bias * std::numbers::log2e),
-                     .bias_origins = BiasOrigins<T>::of_inputs(in, scratch)},
-          .limits = CausalLimits::of_inputs(in),
-          .rows = parameters.rows,
-          .bounded = parameters.bounded(),
-          .maximum = needs_no_maximum ? raw_rows : Maximum::running,
-          .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers),
-          .make_far = make_far};
+  return product;
 }
 
 }  // namespace attn::detail
