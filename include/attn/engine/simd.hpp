@@ -328,10 +328,27 @@ inline T largest(Packet<T> x) {
   return combine(x, [](Packet<T> a, Packet<T> b) { return max(a, b); });
 }
 
+/// The sum of all lanes of rows[i] in lane i; rows are overwritten. In pairs, which become half as many at each step: half
+/// the shuffles of a transposed block.
+template <int kStep = 1, class T>
+inline Packet<T> sums_of_lanes(Packet<T> (&rows)[kLanes<T>]) {
+  if constexpr (kStep < kLanes<T>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes<T> / kStep; i += 2) {
+      exchange<kStep>(rows[i], rows[i + 1], std::make_integer_sequence<int, kLanes<T>>{});
+      rows[i / 2] = rows[i] + rows[i + 1];
+    }
+    return sums_of_lanes<2 * kStep>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 /// Transposes a square block of kLanes packets in registers.
 template <int kStep = 1, class T>
 inline void transpose(Packet<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep < kLanes<T>) {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; ++i) {
       if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
     }
