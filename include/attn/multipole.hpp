@@ -61,7 +61,7 @@ struct FieldCounts {
   Index clusters = 0, clusters_in_a_branch = 1, groups = 0, groups_in_a_region = 1, open = 0, near = 0;
 
   static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
-    constexpr Index kKeys = 8, kOpen = 32, kNear = 28;
+    constexpr Index kKeys = 8, kOpen = 32, kNear = 24, kMoreNear = 20000;
     FieldCounts counts{};
     if (n_q == 0 || n_k == 0) return counts;
     const bool has_branches =
@@ -78,7 +78,7 @@ struct FieldCounts {
         counts.open = counts.clusters;
       }
     }
-    counts.near = std::min(counts.clusters, options.num_near.value_or(kNear));
+    counts.near = std::min(counts.clusters, options.num_near.value_or(kNear + kMoreNear / n_k));
     counts.set_groups(options, n_q);
     return counts;
   }
@@ -89,7 +89,7 @@ struct FieldCounts {
   /// meets: keys and summaries in the fields, in blocks that are not quite full; summaries of all keys for regions, and
   /// of open ones for groups; and what clustering and choosing take, as measured.
   bool exact(const Clusters& options, Index n_q, Index n_k) const {
-    constexpr double kFilled = 1.2, kSummary = 2.5, kOverhead = 150;
+    constexpr double kFilled = 1.2, kSummary = 6, kOverhead = 70;
     if (n_q == 0 || clusters >= n_k || (all_open() && near >= clusters)) return true;
     if (options != Clusters{}) return false;
     const auto q = static_cast<double>(n_q), k = static_cast<double>(n_k), m = static_cast<double>(clusters),
@@ -113,7 +113,9 @@ struct FieldCounts {
     const Index wanted = std::max(groups, enough), regions = std::clamp<Index>(root(n_q) / 8, 1, wanted);
     const auto made = [&](Index in_a_region) { return (wanted + in_a_region - 1) / in_a_region * in_a_region; };
     groups_in_a_region = wanted / regions;
-    if (made(groups_in_a_region + 1) < made(groups_in_a_region)) ++groups_in_a_region;
+    for (Index more = groups_in_a_region + 1; more <= 2 * wanted / regions; ++more) {
+      if (made(more) < made(groups_in_a_region)) groups_in_a_region = more;
+    }
     groups = made(groups_in_a_region);
     if (groups <= n_q) return;
     groups = wanted;
@@ -121,9 +123,9 @@ struct FieldCounts {
   }
 };
 
-/// What a backward pass needs of a forward pass: which tokens are in which cluster and group, which branches are open to
-/// each group and which clusters are near to each block, at most most_near side by side, and the log-sums of the rows
-/// (n_q). exact: the method was exact attention, and lse are its log-sums.
+/// What a backward pass needs of a forward pass: which tokens are in which cluster and group, which branches are open
+/// to each group and which clusters are near to each block, at most most_near side by side, and the log-sums of the
+/// rows (n_q). exact: the method was exact attention, and lse are its log-sums.
 template <class T>
 struct MultipoleState {
   std::vector<Index> keys{}, key_starts{}, queries{}, query_starts{}, open{}, near{}, near_count{};
@@ -161,7 +163,8 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 ///   e_c = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c
 ///   out(q) = sum_far exp(s q.k_c + e_c) v_c + sum_near exp(s q.k_j + a_j) v_j, divided by the same sums without v
 /// with a_j the key bias, and less b |k_j|^2 for a kernel of bias b; raw rows are not divided. Near are, for each block
-/// of at most some dozens of queries of a group, the clusters of largest weight x spread of scores x spread of values.
+/// of at most some dozens of queries of a group, the clusters of largest error term: weight (root mean square over the
+/// queries) x spread of scores x spread of values.
 /// Clusters and groups come of balanced bisection along principal directions. All weights are positive: a row of out
 /// lies within the range of the values.
 /// Not causal. With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory,

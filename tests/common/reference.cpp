@@ -294,7 +294,7 @@ Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields,
     const Matrix keys = p.k(cluster, Eigen::indexing::all), values = p.v(cluster, Eigen::indexing::all);
     const Vector variance = (keys.rowwise() - keys.colwise().mean()).cwiseAbs2().colwise().mean();
     const double spread = (values.rowwise() - values.colwise().mean()).rowwise().squaredNorm().mean();
-    terms[c] = weights.col(c).sum() * std::sqrt(variance.dot(square) * spread);
+    terms[c] = weights.col(c).norm() * std::sqrt(variance.dot(square) * spread);
   }
   return terms;
 }

@@ -156,8 +156,9 @@ Summary summarize(const Kernel& kernel, const Problem& p, const std::vector<Inde
 /// The mean of the queries whose entries are all finite.
 Vector landmark_of(const Problem& p, const std::vector<Index>& group);
 
-/// For every cluster the weight that the block's queries give to its summary, times the spread of its keys' scores
-/// about the landmark's, times the spread of its values: what the summary may err by. near is not read.
+/// For every cluster the root of the summed squares of the weights that the block's queries give to its summary, times
+/// the spread of its keys' scores about the landmark's, times the spread of its values: what the summary may err by.
+/// near is not read.
 Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields, const Fields::Block& block);
 
 /// out(q) = sum_{c far} exp(s q.k_c + e_c) v_c + sum_{j near} exp(s q.k_j + a_j) v_j, divided by the same sums without

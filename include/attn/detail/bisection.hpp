@@ -56,9 +56,9 @@ struct NestedRows {
 template <class Bits, class Get>
 Index nth_largest(const Get& bits, Index n, Index count, Bits* least) {
   const auto at_least = [&](Bits x) {
-    Index found = 0;
+    Bits found = 0;  // as wide as what is compared, for the compiler to do many at once
     for (Index i = 0; i < n; ++i) found += bits(i) >= x ? 1 : 0;
-    return found;
+    return static_cast<Index>(found);
   };
   *least = 0;
   for (Bits bit = Bits{1} << (8 * sizeof(Bits) - 1); bit != 0; bit >>= 1) {
@@ -131,8 +131,8 @@ class Bisection {
         seconds_(scratch.elements<Index>(static_cast<Index>(clusters.rows.size()))),
         memory_(scratch.elements<T>(workers * kMemory)) {}
 
-  /// A sample, its covariance, a direction and a mean.
-  static constexpr Index kMemory = (kSample + kCoordinates + 2) * kCoordinates;
+  /// A sample, its covariance, and a direction.
+  static constexpr Index kMemory = (kSample + kCoordinates + 1) * kCoordinates;
 
   Index left_parts(const Node& node) const {
     const Index size = node.size();
@@ -190,22 +190,18 @@ class Bisection {
   /// direction <- about the principal direction of a sample of the rows: power iterations with their covariance, from
   /// the coordinate of largest variance.
   void set_direction(Range node, T* direction) const {
-    T *const mean = direction + kCoordinates, *const covariance = mean + kCoordinates,
-             *const sample = covariance + kCoordinates * kCoordinates;
+    T *const covariance = direction + kCoordinates, *const sample = covariance + kCoordinates * kCoordinates;
     const Index width = node.last - node.first,
                 count = std::min(kSample, std::max<Index>(std::min<Index>(width, 48), width / 2));
-    std::fill_n(mean, kCoordinates, T(0));
-    for (Index i = 0; i < count; ++i) {
-      const T* const row = coordinates_of(node.first + (2 * i + 1) * width / (2 * count));
-      for (int p = 0; p < kCoordinates; p += kLanes<T>) {
-        const auto x = load(row + p);
-        store(sample + i * kCoordinates + p, x);
-        store(mean + p, load(mean + p) + x);
-      }
-    }
-    const auto share = broadcast(1 / static_cast<T>(count));
+    const T share = 1 / static_cast<T>(count);
     for (int p = 0; p < kCoordinates; p += kLanes<T>) {
-      const auto center = load(mean + p) * share;
+      auto total = broadcast(T(0));
+      for (Index i = 0; i < count; ++i) {
+        const auto x = load(coordinates_of(node.first + (2 * i + 1) * width / (2 * count)) + p);
+        store(sample + i * kCoordinates + p, x);
+        total = total + x;
+      }
+      const auto center = total * broadcast(share);
       for (Index i = 0; i < count; ++i) {
         T* const row = sample + i * kCoordinates + p;
         store(row, load(row) - center);

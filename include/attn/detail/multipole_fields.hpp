@@ -5,11 +5,14 @@
 ///     k_c  = sum r_j k_j,  v_c = sum r_j v_j
 ///     e_c  = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c
 ///   for each region of queries:       summaries of all branches for the region's landmark
-///     for each group:                 the branches of largest weight x spread of scores x spread of values are open:
+///     for each group:                 the branches of the largest error terms are open:
 ///                                     summaries of their clusters for the group's landmark
-///       for each block of queries:    of these clusters those of the largest such product are near
+///       for each block of queries:    of these clusters those of the largest error terms are near
 ///         score[c] = s q.k_c + e_c    far: branches that are not open, clusters that are not near, by their summary
 ///         score[j] = s q.k_j + a_j    keys of near clusters, as they are
+///
+/// An error term is root mean square of the queries' weights x spread of scores about the landmark's x spread of
+/// values.
 #pragma once
 
 #include <attn/context.hpp>
@@ -184,8 +187,8 @@ inline Packet<T> first_lanes(Packet<T> x, Index count, T fill) {
 /// Keys in a row whose sum is one chain.
 inline constexpr Index kKeysAtOnce = 256;
 
-/// kPackets packets of to <- (more ? to : 0) + the sum of factor_i row_i, for count rows that lie stride apart; only the
-/// first columns elements of a single packet are there.
+/// kPackets packets of to <- (more ? to : 0) + the sum of factor_i row_i, for count rows that lie stride apart; only
+/// the first columns elements of a single packet are there.
 template <int kPackets, class T>
 void sum_some_packets(const T* factors, Index count, const T* rows, Index stride, Index columns, bool more, T* to) {
   Packet<T> total[array_size(kPackets)];
@@ -382,8 +385,8 @@ class QueryBlocks {
   Index* first_;  ///< block of each group
 };
 
-/// What a forward pass keeps for a backward pass: open branches of each group, as many side by side as are open to each;
-/// near clusters of each block, at most most_near side by side; log-sums of all queries. Numbers are ascending.
+/// What a forward pass keeps for a backward pass: open branches of each group, as many side by side as are open to
+/// each; near clusters of each block, at most most_near side by side; log-sums of all queries. Numbers are ascending.
 /// Null if nothing is wanted.
 template <class T, class Count = Index>
 struct FieldRecord {
@@ -448,8 +451,8 @@ struct FieldStrip {
   }
 };
 
-/// The keys of some clusters as tiles: many that lie side by side in place, others gathered to whole tiles. One for each
-/// worker.
+/// The keys of some clusters as tiles: many that lie side by side in place, others gathered to whole tiles. One for
+/// each worker.
 template <class T>
 class NearKeys {
  public:
@@ -654,9 +657,9 @@ class FieldRunner {
     });
   }
 
-  /// terms_ <- terms_ + the shares of count weights in their sums, over the queries; displacement_ <- displacement_ +
-  /// the summed squares of s (q - l), per coordinate. landmark: s l. Queries that are not finite, or whose sum is not,
-  /// do not count, and fall silent.
+  /// terms_ <- terms_ + the squared shares of count weights in their sums, over the queries; displacement_ <-
+  /// displacement_ + the summed squares of s (q - l), per coordinate. landmark: s l. Queries that are not finite, or
+  /// whose sum is not, do not count, and fall silent.
   void add_terms(FieldStrip<T>& strip, const T* landmark, const T* sum, Index count, T* weights) {
     alignas(64) T share[array_size(kTileWidth<T>)], counts[array_size(kTileWidth<T>)];
     for (Index i = 0; i < strip.lanes(); ++i) {
@@ -668,7 +671,8 @@ class FieldRunner {
     for (Index c = 0; c < count; ++c) {
       auto total = broadcast(T(0));
       for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
-        total = multiply_add(load(weights + c * strip.lanes() + p), load(share + p), total);
+        const auto of_query = load(weights + c * strip.lanes() + p) * load(share + p);
+        total = multiply_add(of_query, of_query, total);
       }
       terms_[c] += detail::sum(total);
     }
@@ -691,7 +695,7 @@ class FieldRunner {
     for (Index c = 0; c < count; ++c) weights[c * strip.lanes() + i] = 0;
   }
 
-  /// terms_ <- terms_ x spread of scores x spread of values, of count clusters; id: their numbers.
+  /// terms_ <- root of terms_ x spread of scores x spread of values, of count clusters; id: their numbers.
   template <class Id>
   void set_errors(const KeySpreads<T>& of, Index count, const Id& id) {
     for (Index first = 0; first < count; first += kLanes<T>) {
@@ -703,7 +707,7 @@ class FieldRunner {
       alignas(64) T spread[array_size(kLanes<T>)];
       store(spread, dot_products<T>(variances, nullptr, displacement_, keys_.d));
       for (Index i = 0; i < some; ++i) {
-        const T term = terms_[first + i] * std::sqrt(spread[i]) * of.value_spread[id(first + i)];
+        const T term = std::sqrt(terms_[first + i] * spread[i]) * of.value_spread[id(first + i)];
         terms_[first + i] = is_nan(term) ? std::numeric_limits<T>::infinity() : term;
       }
     }
