@@ -61,7 +61,7 @@ struct FieldCounts {
   Index clusters = 0, clusters_in_a_branch = 1, groups = 0, groups_in_a_region = 1, open = 0, near = 0;
 
   static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
-    constexpr Index kKeys = 8, kOpen = 32, kNear = 24, kMoreNear = 20000;
+    constexpr Index kKeys = 8, kOpen = 24, kMoreOpen = 25000, kNear = 24, kMoreNear = 20000;
     FieldCounts counts{};
     if (n_q == 0 || n_k == 0) return counts;
     const bool has_branches =
@@ -72,7 +72,7 @@ struct FieldCounts {
       const Index branches = std::min(counts.clusters, options.num_branches.value_or(2 * root(n_k)));
       counts.clusters_in_a_branch = counts.clusters / branches;
       counts.clusters = branches * counts.clusters_in_a_branch;
-      counts.open = std::min(branches, options.num_open.value_or(kOpen));
+      counts.open = std::min(branches, options.num_open.value_or(kOpen + kMoreOpen / n_k));
       if (counts.open == branches) {
         counts.clusters_in_a_branch = 1;
         counts.open = counts.clusters;

@@ -147,7 +147,6 @@ class Bisection {
     clusters_.starts.data()[node.parts.first + left] = middle;
     T* const direction = memory_ + worker * kMemory;
     set_direction(node.rows, direction);
-    Index* const rows = clusters_.rows.data();
     for (Index first = node.rows.first; first < node.rows.last; first += kLanes<T>) {
       alignas(64) T along[array_size(kLanes<T>)];
       const Index count = std::min<Index>(kLanes<T>, node.rows.last - first);
