@@ -105,7 +105,7 @@ std::vector<reference::Fields::Block> blocks_of(const std::vector<Index>& group)
   const Index count = (size + kStrip - 1) / kStrip;
   std::vector<reference::Fields::Block> blocks;
   for (Index b = 0; b < count; ++b)
-    blocks.push_back({part_of(group, b * size / count, (b + 1) * size / count), group, {}});
+    blocks.push_back({.queries = part_of(group, b * size / count, (b + 1) * size / count), .group = group, .near = {}});
   return blocks;
 }
 
@@ -115,8 +115,15 @@ reference::Fields fields_of(const Saved& saved) {
   reference::Fields fields;
   for (std::size_t c = 0; c + 1 < saved.key_starts.size(); ++c)
     fields.clusters.push_back(part_of(saved.keys, saved.key_starts[c], saved.key_starts[c + 1]));
+  fields.clusters_in_a_branch = saved.clusters_in_a_branch;
+  fields.all_open = saved.most_open * saved.clusters_in_a_branch == static_cast<Index>(fields.clusters.size());
+  const auto in_a_region = static_cast<std::size_t>(saved.groups_in_a_region);
   for (std::size_t g = 0; g + 1 < saved.query_starts.size(); ++g) {
+    const std::size_t region = g / in_a_region * in_a_region;
     for (auto block : blocks_of<T>(part_of(saved.queries, saved.query_starts[g], saved.query_starts[g + 1]))) {
+      block.region = part_of(saved.queries, saved.query_starts[region], saved.query_starts[region + in_a_region]);
+      block.open =
+          part_of(saved.open, static_cast<Index>(g) * saved.most_open, static_cast<Index>(g + 1) * saved.most_open);
       const std::size_t number = fields.blocks.size();
       const Index near = static_cast<Index>(number) * saved.most_near;
       block.near = part_of(saved.near, near, near + saved.near_count.at(number));
@@ -167,7 +174,9 @@ constexpr Clusters kCounts[] = {{.num_clusters = 8, .num_groups = 3, .num_near =
                                 {.num_clusters = 5, .num_groups = 4, .num_near = 0},
                                 {.num_clusters = 13, .num_groups = 7, .num_near = 5},
                                 {.num_clusters = 1, .num_groups = 1, .num_near = 0},
-                                {.num_clusters = 2, .num_groups = 1000, .num_near = 1}};
+                                {.num_clusters = 2, .num_groups = 1000, .num_near = 1},
+                                {.num_clusters = 18, .num_groups = 5, .num_near = 3, .num_branches = 6, .num_open = 2},
+                                {.num_clusters = 14, .num_groups = 4, .num_near = 0, .num_branches = 7, .num_open = 1}};
 
 /// Whatever was decided, for which the oracle takes what the pass saved: so there are no near ties to speak of.
 TYPED_TEST(MultipoleOf, IsItsDefinitionForWhatItDecided) {

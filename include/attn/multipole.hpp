@@ -25,80 +25,130 @@
 
 namespace attn {
 
-/// How Multipole cuts tokens. Counts that are not set follow from those of the kept tokens: n_k keys are cut into
-/// 4 sqrt n_k clusters of nearly equal size, n_q queries into sqrt n_q groups, rounded up to a multiple of 16 and at
-/// least 48, and 20 clusters, but
-/// at most a quarter of all, are near: 20 n_k / (4 sqrt n_k) keys. Where nothing is set and exact attention costs no
-/// more, as up to some 1000 tokens, Multipole is exact attention.
+/// How Multipole cuts tokens. What is not set follows from the counts of kept tokens, n_q and n_k: see
+/// docs/multipole.md. Where nothing is set and exact attention costs no more, as up to some 1000 tokens, Multipole is
+/// exact attention.
 struct Clusters {
   std::optional<Index> num_clusters{};  ///< of keys, at least 1; as many as keys is exact attention
   std::optional<Index> num_groups{};    ///< of queries, at least 1
   std::optional<Index> num_near{};      ///< clusters that each block of queries meets exactly, at least 0; all is exact
+  /// Sets of neighbouring clusters, at least 1. A group of queries sees the clusters of num_open branches; the others
+  /// are one cluster each. Not set beside num_clusters: as many as clusters.
+  std::optional<Index> num_branches{};
+  std::optional<Index> num_open{};  ///< branches that are open to each group, at least 1; all: no branch is one cluster
 
   /// Whether the options are the same.
   friend bool operator==(const Clusters&, const Clusters&) = default;
 
   /// Throws std::invalid_argument when an option is out of range.
   void check(std::string_view who) const {
-    if (num_clusters) detail::check_at_least(who, "num_clusters", static_cast<double>(*num_clusters), 1);
-    if (num_groups) detail::check_at_least(who, "num_groups", static_cast<double>(*num_groups), 1);
-    if (num_near) detail::check_at_least(who, "num_near", static_cast<double>(*num_near), 0);
+    const auto check = [&](const char* name, const std::optional<Index>& option, int least) {
+      if (option) detail::check_at_least(who, name, static_cast<double>(*option), least);
+    };
+    check("num_clusters", num_clusters, 1);
+    check("num_groups", num_groups, 1);
+    check("num_near", num_near, 0);
+    check("num_branches", num_branches, 1);
+    check("num_open", num_open, 1);
   }
 };
 
 namespace detail {
 
-/// Counts of Multipole for so many kept tokens.
+/// Counts of Multipole for so many kept tokens: clusters, of which some make a branch, groups, of which some make a
+/// region. Where all branches are open, each is one cluster, and each region one group.
 struct FieldCounts {
-  Index clusters, groups, near;
+  Index clusters = 0, clusters_in_a_branch = 1, groups = 0, groups_in_a_region = 1, open = 0, near = 0;
 
   static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
-    constexpr Index kNear = 20, kFewestGroups = 48, kGroupStep = 16;
-    const auto root = [](Index n) { return static_cast<Index>(std::ceil(std::sqrt(static_cast<double>(n)))); };
-    const Index groups = std::max(kFewestGroups, (root(n_q) + kGroupStep - 1) / kGroupStep * kGroupStep);
+    constexpr Index kKeys = 8, kOpen = 24, kMoreOpen = 25000, kNear = 24, kMoreNear = 20000;
     FieldCounts counts{};
-    counts.clusters = std::min(n_k, options.num_clusters.value_or(4 * root(n_k)));
-    counts.groups = std::min(n_q, options.num_groups.value_or(groups));
-    counts.near = std::min(options.num_near.value_or(std::min(kNear, counts.clusters / 4)), counts.clusters);
+    if (n_q == 0 || n_k == 0) return counts;
+    const bool has_branches =
+        options.num_branches.has_value() || options.num_open.has_value() || !options.num_clusters.has_value();
+    counts.clusters = std::min(n_k, options.num_clusters.value_or(std::max<Index>(n_k / kKeys, 1)));
+    counts.open = counts.clusters;
+    if (has_branches) {
+      const Index branches = std::min(counts.clusters, options.num_branches.value_or(2 * root(n_k)));
+      counts.clusters_in_a_branch = counts.clusters / branches;
+      counts.clusters = branches * counts.clusters_in_a_branch;
+      counts.open = std::min(branches, options.num_open.value_or(kOpen + kMoreOpen / n_k));
+      if (counts.open == branches) {
+        counts.clusters_in_a_branch = 1;
+        counts.open = counts.clusters;
+      }
+    }
+    counts.near = std::min(counts.clusters, options.num_near.value_or(kNear + kMoreNear / n_k));
+    counts.set_groups(options, n_q);
     return counts;
   }
 
+  bool all_open() const { return open * clusters_in_a_branch == clusters; }
+
   /// Whether exact attention is the same, or where options are not set costs no more. In units of a key that a query
-  /// meets: near keys and clusters, in blocks that are not quite full; every group's summaries of all keys; and what
-  /// clustering and choosing take, as measured.
+  /// meets: keys and summaries in the fields, in blocks that are not quite full; summaries of all keys for regions, and
+  /// of open ones for groups; and what clustering and choosing take, as measured.
   bool exact(const Clusters& options, Index n_q, Index n_k) const {
-    constexpr double kFilled = 1.2, kSummary = 1.5, kOverhead = 280;
-    if (n_q == 0 || clusters >= n_k || near >= clusters) return true;
+    constexpr double kFilled = 1.2, kSummary = 6, kOverhead = 70;
+    if (n_q == 0 || clusters >= n_k || (all_open() && near >= clusters)) return true;
     if (options != Clusters{}) return false;
-    const auto keys_a_query = static_cast<double>(n_k) / static_cast<double>(n_q);
-    const double cost = kFilled * static_cast<double>(near * n_k / clusters + clusters) +
-                        kSummary * static_cast<double>(groups) * keys_a_query + kOverhead * (1 + keys_a_query);
-    return cost > 0.95 * static_cast<double>(n_k);
+    const auto q = static_cast<double>(n_q), k = static_cast<double>(n_k), m = static_cast<double>(clusters),
+               in_branch = static_cast<double>(clusters_in_a_branch), opened = static_cast<double>(open) * in_branch;
+    const double fields = m / in_branch + opened + static_cast<double>(near) * k / m;
+    const double summaries =
+        static_cast<double>(groups / groups_in_a_region) * k + static_cast<double>(groups) * opened / m * k;
+    const double cost = kFilled * fields + kSummary * summaries / q + kOverhead * (1 + k / q);
+    return cost > 0.95 * k;
+  }
+
+ private:
+  static Index root(Index n) { return static_cast<Index>(std::ceil(std::sqrt(static_cast<double>(n)))); }
+
+  /// Where branches are not all open, no group has more than kMost queries.
+  void set_groups(const Clusters& options, Index n_q) {
+    constexpr Index kMost = 48, kFewest = 16;
+    const Index enough = (n_q + kMost - 1) / kMost;
+    groups = std::min(n_q, options.num_groups.value_or(std::max(kFewest, enough)));
+    if (all_open()) return;
+    const Index wanted = std::max(groups, enough), regions = std::clamp<Index>(root(n_q) / 8, 1, wanted);
+    const auto made = [&](Index in_a_region) { return (wanted + in_a_region - 1) / in_a_region * in_a_region; };
+    groups_in_a_region = wanted / regions;
+    for (Index more = groups_in_a_region + 1; more <= 2 * wanted / regions; ++more) {
+      if (made(more) < made(groups_in_a_region)) groups_in_a_region = more;
+    }
+    groups = made(groups_in_a_region);
+    if (groups <= n_q) return;
+    groups = wanted;
+    groups_in_a_region = 1;
   }
 };
 
-/// What a backward pass needs of a forward pass: which tokens are in which cluster and group, which clusters are near
-/// to each block, at most most_near side by side, and the log-sums of the rows (n_q). exact: the method was exact
-/// attention, and lse are its log-sums.
+/// What a backward pass needs of a forward pass: which tokens are in which cluster and group, which branches are open
+/// to each group and which clusters are near to each block, at most most_near side by side, and the log-sums of the
+/// rows (n_q). exact: the method was exact attention, and lse are its log-sums.
 template <class T>
 struct MultipoleState {
-  std::vector<Index> keys{}, key_starts{}, queries{}, query_starts{}, near{}, near_count{};
+  std::vector<Index> keys{}, key_starts{}, queries{}, query_starts{}, open{}, near{}, near_count{};
   std::vector<RowLog<T>> lse{};
-  Index most_near = 0;
+  Index clusters_in_a_branch = 1, groups_in_a_region = 1, most_open = 0, most_near = 0;
   bool exact = false;
 
-  void keep(const ClusteredRows& clusters, const ClusteredRows& groups) {
-    keys.assign(clusters.rows.begin(), clusters.rows.end());
-    key_starts.assign(clusters.starts.begin(), clusters.starts.end());
-    queries.assign(groups.rows.begin(), groups.rows.end());
-    query_starts.assign(groups.starts.begin(), groups.starts.end());
+  void keep(const NestedRows& clusters, const NestedRows& groups) {
+    keys.assign(clusters.parts.rows.begin(), clusters.parts.rows.end());
+    key_starts.assign(clusters.parts.starts.begin(), clusters.parts.starts.end());
+    queries.assign(groups.parts.rows.begin(), groups.parts.rows.end());
+    query_starts.assign(groups.parts.starts.begin(), groups.parts.starts.end());
+    clusters_in_a_branch = clusters.parts_in_a_set;
+    groups_in_a_region = groups.parts_in_a_set;
   }
 
-  FieldRecord<T> record(Index blocks, Index num_near) {
-    most_near = num_near;
-    near.resize(static_cast<std::size_t>(blocks * num_near));
+  FieldRecord<T> record(Index groups, Index blocks, const FieldSizes& sizes) {
+    most_open = sizes.open;
+    most_near = sizes.near;
+    open.resize(static_cast<std::size_t>(groups * most_open));
+    near.resize(static_cast<std::size_t>(blocks * most_near));
     near_count.resize(static_cast<std::size_t>(blocks));
-    return {near.data(), near_count.data(), num_near, lse.data()};
+    return {open.data(), near.data(), near_count.data(), most_near, lse.data()};
   }
 };
 
@@ -113,7 +163,8 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 ///   e_c = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c
 ///   out(q) = sum_far exp(s q.k_c + e_c) v_c + sum_near exp(s q.k_j + a_j) v_j, divided by the same sums without v
 /// with a_j the key bias, and less b |k_j|^2 for a kernel of bias b; raw rows are not divided. Near are, for each block
-/// of at most some dozens of queries of a group, the clusters of largest weight x spread of scores x spread of values.
+/// of at most some dozens of queries of a group, the clusters of largest error term: weight (root mean square over the
+/// queries) x spread of scores x spread of values.
 /// Clusters and groups come of balanced bisection along principal directions. All weights are positive: a row of out
 /// lies within the range of the values.
 /// Not causal. With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory,
@@ -169,6 +220,8 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
   /// @}
 
  private:
+  static constexpr Index kWave = 16;  ///< regions whose summaries of all branches are kept at once
+
   /// What a cluster weighs is not at most 1, though a key may be.
   detail::Product<T> product_of(const detail::Sources<T>& in, Scratch& scratch) const {
     detail::Product<T> product = detail::make_product(kernel_, in, detail::Maximum::running, 1, scratch);
@@ -181,30 +234,30 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     using namespace detail;
     Scratch scratch = context.scratch();
     const Product<T> product = product_of(in, scratch);
-    const ClusteredRows clusters = cluster_rows(in.k, kept_keys(in), counts.clusters, context, scratch),
-                        groups = cluster_rows(in.q, kept_queries(in), counts.groups, context, scratch);
-    const QueryBlocks blocks(groups, kTileWidth<T>, scratch);
+    const NestedRows clusters = cluster_rows(in.k, kept_keys(in), counts.clusters, counts.clusters_in_a_branch, context,
+                                             scratch),
+                     groups = cluster_rows(in.q, kept_queries(in), counts.groups, counts.groups_in_a_region, context,
+                                           scratch);
+    const QueryBlocks blocks(groups.parts, kTileWidth<T>, scratch);
+    const FieldSizes sizes{counts.open, counts.near};
     FieldRecord<T> record{};
     if (saved != nullptr) {
       saved->keep(clusters, groups);
-      record = saved->record(blocks.count(), counts.near);
+      record = saved->record(groups.parts.count(), blocks.count(), sizes);
     }
-    if (static_cast<Index>(groups.rows.size()) < out.rows()) out.set_zero();
-    const auto keys = KeyClusters<T>::make(in, product.kernel, clusters, context, scratch);
+    if (static_cast<Index>(groups.parts.rows.size()) < out.rows()) out.set_zero();
+    const auto keys = KeyClusters<T>::make(in, product.kernel, clusters, counts.all_open(), context, scratch);
     const auto queries = QueryGroups<T>::make(in, product.kernel, groups, context, scratch);
-    const Index waves = (groups.count() + kTileWidth<T> - 1) / kTileWidth<T>, workers = context.workers();
-    const Index wave = (groups.count() + waves - 1) / waves;
-    auto summaries = Summaries<T>::make(wave, keys, scratch);
-    auto* const summers = scratch.make<ClusterRunner<T>>(workers, in, keys, scratch);
-    auto* const fields = scratch.make<FieldRunner<T>>(workers, product, keys, queries, counts.near, scratch);
-    for (Index first = 0; first < groups.count(); first += wave) {
-      const Range some{first, std::min(first + wave, groups.count())};
-      summaries.look_from(queries, some, product.kernel.scale);
-      context.for_each(keys.clusters.count(), [&](Index c, int worker) { summers[worker].summarize(c, summaries); });
-      context.for_each(some.last - some.first, [&](Index lane, int worker) {
-        for (Index b = 0; b < blocks.count(first + lane); ++b) {
-          fields[worker].attend(blocks.block(first + lane, b, lane), summaries, out, record);
-        }
+    auto* const runners =
+        scratch.make<FieldRunner<T>>(context.workers(), product, keys, queries, blocks, sizes, scratch);
+    const Index wave = std::min(groups.sets(), counts.all_open() ? groups.sets() : kWave),
+                branches = counts.all_open() ? 0 : clusters.sets();
+    const auto summaries = Summaries<T>::make(wave * branches, keys.tokens.cols(), scratch);
+    for (Range some{0, 0}; some.first < groups.sets(); some.first = some.last) {
+      some.last = std::min(groups.sets(), some.first + wave);
+      context.for_each(branches, [&](Index b, int worker) { runners[worker].summarize(b, some, summaries); });
+      context.for_each(some.last - some.first, [&](Index r, int worker) {
+        runners[worker].attend(some.first + r, summaries.part(r * branches, branches), out, record);
       });
     }
   }

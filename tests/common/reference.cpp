@@ -294,7 +294,7 @@ Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields,
     const Matrix keys = p.k(cluster, Eigen::indexing::all), values = p.v(cluster, Eigen::indexing::all);
     const Vector variance = (keys.rowwise() - keys.colwise().mean()).cwiseAbs2().colwise().mean();
     const double spread = (values.rowwise() - values.colwise().mean()).rowwise().squaredNorm().mean();
-    terms[c] = weights.col(c).sum() * std::sqrt(variance.dot(square) * spread);
+    terms[c] = weights.col(c).norm() * std::sqrt(variance.dot(square) * spread);
   }
   return terms;
 }
@@ -302,15 +302,25 @@ Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields,
 Matrix multipole(const Kernel& kernel, const Problem& p, const Fields& fields) {
   Matrix out = Matrix::Zero(p.q.rows(), p.v.cols());
   for (const Fields::Block& block : fields.blocks) {
-    const Vector landmark = landmark_of(p, block.group);
+    const auto has = [](const std::vector<Index>& all, std::size_t x) {
+      return std::find(all.begin(), all.end(), static_cast<Index>(x)) != all.end();
+    };
+    const Vector of_group = landmark_of(p, block.group), of_region = landmark_of(p, block.region);
+    const auto in_a_branch = static_cast<std::size_t>(fields.clusters_in_a_branch);
     std::vector<Summary> far;
     std::vector<Index> near;
     for (std::size_t c = 0; c < fields.clusters.size(); ++c) {
       const auto& cluster = fields.clusters[c];
-      if (std::find(block.near.begin(), block.near.end(), static_cast<Index>(c)) == block.near.end()) {
-        far.push_back(summarize(kernel, p, cluster, landmark));
-      } else {
+      if (!fields.all_open && !has(block.open, c / in_a_branch)) {
+        if (c % in_a_branch != 0) continue;
+        std::vector<Index> branch;
+        for (std::size_t i = c; i < c + in_a_branch; ++i)
+          branch.insert(branch.end(), fields.clusters[i].begin(), fields.clusters[i].end());
+        far.push_back(summarize(kernel, p, branch, of_region));
+      } else if (has(block.near, c)) {
         near.insert(near.end(), cluster.begin(), cluster.end());
+      } else {
+        far.push_back(summarize(kernel, p, cluster, of_group));
       }
     }
     for (const Index i : block.queries) {

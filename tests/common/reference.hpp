@@ -131,14 +131,18 @@ Matrix lifted_softmax(double scale, Problem p, const Matrix& landmarks, double g
 /// variance grows. Ascending in each part; parts are at most the rows.
 std::vector<std::vector<Index>> bisect(const Matrix& x, Index parts, const std::vector<Index>& rows);
 
-/// What multipole attention decides before it computes: clusters of keys, and blocks of queries that share their near
-/// clusters, each a part of a group, at whose mean clusters are summed up.
+/// What multipole attention decides before it computes: clusters of keys, of which each branch has some that are
+/// neighbours, and blocks of queries that share their near clusters, each a part of a group, at whose mean the clusters
+/// of open branches are summed up, and so of a region, at whose mean the other branches are. Without branches all
+/// clusters are open.
 struct Fields {
   struct Block {
-    std::vector<Index> queries, group, near;
+    std::vector<Index> queries, group, near, region{}, open{};
   };
   std::vector<std::vector<Index>> clusters;
   std::vector<Block> blocks;
+  Index clusters_in_a_branch = 1;
+  bool all_open = true;
 };
 
 /// What a query l knows of a cluster c: k_c = sum r_j k_j, v_c = sum r_j v_j with r_j = softmax_{j in c}(s l.k_j +
@@ -152,8 +156,9 @@ Summary summarize(const Kernel& kernel, const Problem& p, const std::vector<Inde
 /// The mean of the queries whose entries are all finite.
 Vector landmark_of(const Problem& p, const std::vector<Index>& group);
 
-/// For every cluster the weight that the block's queries give to its summary, times the spread of its keys' scores
-/// about the landmark's, times the spread of its values: what the summary may err by. near is not read.
+/// For every cluster the root of the summed squares of the weights that the block's queries give to its summary, times
+/// the spread of its keys' scores about the landmark's, times the spread of its values: what the summary may err by.
+/// near is not read.
 Vector error_terms(const Kernel& kernel, const Problem& p, const Fields& fields, const Fields::Block& block);
 
 /// out(q) = sum_{c far} exp(s q.k_c + e_c) v_c + sum_{j near} exp(s q.k_j + a_j) v_j, divided by the same sums without

@@ -2,19 +2,19 @@
 #pragma once
 
 #include <attn/context.hpp>
+#include <attn/detail/principal_coordinates.hpp>
 #include <attn/engine/packed.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
+#include <attn/engine/tile.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
-#include <array>
 #include <bit>
-#include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <utility>
 
@@ -38,51 +38,46 @@ inline ClusteredRows copy_of(std::span<const Index> rows, std::span<const Index>
   return clusters;
 }
 
-/// The sum of factor_i (row(i) - origin), of so many rows: kPackets packets from the element at on, as far as rows of d
-/// elements go, to memory that has room for whole packets.
-template <int kPackets, class T, class Row>
-void sum_some_packets(const T* factors, Index count, const Row& row, const T* origin, Index at, Index d, T* to) {
-  Packet<T> total[array_size(kPackets)], zero[array_size(kPackets)];
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) {
-    total[p] = broadcast(T(0));
-    zero[p] = load_row_if(origin, at + p * kLanes<T>, d);
+/// Sets of tokens in two levels: parts of nearly equal size, each of so many neighbouring ones a larger set.
+struct NestedRows {
+  ClusteredRows parts;
+  Index parts_in_a_set;
+
+  Index sets() const { return parts.count() / parts_in_a_set; }
+  Range parts_of(Index set) const { return {set * parts_in_a_set, (set + 1) * parts_in_a_set}; }
+
+  /// The tokens of a set, in the order of parts.
+  Range range(Index set) const {
+    return {parts.range(set * parts_in_a_set).first, parts.range((set + 1) * parts_in_a_set - 1).last};
   }
-  for (Index i = 0; i < count; ++i) {
-    const auto factor = broadcast(factors[i]);
-    const T* const from = row(i);
-#pragma GCC unroll 4
-    for (int p = 0; p < kPackets; ++p) {
-      const auto x = kPackets > 1 ? load_unaligned(from + at + p * kLanes<T>) : load_row(from, at, d);
-      total[p] = multiply_add(factor, x - zero[p], total[p]);
-    }
+};
+
+/// least <- the count-th largest of bits(0), ..., bits(n - 1), for 1 <= count <= n. Returns how many are larger.
+template <class Bits, class Get>
+Index nth_largest(const Get& bits, Index n, Index count, Bits* least) {
+  const auto at_least = [&](Bits x) {
+    Bits found = 0;  // as wide as what is compared, for the compiler to do many at once
+    for (Index i = 0; i < n; ++i) found += bits(i) >= x ? 1 : 0;
+    return static_cast<Index>(found);
+  };
+  *least = 0;
+  for (Bits bit = Bits{1} << (8 * sizeof(Bits) - 1); bit != 0; bit >>= 1) {
+    if (at_least(*least | bit) >= count) *least |= bit;
   }
-#pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) store(to + at + p * kLanes<T>, total[p]);
+  return *least == std::numeric_limits<Bits>::max() ? 0 : at_least(*least + 1);
 }
 
-/// to <- the sum of factor_i (row(i) - origin), of so many rows of d elements; a null origin is zeros, whole packets of
-/// to are written. Some packets at a time, for chains of sums that do not wait for one another.
-template <class T, class Row>
-[[gnu::noinline]] void sum_scaled_rows(const T* factors, Index count, const Row& row, const T* origin, Index d, T* to) {
-  constexpr int kAtOnce = 4;
-  Index c = 0;
-  for (; c + kAtOnce * kLanes<T> <= d; c += kAtOnce * kLanes<T>) {
-    sum_some_packets<kAtOnce>(factors, count, row, origin, c, d, to);
-  }
-  for (; c < d; c += kLanes<T>) sum_some_packets<1>(factors, count, row, origin, c, d, to);
-}
-
-/// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w floor(p / 2) /
-/// p) rows and the others, by their order along the direction of largest variance; ties go by row number. One for each
-/// call; all its memory comes from the scratch that it is made with.
+/// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w l / p) rows, for
+/// l parts, and the others, by their order along the direction of largest variance; ties go by row number. l is
+/// floor(p / 2), but a multiple of the parts in a set as long as p is above that, so that sets are nodes too. One for each call; all its memory comes from the scratch that it is made with.
 template <class T>
 class Bisection {
  public:
-  /// clusters.rows: the rows to cut; reordered. clusters.starts has parts + 1 elements, parts at most the rows.
-  static void run(const TokenRows<T>& x, const ClusteredRows& clusters, Context& context) {
+  /// coordinates: of all rows. clusters.rows: 0, 1, ..., to be cut; reordered. clusters.starts has parts + 1 elements,
+  /// parts at most the rows and a multiple of in_a_set.
+  static void run(const T* coordinates, const ClusteredRows& clusters, Index in_a_set, Context& context) {
     Scratch scratch = context.scratch();
-    Bisection bisection(x, clusters, context.workers(), scratch);
+    const Bisection bisection(coordinates, clusters, in_a_set, context.workers(), scratch);
     const Index parts = clusters.count();
     std::span<Node> nodes = scratch.array<Node>(parts), next = scratch.array<Node>(parts);
     nodes.front() = {{0, static_cast<Index>(clusters.rows.size())}, {0, parts}};
@@ -98,8 +93,9 @@ class Bisection {
           next.data()[made++] = node;
           continue;
         }
-        next.data()[made++] = node.first_half();
-        next.data()[made++] = node.second_half();
+        const Index left = bisection.left_parts(node);
+        next.data()[made++] = node.first_half(left);
+        next.data()[made++] = node.second_half(left);
         splits += node.size() > 2 ? 1 : 0;
       }
       count = made;
@@ -108,168 +104,168 @@ class Bisection {
 
  private:
   static constexpr Index kSample = 128;  ///< rows that a direction is found from
-  static constexpr int kSteps = 5;       ///< power iterations
+  static constexpr int kSteps = 8;       ///< power iterations
+  static constexpr int kPackets = kCoordinates / kLanes<T>;
 
   /// Rows, and which parts they become.
   struct Node {
     Range rows, parts;
 
     Index size() const { return parts.last - parts.first; }
-    Index middle_part() const { return parts.first + size() / 2; }
-    Index middle() const { return rows.first + (rows.last - rows.first) * (size() / 2) / size(); }
-    Node first_half() const { return {{rows.first, middle()}, {parts.first, middle_part()}}; }
-    Node second_half() const { return {{middle(), rows.last}, {middle_part(), parts.last}}; }
+    Index middle(Index left) const { return rows.first + (rows.last - rows.first) * left / size(); }
+    Node first_half(Index left) const { return {{rows.first, middle(left)}, {parts.first, parts.first + left}}; }
+    Node second_half(Index left) const { return {{middle(left), rows.last}, {parts.first + left, parts.last}}; }
   };
 
-  /// Where a row lies along a direction, as a number that is ordered as float is, and below it which row it is: ties go
-  /// by row number. A NaN lies beyond all.
-  static std::uint64_t place(T along, Index row) {
-    const auto x = is_nan(along) ? std::numeric_limits<float>::infinity() : static_cast<float>(along);
-    const auto bits = std::bit_cast<std::uint32_t>(x);
-    const std::uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000U;
-    return std::uint64_t{ordered} << 32 | static_cast<std::uint32_t>(row);
+  /// A number that is ordered as float is.
+  static std::uint32_t ordered(T x) {
+    const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(x));
+    return (bits >> 31) != 0 ? ~bits : bits | 0x80000000U;
   }
 
-  Bisection(const TokenRows<T>& x, const ClusteredRows& clusters, Index workers, Scratch& scratch)
-      : x_(x),
+  Bisection(const T* coordinates, const ClusteredRows& clusters, Index in_a_set, Index workers, Scratch& scratch)
+      : coordinates_(coordinates),
         clusters_(clusters),
-        places_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()))),
-        sorted_(scratch.elements<std::uint64_t>(static_cast<Index>(clusters.rows.size()) + 1)),
-        sample_size_(round_up(kSample) * (x.cols() + 1)),
-        row_size_(round_up(x.cols())),
-        memory_(scratch.elements<T>(workers * memory_size())) {}
+        in_a_set_(in_a_set),
+        places_(scratch.elements<std::uint32_t>(static_cast<Index>(clusters.rows.size()))),
+        seconds_(scratch.elements<Index>(static_cast<Index>(clusters.rows.size()))),
+        memory_(scratch.elements<T>(workers * kMemory)) {}
 
-  static Index round_up(Index n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+  /// A sample, its covariance, and a direction.
+  static constexpr Index kMemory = (kSample + kCoordinates + 1) * kCoordinates;
 
-  /// A direction, the next one, a row, and the sample: as rows, and transposed with a row of products.
-  Index memory_size() const { return 3 * row_size_ + kSample * row_size_ + sample_size_; }
+  Index left_parts(const Node& node) const {
+    const Index size = node.size();
+    return size > in_a_set_ ? size / in_a_set_ / 2 * in_a_set_ : size / 2;
+  }
+
+  const T* coordinates_of(Index i) const { return coordinates_ + clusters_.rows.data()[i] * kCoordinates; }
 
   void split(const Node& node, int worker) const {
     if (node.size() <= 1) return;
-    clusters_.starts.data()[node.middle_part()] = node.middle();
-    T *const direction = memory_ + worker * memory_size(), *const buffer = direction + 3 * row_size_;
-    const T* const mean = set_direction(node.rows, direction);
-    Index* const rows = clusters_.rows.data();
+    const Index left = left_parts(node), middle = node.middle(left);
+    clusters_.starts.data()[node.parts.first + left] = middle;
+    T* const direction = memory_ + worker * kMemory;
+    set_direction(node.rows, direction);
     for (Index first = node.rows.first; first < node.rows.last; first += kLanes<T>) {
-      const T* some[kLanes<T>];
-      for (Index i = 0; i < kLanes<T>; ++i) {
-        some[i] = first + i < node.rows.last ? x_.row(rows[first + i], buffer + i * row_size_) : nullptr;
-      }
       alignas(64) T along[array_size(kLanes<T>)];
-      store(along, dot_products<T>(some, mean, direction, x_.cols()));
-      for (Index i = first; i < std::min(first + kLanes<T>, node.rows.last); ++i) {
-        places_[i] = place(along[i - first], rows[i]);
+      const Index count = std::min<Index>(kLanes<T>, node.rows.last - first);
+      store(along, products(first, count, direction));
+      for (Index i = 0; i < count; ++i) places_[first + i] = ordered(along[i]);
+    }
+    cut(node.rows, middle);
+  }
+
+  /// The rows up to the middle become those that lie first, both halves ascending.
+  void cut(Range range, Index middle) const {
+    const std::uint32_t* const places = places_ + range.first;
+    Index* const rows = clusters_.rows.data() + range.first;
+    const Index n = range.last - range.first, half = range.last - middle;
+    std::uint32_t pivot = 0;
+    const Index beyond = nth_largest([&](Index i) { return places[i]; }, n, half, &pivot);
+    Index first = 0, second = 0, ties = std::count(places, places + n, pivot) - (half - beyond);
+    for (Index i = 0; i < n; ++i) {
+      const bool stays = places[i] < pivot || (places[i] == pivot && ties-- > 0);
+      rows[first] = seconds_[range.first + second] = rows[i];
+      first += stays ? 1 : 0;
+      second += stays ? 0 : 1;
+    }
+    std::copy_n(seconds_ + range.first, half, rows + first);
+  }
+
+  /// The coordinates of count rows from the first on times a direction, a row to a lane.
+  Packet<T> products(Index first, Index count, const T* direction) const {
+    Packet<T> total[kLanes<T>];
+    for (Index i = 0; i < kLanes<T>; ++i) {
+      const T* const row = coordinates_of(first + std::min(i, count - 1));
+      total[i] = load(row) * load(direction);
+      for (int p = 1; p < kPackets; ++p) {
+        total[i] = multiply_add(load(row + p * kLanes<T>), load(direction + p * kLanes<T>), total[i]);
       }
     }
-    const std::uint64_t pivot = nth_place(node.rows, node.middle());
-    Index first = node.rows.first, second = node.middle();
-    for (Index i = node.rows.first; i < node.rows.last; ++i) {
-      const bool less = places_[i] < pivot;
-      rows[less ? first : second] = static_cast<Index>(places_[i] & 0xffffffffU);
-      first += less ? 1 : 0;
-      second += less ? 0 : 1;
-    }
+    return sums_of_lanes(total);
   }
 
-  /// The place that would be at middle if places_ were in order within the range. Most places are told from it by the
-  /// part of the range of places that they lie in; the others are in sorted_.
-  std::uint64_t nth_place(Range range, Index middle) const {
-    constexpr Index kParts = 128;
-    std::uint64_t lowest = places_[range.first], highest = lowest;
-    for (Index i = range.first; i < range.last; ++i) {
-      lowest = std::min(lowest, places_[i]);
-      highest = std::max(highest, places_[i]);
+  /// direction <- about the principal direction of a sample of the rows: power iterations with their covariance, from
+  /// the coordinate of largest variance.
+  void set_direction(Range node, T* direction) const {
+    T *const covariance = direction + kCoordinates, *const sample = covariance + kCoordinates * kCoordinates;
+    const Index width = node.last - node.first,
+                count = std::min(kSample, std::max<Index>(std::min<Index>(width, 48), width / 2));
+    const T share = 1 / static_cast<T>(count);
+    for (int p = 0; p < kCoordinates; p += kLanes<T>) {
+      auto total = broadcast(T(0));
+      for (Index i = 0; i < count; ++i) {
+        const auto x = load(coordinates_of(node.first + (2 * i + 1) * width / (2 * count)) + p);
+        store(sample + i * kCoordinates + p, x);
+        total = total + x;
+      }
+      const auto center = total * broadcast(share);
+      for (Index i = 0; i < count; ++i) {
+        T* const row = sample + i * kCoordinates + p;
+        store(row, load(row) - center);
+      }
     }
-    const int shift = std::max(0, static_cast<int>(std::bit_width(highest - lowest)) - 7);  // of 128 parts
-    std::array<Index, kParts> counts{};
-    for (Index i = range.first; i < range.last; ++i) ++counts[(places_[i] - lowest) >> shift];
-    Index before = range.first;
-    std::size_t part = 0;
-    while (before + counts[part] <= middle) before += counts[part++];
-    std::uint64_t* last = sorted_ + range.first;
-    for (Index i = range.first; i < range.last; ++i) {
-      *last = places_[i];
-      last += (places_[i] - lowest) >> shift == part ? 1 : 0;
+    for (Index c = 0; c < kCoordinates; c += kTileRows) {
+      Packet<T> tile[array_size(kTileRows)][array_size(kPackets)];
+      multiply_tile(sample + c, kTileRows, 1, kCoordinates, sample, count, tile);
+      for (int i = 0; i < kTileRows * kPackets; ++i) {
+        store(covariance + c * kCoordinates + i * kLanes<T>, tile[i / kPackets][i % kPackets]);
+      }
     }
-    std::uint64_t* const nth = sorted_ + range.first + (middle - before);
-    std::nth_element(sorted_ + range.first, nth, last);
-    return *nth;
+    iterate(covariance, direction);
   }
 
-  /// direction (d, memory beyond it) <- about the principal direction of a sample of the rows: power iterations from
-  /// the coordinate of largest variance. Rows that are not finite do not count. Returns their mean.
-  const T* set_direction(Range node, T* direction) const {
-    const Index d = x_.cols(), width = node.last - node.first,
-                most = std::min(kSample, std::max<Index>(std::min<Index>(width, 48), width / 2));
-    T *const next = direction + row_size_, *const mean = next + row_size_, *const copies = mean + row_size_;
-    T *const panel = copies + kSample * row_size_, *const products = panel + round_up(kSample) * d;
-    const T* rows[array_size(kSample)];
-    for (Index i = 0; i < most; ++i) {
-      rows[i] = x_.row(clusters_.rows.data()[node.first + (2 * i + 1) * width / (2 * most)], copies + i * row_size_);
-    }
-    const auto row = [&](Index i) { return rows[i]; };
-    const auto set_mean = [&](Index of) {
-      std::fill_n(products, of, 1 / static_cast<T>(of));
-      sum_scaled_rows<T>(products, of, row, nullptr, d, mean);
-      return is_finite(squared_norm(mean, d));
-    };
-    Index count = most;
-    if (!set_mean(count)) {
-      const auto finite = [&](const T* x) { return is_finite(squared_norm(x, d)); };
-      count = std::partition(rows, rows + most, finite) - rows;
-      if (count > 0) set_mean(count);
-    }
-    std::fill_n(direction, row_size_, T(0));
-    direction[count == 0 ? 0 : center_sample(rows, count, mean, panel)] = 1;
-    for (int step = 0; step < kSteps && count > 0; ++step) {
-      sum_scaled_rows<T>(
-          direction, d, [&](Index c) { return panel + c * round_up(count); }, nullptr, round_up(count), products);
-      sum_scaled_rows(products, count, row, mean, d, next);
-      const T norm = std::sqrt(squared_norm(next, d));
-      if (!(norm > 0) || !is_finite(norm)) break;
-      scale_row(1 / norm, next, direction, d);
-    }
-    return count == 0 ? nullptr : mean;
-  }
-
-  /// panel <- rows relative to their mean, along lanes. Returns the coordinate of largest variance.
-  Index center_sample(const T* const* rows, Index count, const T* mean, T* panel) const {
-    const Index d = x_.cols(), lanes = round_up(count);
-    for (Index lane = 0; lane < lanes; lane += kLanes<T>) {
-      const T* some[kLanes<T>];
-      for (Index i = 0; i < kLanes<T>; ++i) some[i] = lane + i < count ? rows[lane + i] : nullptr;
-      pack_rows<T>(some, d, mean, T(1), panel + lane, lanes);
-    }
+  static void iterate(const T* covariance, T* direction) {
     Index widest = 0;
-    T most = -1;
-    for (Index c = 0; c < d; ++c) {
-      std::fill_n(panel + c * lanes + count, lanes - count, T(0));
-      const T variance = squared_norm(panel + c * lanes, lanes);
-      if (variance > most) {
-        most = variance;
-        widest = c;
-      }
+    T trace = 0;
+    for (Index c = 0; c < kCoordinates; ++c) {
+      const T variance = covariance[c * (kCoordinates + 1)];
+      if (variance > covariance[widest * (kCoordinates + 1)]) widest = c;
+      trace += variance;
     }
-    return widest;
+    std::fill_n(direction, kCoordinates, T(0));
+    direction[widest] = 1;
+    const T scale = 1 / trace;
+    if (!(trace > 0) || !is_finite(trace) || !is_finite(scale)) return;
+    for (int step = 0; step < kSteps; ++step) {
+      Packet<T> next[array_size(kPackets)];
+      for (int p = 0; p < kPackets; ++p) {
+        Packet<T> even = broadcast(T(0)), odd = even;
+        for (Index c = 0; c < kCoordinates; c += 2) {
+          const T* const row = covariance + c * kCoordinates + p * kLanes<T>;
+          even = multiply_add(broadcast(direction[c]), load(row), even);
+          odd = multiply_add(broadcast(direction[c + 1]), load(row + kCoordinates), odd);
+        }
+        next[p] = (even + odd) * broadcast(scale);
+      }
+      for (int p = 0; p < kPackets; ++p) store(direction + p * kLanes<T>, next[p]);
+    }
   }
 
-  const TokenRows<T>& x_;
+  const T* coordinates_;
   ClusteredRows clusters_;
-  std::uint64_t *places_, *sorted_;
-  Index sample_size_, row_size_;
+  Index in_a_set_;
+  std::uint32_t* places_;  ///< along the direction
+  Index* seconds_;         ///< rows that go to the second half
   T* memory_;
 };
 
-/// The rows that keeps keeps, in at most parts clusters.
+/// The rows that keeps keeps, in so many parts, at most the rows, each of in_a_set neighbouring ones a set.
 template <class T, class Keeps>
-ClusteredRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, Context& context, Scratch& scratch) {
+NestedRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, Index in_a_set, Context& context,
+                        Scratch& scratch) {
   const Index kept = count_kept(x.rows(), keeps);
-  const ClusteredRows clusters{scratch.array<Index>(kept), scratch.array<Index>(std::min(parts, kept) + 1)};
+  const ClusteredRows clusters{scratch.array<Index>(kept), scratch.array<Index>(parts + 1)};
+  Scratch own = context.scratch();
+  const std::span<Index> rows = own.array<Index>(kept);
   for (Index row = 0, i = 0; row < x.rows(); ++row) {
-    if (keeps(row)) clusters.rows.data()[i++] = row;
+    if (keeps(row)) rows.data()[i++] = row;
   }
-  Bisection<T>::run(x, clusters, context);
-  return clusters;
+  std::iota(clusters.rows.begin(), clusters.rows.end(), Index{0});
+  Bisection<T>::run(principal_coordinates(x, rows, context, own), clusters, in_a_set, context);
+  for (Index& row : clusters.rows) row = rows.data()[row];
+  return {clusters, in_a_set};
 }
 
 }  // namespace attn::detail

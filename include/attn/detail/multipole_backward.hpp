@@ -5,8 +5,6 @@
 ///     g_k      <- g_k - g_e s l                                    for e_c holds s l.k_c
 ///     slope_j   = r_j (g_k.k_j + g_v.v_j - (g_k.k_c + g_v.v_c) + g_e)
 ///     dk_j     += r_j g_k + slope_j s l       dv_j += r_j g_v      dl += sum_j slope_j s k_j - g_e s k_c
-///
-/// So a summary is a product of one more kind: queries are landmarks, values are keys and values side by side.
 #pragma once
 
 #include <attn/context.hpp>
@@ -29,7 +27,7 @@
 
 namespace attn::detail {
 
-/// Where gradients by keys, by values and by biases of keys are added; dbias is null where it is not wanted.
+/// Where gradients by keys, by values and by biases of keys are added.
 template <class T>
 struct KeyGradients {
   MatrixRef<T> dk, dv;
@@ -112,7 +110,7 @@ class GradientStrip {
         over_queries = over_queries + slope;
         store(slope_sum + p, load(slope_sum + p) + slope);
       }
-      if (to.dbias != nullptr) to.dbias[tile.first + j] += sum(over_queries);
+      to.dbias[tile.row(j)] += sum(over_queries);
     }
     add_to_keys(scores_, lanes(), dout_rows_, tile, tile.count, to.dv);
     add_to_keys(slopes_, lanes(), rows_, tile, tile.count, to.dk);
@@ -134,13 +132,40 @@ struct FieldGradients {
   const KeyClusters<T>& keys;
   const QueryGroups<T>& queries;
   const QueryBlocks& blocks;
+  FieldSizes sizes;
   FieldRecord<T, const Index> record;
   ConstMatrixRef<T> out, dout;
   MatrixRef<T> dq;
   bool at_most_one;
 };
 
-/// Adds up the gradients of some groups of queries. One for each part of them.
+/// Summaries and the gradients by them.
+template <class T>
+struct SummaryGradients {
+  Summaries<T> of, by;
+  T* far_bias;  ///< e_c, or -infinity for those that are not far
+
+  SummaryGradients(Index count, Index width, Scratch& scratch)
+      : of(Summaries<T>::make(count, width, scratch)),
+        by(Summaries<T>::make(count, width, scratch)),
+        far_bias(scratch.elements<T>(count)) {}
+
+  Index count() const { return of.tokens.rows(); }
+
+  void clear() const {
+    set_zero(by.tokens);
+    std::fill_n(by.bias, count(), T(0));
+  }
+
+  /// Some of them as keys and values, with far_bias for a bias.
+  KeyTile<T> far_tile(Range some, Index d) const {
+    KeyTile<T> tile = of.tile(some, d);
+    tile.bias = far_bias + some.first;
+    return tile;
+  }
+};
+
+/// Adds up the gradients of some regions of queries. One for each part of them.
 template <class T>
 class FieldBackward {
  public:
@@ -148,39 +173,44 @@ class FieldBackward {
       : given_(given),
         d_(given.keys.d),
         d_v_(given.keys.d_v()),
-        summaries_(Summaries<T>::make(std::min(kTileWidth<T>, given.queries.groups.count()), given.keys, scratch)),
-        dsummaries_(scratch.matrix<T>(summaries_.tokens.rows(), d_ + d_v_)),
-        dbias_(scratch.matrix<T>(summaries_.bias.rows(), summaries_.bias.cols())),
-        far_bias_(scratch.elements<T>(given.keys.clusters.count())),
-        runner_(given.product.in, given.keys, scratch),
+        branches_(given.sizes.open == given.keys.tree.sets() ? 0 : given.keys.tree.sets(), d_ + d_v_, scratch),
+        clusters_(given.sizes.open * given.keys.tree.parts_in_a_set, d_ + d_v_, scratch),
+        summarizer_(given.keys, scratch),
         strip_(d_, d_v_, scratch),
-        landmarks_(d_, d_ + d_v_, scratch),
-        dland_(scratch.matrix<T>(summaries_.scaled.rows(), d_)) {}
+        near_(given.keys, scratch),
+        dland_(scratch.elements<T>(d_)),
+        row_(scratch.elements<T>(d_)) {}
 
-  /// Groups of queries: their rows of dq are set; to (n, d + d_v) and dbias (n), in the order of clusters, are set to
+  /// Rows of dq of the regions' queries are set; to (n, d + d_v) and dbias (n), in the order of clusters, are set to
   /// what they add to keys and values.
-  void run(Range groups, const MatrixRef<T>& to, T* dbias) {
+  void run(Range regions, const MatrixRef<T>& to, T* dbias) {
+    const KeyGradients<T> gradients = of_tokens(to, dbias);
     set_zero(to);
     std::fill_n(dbias, to.rows(), T(0));
-    for (Range wave{groups.first, 0}; wave.first < groups.last; wave.first = wave.last) {
-      wave.last = std::min(groups.last, wave.first + summaries_.scaled.rows());
-      summaries_.look_from(given_.queries, wave, given_.product.kernel.scale);
-      for (Index c = 0; c < given_.keys.clusters.count(); ++c) runner_.summarize(c, summaries_);
-      set_zero(dsummaries_);
-      set_zero(dbias_);
-      for (Index g = wave.first; g < wave.last; ++g) {
-        for (Index b = 0; b < given_.blocks.count(g); ++b) {
-          add_block(given_.blocks.block(g, b, g - wave.first), to, dbias);
-        }
+    const NestedRows& groups = given_.queries.tree;
+    for (Index region = regions.first; region < regions.last; ++region) {
+      const T* const landmark = row_of(given_.queries.region_means, region);
+      for (Index b = 0; b < branches_.count(); ++b) summarizer_.summarize_branch(landmark, b, branches_.of, b);
+      branches_.clear();
+      const Range some = groups.parts_of(region);
+      for (Index group = some.first; group < some.last; ++group) add_group(group, gradients);
+      if (branches_.count() == 0) continue;
+      begin_landmark();
+      for (Index b = 0; b < branches_.count(); ++b) {
+        summarizer_.look(landmark, b);
+        add_summary(landmark, given_.keys.tree.range(b), branches_, b, gradients);
       }
-      add_summaries(to, dbias);
-      for (Index g = wave.first; g < wave.last; ++g) scatter_landmark(g, g - wave.first);
+      scatter_landmark(groups.range(region));
     }
   }
 
  private:
   Index query(const QueryBlock& block, Index i) const {
-    return given_.queries.groups.rows.data()[block.queries.first + i];
+    return given_.queries.tree.parts.rows.data()[block.queries.first + i];
+  }
+
+  std::span<const Index> open_to(Index group) const {
+    return numbers(given_.record.open + group * given_.sizes.open, given_.sizes.open);
   }
 
   KeyGradients<T> of_tokens(const MatrixRef<T>& tokens, T* dbias) const {
@@ -189,7 +219,25 @@ class FieldBackward {
             dbias};
   }
 
-  void add_block(const QueryBlock& block, const MatrixRef<T>& to, T* dbias) {
+  void add_group(Index group, const KeyGradients<T>& to) {
+    const T* const landmark = row_of(given_.queries.means, group);
+    const std::span<const Index> open = open_to(group);
+    summarizer_.summarize_clusters(landmark, open, clusters_.of);
+    clusters_.clear();
+    for (Index b = 0; b < given_.blocks.count(group); ++b) add_block(given_.blocks.block(group, b), open, to);
+    begin_landmark();
+    Index i = 0;
+    for (const Index b : open) {
+      summarizer_.look(landmark, b);
+      const Range clusters = given_.keys.tree.parts_of(b);
+      for (Index c = clusters.first; c < clusters.last; ++c, ++i) {
+        add_summary(landmark, given_.keys.tree.parts.range(c), clusters_, i, to);
+      }
+    }
+    scatter_landmark(given_.queries.tree.parts.range(group));
+  }
+
+  void add_block(const QueryBlock& block, std::span<const Index> open, const KeyGradients<T>& to) {
     const Product<T>& product = given_.product;
     const Index count = block.queries.last - block.queries.first;
     strip_.open(
@@ -197,11 +245,30 @@ class FieldBackward {
         [&](Index i) { return product.in.q.row_or_null(query(block, i)); },
         [&](Index i) { return row_of(given_.dout, query(block, i)); });
     for (Index i = 0; i < count; ++i) set_statistics(block, i);
-    add_far(block);
-    const Index near_count = given_.record.near_count[block.number];
-    const Index* const near = given_.record.near + block.number * given_.record.most_near;
-    for (Index i = 0; i < near_count; ++i) add_keys(given_.keys.clusters.range(near[i]), to, dbias);
+    hide_near(block, open);
+    add_far(branches_);
+    add_far(clusters_);
+    add_near(block, to);
     write_dq(block);
+  }
+
+  std::span<const Index> near_to(const QueryBlock& block) const {
+    return numbers(given_.record.near + block.number * given_.record.most_near, given_.record.near_count[block.number]);
+  }
+
+  /// far_bias of branches that are not open and of clusters that are not near is theirs. near and open are ascending.
+  void hide_near(const QueryBlock& block, std::span<const Index> open) const {
+    constexpr T kHidden = -std::numeric_limits<T>::infinity();
+    std::copy_n(branches_.of.bias, branches_.count(), branches_.far_bias);
+    std::copy_n(clusters_.of.bias, clusters_.count(), clusters_.far_bias);
+    for (const Index b : open) {
+      if (branches_.count() > 0) branches_.far_bias[b] = kHidden;
+    }
+    const Index in_a_branch = given_.keys.tree.parts_in_a_set;
+    for (const Index c : near_to(block)) {
+      const auto branch = std::lower_bound(open.begin(), open.end(), c / in_a_branch) - open.begin();
+      clusters_.far_bias[branch * in_a_branch + c % in_a_branch] = kHidden;
+    }
   }
 
   void set_statistics(const QueryBlock& block, Index i) {
@@ -228,32 +295,15 @@ class FieldBackward {
     return given_.product.kernel.bias * total;
   }
 
-  void add_far(const QueryBlock& block) {
-    const Index m = given_.keys.clusters.count(), first = block.lane * m;
-    std::copy_n(summaries_.bias.data() + first, m, far_bias_);
-    const Index* const near = given_.record.near + block.number * given_.record.most_near;
-    for (Index i = 0; i < given_.record.near_count[block.number]; ++i) {
-      far_bias_[near[i]] = -std::numeric_limits<T>::infinity();
-    }
-    for (Index c = 0; c < m; c += kTileKeys<T>) {
-      const T* const tokens = summaries_.tokens.data() + (first + c) * summaries_.tokens.cols();
-      const KeyTile<T> tile{.k = tokens,
-                            .v = tokens + d_,
-                            .bias = far_bias_ + c,
-                            .k_stride = summaries_.tokens.cols(),
-                            .v_stride = summaries_.tokens.cols(),
-                            .rows = nullptr,
-                            .first = first + c,
-                            .count = std::min(m - c, kTileKeys<T>)};
-      strip_.add(tile, given_.at_most_one, of_tokens(dsummaries_, dbias_.data()));
+  void add_far(const SummaryGradients<T>& summaries) {
+    for (Range some{0, 0}; some.first < summaries.count(); some.first = some.last) {
+      some.last = std::min(summaries.count(), some.first + kTileKeys<T>);
+      strip_.add(summaries.far_tile(some, d_), given_.at_most_one, of_tokens(summaries.by.tokens, summaries.by.bias));
     }
   }
 
-  void add_keys(Range keys, const MatrixRef<T>& to, T* dbias) {
-    for (Range some{keys.first, 0}; some.first < keys.last; some.first = some.last) {
-      some.last = std::min(keys.last, some.first + kTileKeys<T>);
-      strip_.add(given_.keys.tile(some), given_.at_most_one, of_tokens(to, dbias));
-    }
+  void add_near(const QueryBlock& block, const KeyGradients<T>& to) {
+    near_.for_each_tile(near_to(block), [&](const KeyTile<T>& tile) { strip_.add(tile, given_.at_most_one, to); });
   }
 
   /// dq_i = scale sum_j slope k_j - 2 bias (sum_j slope) q_i.
@@ -278,60 +328,56 @@ class FieldBackward {
     }
   }
 
-  /// From the gradients by summaries those by keys, values and landmarks.
-  void add_summaries(const MatrixRef<T>& to, T* dbias) {
-    const Index m = given_.keys.clusters.count(), count = summaries_.landmarks.count;
-    const T to_natural = std::numbers::ln2_v<T>;
-    const auto of = [&](Index lane, Index c) { return dsummaries_.data() + (lane * m + c) * dsummaries_.cols(); };
-    landmarks_.open(
-        count, nullptr, given_.product.kernel.scale,
-        [&](Index lane) { return given_.queries.means.data() + (summaries_.first + lane) * d_; },
-        [&](Index lane) { return of(lane, 0); });
-    set_zero(dland_);
-    for (Index c = 0; c < m; ++c) {
-      for (Index lane = 0; lane < count; ++lane) {
-        const T* const summary = summaries_.tokens.data() + (lane * m + c) * dsummaries_.cols();
-        const T* const scaled = summaries_.scaled.data() + lane * d_;  // in units of log2
-        const T de = dbias_.data()[lane * m + c];
-        add_row(-to_natural * de, scaled, of(lane, c), d_);
-        add_row(-de, summary, dland_.data() + lane * d_, d_);
-        landmarks_.dot[lane] = dot_product(of(lane, c), summary, dsummaries_.cols()) - de;
-        landmarks_.log_divisor[lane] = summaries_.bias.data()[lane * m + c] + dot_product(scaled, summary, d_);
-      }
-      landmarks_.set_dout(count, [&](Index lane) { return of(lane, c); });
-      for (Range some = given_.keys.clusters.range(c), all = some; some.first < all.last; some.first = some.last) {
-        some.last = std::min(all.last, some.first + kTileKeys<T>);
-        KeyTile<T> tile = given_.keys.tile(some);
-        tile.v = tile.k;
-        landmarks_.add(tile, true, {of_tokens(to, nullptr).dk, to, dbias});
+  void begin_landmark() { std::fill_n(dland_, d_, T(0)); }
+
+  /// From the gradients by the i-th of some summaries, of a cluster in the branch looked at, those by its keys and
+  /// values; dland_ <- dland_ + the gradient by s l. landmark: s l, in units of log2.
+  void add_summary(const T* landmark, Range cluster, const SummaryGradients<T>& summaries, Index i,
+                   const KeyGradients<T>& to) {
+    const Index width = d_ + d_v_, stride = to.dk.outerStride();
+    T *const token = row_of(summaries.of.tokens, i), *const gradient = row_of(summaries.by.tokens, i);
+    const T de = summaries.by.bias[i], to_natural = std::numbers::ln2_v<T>;
+    summarizer_.sum_up(cluster, token);
+    add_row(-to_natural * de, landmark, gradient, d_);
+    add_row(-de, token, dland_, d_);
+    const T dot = dot_product(gradient, token, width) - de;
+    const T* const shares = summarizer_.shares(cluster);
+    for (Index first = cluster.first; first < cluster.last; first += kLanes<T>) {
+      const Index count = std::min<Index>(kLanes<T>, cluster.last - first);
+      const T* const share = shares + first - cluster.first;
+      alignas(64) T slopes[array_size(kLanes<T>)];
+      store(slopes, load_unaligned(share) *
+                        (row_products(given_.keys.row(first), width, count, gradient, width) - broadcast(dot)));
+      sum_scaled_rows(slopes, count, given_.keys.row(first), width, d_, row_);
+      add_row(T(1), row_, dland_, d_);
+      for (Index j = 0; j < count; ++j) {
+        T* const dtoken = to.dk.data() + (first + j) * stride;
+        add_row(share[j], gradient, dtoken, width);
+        add_row(to_natural * slopes[j], landmark, dtoken, d_);
+        to.dbias[first + j] += slopes[j];
       }
     }
   }
 
-  /// Every query of a group that is finite gets an equal share of its landmark's gradient.
-  void scatter_landmark(Index g, Index lane) {
-    const Range range = given_.queries.groups.range(g);
-    T* const dland = dland_.data() + lane * d_;  // what e_c adds, and what products add
-    for (Index x = 0; x < d_; ++x) dland[x] += landmarks_.dq[x * landmarks_.lanes() + lane];
+  /// Every query of some that is finite gets an equal share of their landmark's gradient.
+  void scatter_landmark(Range queries) {
+    const Index* const rows = given_.queries.tree.parts.rows.data();
+    const auto finite = [&](Index i) { return is_finite(squared_norm(given_.product.in.q.row_or_null(rows[i]), d_)); };
     Index count = 0;
-    const auto finite = [&](Index i) {
-      return is_finite(squared_norm(given_.product.in.q.row_or_null(given_.queries.groups.rows.data()[i]), d_));
-    };
-    for (Index i = range.first; i < range.last; ++i) count += finite(i) ? 1 : 0;
+    for (Index i = queries.first; i < queries.last; ++i) count += finite(i) ? 1 : 0;
     const T share = std::numbers::ln2_v<T> * given_.product.kernel.scale / static_cast<T>(std::max<Index>(count, 1));
-    for (Index i = range.first; i < range.last; ++i) {
-      if (finite(i)) add_row(share, dland, row_of(given_.dq, given_.queries.groups.rows.data()[i]), d_);
+    for (Index i = queries.first; i < queries.last; ++i) {
+      if (finite(i)) add_row(share, dland_, row_of(given_.dq, rows[i]), d_);
     }
   }
 
   const FieldGradients<T>& given_;
   Index d_, d_v_;
-  Summaries<T> summaries_;
-  MatrixRef<T> dsummaries_, dbias_;  ///< gradients by the summaries' tokens and bias
-  T* far_bias_;
-  ClusterRunner<T> runner_;
-  GradientStrip<T> strip_, landmarks_;
-  MatrixRef<T> dland_;
+  SummaryGradients<T> branches_, clusters_;
+  Summarizer<T> summarizer_;
+  GradientStrip<T> strip_;
+  NearKeys<T> near_;
+  T *dland_, *row_;  ///< the gradient by s l, and room for a row
 };
 
 /// gradients of a product by fields, as saved has them.
@@ -340,34 +386,33 @@ void multipole_backward(const Product<T>& product, const State& saved, const Con
                         const ConstMatrixRef<T>& dout, const Gradients<T>& gradients, Context& context) {
   constexpr Index kMostParts = 4;  // whose sums are added up in order, whatever the workers
   Scratch scratch = context.scratch();
-  const ClusteredRows clusters = copy_of(saved.keys, saved.key_starts, scratch),
-                      groups = copy_of(saved.queries, saved.query_starts, scratch);
-  const auto keys = KeyClusters<T>::make(product.in, product.kernel, clusters, context, scratch);
+  const NestedRows clusters{copy_of(saved.keys, saved.key_starts, scratch), saved.clusters_in_a_branch},
+      groups{copy_of(saved.queries, saved.query_starts, scratch), saved.groups_in_a_region};
+  const FieldSizes sizes{saved.most_open, saved.most_near};
+  const auto keys =
+      KeyClusters<T>::make(product.in, product.kernel, clusters, sizes.open == clusters.sets(), context, scratch);
   const auto queries = QueryGroups<T>::make(product.in, product.kernel, groups, context, scratch);
-  const QueryBlocks blocks(groups, kTileWidth<T>, scratch);
+  const QueryBlocks blocks(groups.parts, kTileWidth<T>, scratch);
   const bool at_most_one = product.rows == Rows::normalized;
-  const FieldGradients<T> given{product,
-                                keys,
-                                queries,
-                                blocks,
-                                {saved.near.data(), saved.near_count.data(), saved.most_near, saved.lse.data()},
-                                out,
-                                dout,
-                                gradients.dq,
-                                at_most_one};
+  const FieldGradients<T> given{
+      product,      keys,
+      queries,      blocks,
+      sizes,        {saved.open.data(), saved.near.data(), saved.near_count.data(), saved.most_near, saved.lse.data()},
+      out,          dout,
+      gradients.dq, at_most_one};
   for (const MatrixRef<T>* gradient : {&gradients.dq, &gradients.dk, &gradients.dv}) set_zero(*gradient);
-  const Index parts = std::min(kMostParts, groups.count()), n = keys.tokens.rows(), width = keys.tokens.cols();
+  const Index parts = std::min(kMostParts, groups.sets()), n = keys.tokens.rows(), width = keys.tokens.cols();
   const MatrixRef<T> tokens = scratch.matrix<T>(parts * n, width), dbias = scratch.matrix<T>(parts, n);
   FieldBackward<T>* const runners = scratch.make<FieldBackward<T>>(parts, given, scratch);
   context.for_each(parts, [&](Index part, int) {
-    runners[part].run(nth_part(groups.count(), parts, part), rows_of(tokens, {part * n, (part + 1) * n}),
+    runners[part].run(nth_part(groups.sets(), parts, part), rows_of(tokens, {part * n, (part + 1) * n}),
                       dbias.data() + part * n);
   });
   const T twice_bias = 2 * std::numbers::ln2_v<T> * product.kernel.bias;
-  context.for_each(clusters.count(), [&](Index c, int) {
-    for (Index j = clusters.range(c).first; j < clusters.range(c).last; ++j) {
-      T* const dk = row_of(gradients.dk, clusters.rows.data()[j]);
-      T* const dv = row_of(gradients.dv, clusters.rows.data()[j]);
+  context.for_each(clusters.sets(), [&](Index b, int) {
+    for (Index j = clusters.range(b).first; j < clusters.range(b).last; ++j) {
+      T* const dk = row_of(gradients.dk, clusters.parts.rows.data()[j]);
+      T* const dv = row_of(gradients.dv, clusters.parts.rows.data()[j]);
       T slopes = 0;
       for (Index part = 0; part < parts; ++part) {
         const T* const row = tokens.data() + (part * n + j) * width;
@@ -375,7 +420,7 @@ void multipole_backward(const Product<T>& product, const State& saved, const Con
         add_row(T(1), row + keys.d, dv, keys.d_v());
         slopes += dbias.data()[part * n + j];
       }
-      add_row(-twice_bias * slopes, keys.tokens.data() + j * width, dk, keys.d);
+      add_row(-twice_bias * slopes, keys.row(j), dk, keys.d);
     }
   });
 }

@@ -1,15 +1,23 @@
 /// The two fields of multipole attention: clusters of keys as landmarks see them, and blocks of queries that meet them.
 ///
-///   for each landmark l, cluster c:   r_j  = softmax_{j in c}(s l.k_j + a_j)
-///                                     k_c  = sum r_j k_j,  v_c = sum r_j v_j
-///                                     e_c  = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c
-///   for each block of queries:        the clusters of largest weight x spread of scores x spread of values are near
-///     score[c] = s q.k_c + e_c        far clusters, by their summary
-///     score[j] = s q.k_j + a_j        keys of near clusters, as they are
+///   a summary, of a cluster c of keys for a landmark l:
+///     r_j  = softmax_{j in c}(s l.k_j + a_j)
+///     k_c  = sum r_j k_j,  v_c = sum r_j v_j
+///     e_c  = log sum_{j in c} exp(s l.k_j + a_j) - s l.k_c
+///   for each region of queries:       summaries of all branches for the region's landmark
+///     for each group:                 the branches of the largest error terms are open:
+///                                     summaries of their clusters for the group's landmark
+///       for each block of queries:    of these clusters those of the largest error terms are near
+///         score[c] = s q.k_c + e_c    far: branches that are not open, clusters that are not near, by their summary
+///         score[j] = s q.k_j + a_j    keys of near clusters, as they are
+///
+/// An error term is root mean square of the queries' weights x spread of scores about the landmark's x spread of
+/// values.
 #pragma once
 
 #include <attn/context.hpp>
 #include <attn/detail/bisection.hpp>
+#include <attn/engine/exp2.hpp>
 #include <attn/engine/key_tiles.hpp>
 #include <attn/engine/packed.hpp>
 #include <attn/engine/problem.hpp>
@@ -20,30 +28,46 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <numbers>
+#include <numeric>
 #include <span>
 #include <type_traits>
 
 namespace attn::detail {
 
-/// Keys and values in the order of their clusters, side by side in rows of d + d_v elements, and what is known of each
-/// cluster whoever looks at it.
+/// What is known of clusters of keys whoever looks at them.
 template <class T>
-struct KeyClusters {
-  ClusteredRows clusters;
-  MatrixRef<T> tokens;        ///< [k | v] (n, d + d_v), keys relative to the center
-  T* bias;                    ///< a_j of each, in units of log2; null where all are 0
+struct KeySpreads {
   MatrixRef<T> key_variance;  ///< of each cluster's keys, per coordinate (m, d)
   T* value_spread;            ///< root of the summed variances of each cluster's values (m)
+
+  static KeySpreads make(Index m, Index d, Scratch& scratch) {
+    return {scratch.matrix<T>(m, d), scratch.elements<T>(m)};
+  }
+};
+
+/// Keys and values in the order of their clusters, side by side in rows of d + d_v elements. Branches, of neighbouring
+/// clusters, have spreads only where some of them are not open to some group.
+template <class T>
+struct KeyClusters {
+  NestedRows tree;      ///< clusters in branches
+  MatrixRef<T> tokens;  ///< [k | v] (n, d + d_v), keys relative to the center
+  T* bias;              ///< a_j of each, in units of log2; null where all are 0
+  KeySpreads<T> of_clusters, of_branches;
   Index d;
 
   Index d_v() const { return tokens.cols() - d; }
+  const T* row(Index j) const { return tokens.data() + j * tokens.cols(); }
 
   /// Keys [first, last) in the order of clusters, for products with their values.
   KeyTile<T> tile(Range keys) const {
-    const T* const first = tokens.data() + keys.first * tokens.cols();
-    return {.k = first,
-            .v = first + d,
+    return {.k = row(keys.first),
+            .v = row(keys.first) + d,
             .bias = bias == nullptr ? nullptr : bias + keys.first,
             .k_stride = tokens.cols(),
             .v_stride = tokens.cols(),
@@ -52,81 +76,86 @@ struct KeyClusters {
             .count = keys.last - keys.first};
   }
 
-  static KeyClusters make(const Sources<T>& in, const LogKernel<T>& kernel, const ClusteredRows& clusters,
+  static KeyClusters make(const Sources<T>& in, const LogKernel<T>& kernel, const NestedRows& tree, bool all_open,
                           Context& context, Scratch& scratch) {
     const Index d = in.k.cols(), d_v = in.v.cols();
-    const Index n = static_cast<Index>(clusters.rows.size()), m = clusters.count();
+    const Index n = static_cast<Index>(tree.parts.rows.size()), m = tree.parts.count();
     const bool has_bias = kernel.bias != 0 || !in.key_bias.empty();
-    const KeyClusters keys{clusters,
+    const KeyClusters keys{tree,
                            scratch.matrix<T>(n, d + d_v),
                            has_bias ? scratch.elements<T>(n) : nullptr,
-                           scratch.matrix<T>(m, d),
-                           scratch.elements<T>(m),
+                           KeySpreads<T>::make(m, d, scratch),
+                           KeySpreads<T>::make(all_open ? 0 : tree.sets(), d, scratch),
                            d};
-    const auto means = scratch.matrix<T>(context.workers(), d + 2 * d_v);
-    context.for_each(m, [&](Index c, int worker) { keys.set(in, kernel, c, means.data() + worker * means.cols()); });
+    T* const buffers = scratch.elements<T>(context.workers() * 2 * keys.tokens.cols());
+    context.for_each(tree.sets(), [&](Index b, int worker) {
+      T* const buffer = buffers + worker * 2 * keys.tokens.cols();
+      for (Index j = tree.range(b).first; j < tree.range(b).last; ++j) keys.set_key(in, kernel, j);
+      for (Index c = tree.parts_of(b).first; c < tree.parts_of(b).last; ++c) {
+        keys.set_spreads(tree.parts.range(c), c, keys.of_clusters, buffer);
+      }
+      if (!all_open) keys.set_spreads(tree.range(b), b, keys.of_branches, buffer);
+    });
     return keys;
   }
 
  private:
-  void set(const Sources<T>& in, const LogKernel<T>& kernel, Index c, T* mean) const {
-    const Range range = clusters.range(c);
-    const Index width = tokens.cols();
-    T *const value_variance = mean + width, share = 1 / static_cast<T>(range.last - range.first);
-    std::fill_n(mean, width + d_v(), T(0));
-    for (Index j = range.first; j < range.last; ++j) {
-      const Index row = clusters.rows.data()[j];
-      T* const to = tokens.data() + j * width;
-      in.k.copy_row(row, to);
-      in.v.copy_row(row, to + d);
-      if (kernel.center != nullptr) add_row(T(-1), kernel.center, to, d);
-      if (bias != nullptr) set_bias(in, kernel, row, to, bias + j);
-      add_row(share, to, mean, width);
-    }
-    T* const variance = key_variance.data() + c * d;
-    std::fill_n(variance, d, T(0));
-    for (Index j = range.first; j < range.last; ++j) {
-      const T* const row = tokens.data() + j * width;
-      add_squared_difference(row, mean, variance, d);
-      add_squared_difference(row + d, mean + d, value_variance, d_v());
-    }
-    scale_row(share, variance, variance, d);
-    value_spread[c] = std::sqrt(share * row_sum(value_variance, d_v()));
+  void set_key(const Sources<T>& in, const LogKernel<T>& kernel, Index j) const {
+    const Index from = tree.parts.rows.data()[j];
+    T* const to = tokens.data() + j * tokens.cols();
+    in.k.copy_row(from, to);
+    in.v.copy_row(from, to + d);
+    if (kernel.center != nullptr) add_row(T(-1), kernel.center, to, d);
+    if (bias == nullptr) return;
+    bias[j] = kernel.bias == 0 ? T(0) : -kernel.bias * squared_norm(to, d);
+    if (in.key_bias.empty()) return;
+    bias[j] += std::numbers::log2e_v<T> * (in.key_bias.data()[from] - kernel.bias_origins.common);
   }
 
-  void set_bias(const Sources<T>& in, const LogKernel<T>& kernel, Index row, const T* key, T* to) const {
-    *to = kernel.bias == 0 ? T(0) : -kernel.bias * squared_norm(key, d);
-    if (!in.key_bias.empty()) *to += std::numbers::log2e_v<T> * (in.key_bias.data()[row] - kernel.bias_origins.common);
+  /// Spreads of the c-th of some sets. buffer: two rows of d + d_v.
+  void set_spreads(Range keys, Index c, const KeySpreads<T>& to, T* buffer) const {
+    const Index width = tokens.cols();
+    T *const mean = buffer, *const variance = buffer + width;
+    const T share = 1 / static_cast<T>(keys.last - keys.first);
+    std::fill_n(mean, 2 * width, T(0));
+    for (Index j = keys.first; j < keys.last; ++j) add_row(share, row(j), mean, width);
+    for (Index j = keys.first; j < keys.last; ++j) add_squared_difference(row(j), mean, variance, width);
+    scale_row(share, variance, to.key_variance.data() + c * d, d);
+    to.value_spread[c] = std::sqrt(share * row_sum(variance + d, width - d));
   }
 };
 
-/// Groups of queries, and the mean of each: its landmark.
+/// Groups of queries in regions, and the mean of each: its landmark.
 template <class T>
 struct QueryGroups {
-  ClusteredRows groups;
-  MatrixRef<T> means;  ///< relative to the center (groups, d)
+  NestedRows tree;            ///< groups in regions
+  MatrixRef<T> means;         ///< of groups, relative to the center, times the kernel's scale (groups, d)
+  MatrixRef<T> region_means;  ///< of regions
 
-  static QueryGroups make(const Sources<T>& in, const LogKernel<T>& kernel, const ClusteredRows& groups,
-                          Context& context, Scratch& scratch) {
+  static QueryGroups make(const Sources<T>& in, const LogKernel<T>& kernel, const NestedRows& tree, Context& context,
+                          Scratch& scratch) {
     const Index d = in.q.cols();
-    const QueryGroups made{groups, scratch.matrix<T>(groups.count(), d)};
-    const auto buffers = scratch.matrix<T>(context.workers(), d);
-    context.for_each(groups.count(),
-                     [&](Index g, int worker) { made.set_mean(in.q, kernel.center, g, buffers.data() + worker * d); });
+    const QueryGroups made{tree, scratch.matrix<T>(tree.parts.count(), d), scratch.matrix<T>(tree.sets(), d)};
+    T* const buffers = scratch.elements<T>(context.workers() * d);
+    context.for_each(tree.sets(), [&](Index r, int worker) {
+      T* const buffer = buffers + worker * d;
+      for (Index g = tree.parts_of(r).first; g < tree.parts_of(r).last; ++g) {
+        made.set_mean(in.q, kernel, tree.parts.range(g), buffer, row_of(made.means, g));
+      }
+      made.set_mean(in.q, kernel, tree.range(r), buffer, row_of(made.region_means, r));
+    });
     return made;
   }
 
  private:
   /// Rows that are not finite do not count: they reach no other row.
-  void set_mean(const TokenRows<T>& q, const T* center, Index g, T* buffer) const {
-    const Range range = groups.range(g);
+  void set_mean(const TokenRows<T>& q, const LogKernel<T>& kernel, Range queries, T* buffer, T* mean) const {
     const Index d = means.cols();
-    T* const mean = means.data() + g * d;
     const auto add = [&](bool finite_only) {
       Index count = 0;
       std::fill_n(mean, d, T(0));
-      for (Index i = range.first; i < range.last; ++i) {
-        const T* const row = q.row(groups.rows.data()[i], buffer);
+      for (Index i = queries.first; i < queries.last; ++i) {
+        const T* const row = q.row(tree.parts.rows.data()[i], buffer);
         if (finite_only && !is_finite(squared_norm(row, d))) continue;
         add_row(T(1), row, mean, d);
         ++count;
@@ -136,104 +165,190 @@ struct QueryGroups {
     Index count = add(false);
     if (!is_finite(squared_norm(mean, d))) count = add(true);
     scale_row(1 / static_cast<T>(std::max<Index>(count, 1)), mean, mean, d);
-    if (center != nullptr && count > 0) add_row(T(-1), center, mean, d);
+    if (kernel.center != nullptr && count > 0) add_row(T(-1), kernel.center, mean, d);
+    scale_row(kernel.scale, mean, mean, d);
   }
 };
 
-/// What the landmarks of some groups, along the lanes of one strip, know of all clusters.
+/// x in the count first lanes, fill in the others, whatever x has there.
 template <class T>
-struct Summaries {
-  QueryStrip<T> landmarks;
-  Index first;          ///< group of the first lane
-  MatrixRef<T> scaled;  ///< the landmarks as rows, times the kernel's scale (lanes, d)
-  MatrixRef<T> tokens;  ///< [k_c | v_c], cluster after cluster for each landmark (lanes m, d + d_v)
-  MatrixRef<T> bias;    ///< e_c of each landmark and cluster (lanes, m), in units of log2
-
-  static Summaries make(Index most, const KeyClusters<T>& keys, Scratch& scratch) {
-    const Index m = keys.clusters.count();
-    QueryStrip<T> strip{};
-    strip.panel = scratch.elements<T>(kTileWidth<T> * keys.d);
-    return {strip, 0, scratch.matrix<T>(most, keys.d), scratch.matrix<T>(most * m, keys.tokens.cols()),
-            scratch.matrix<T>(most, m)};
-  }
-
-  /// Turns to the landmarks of groups [groups.first, groups.last), at most kTileWidth.
-  void look_from(const QueryGroups<T>& queries, Range groups, T scale) {
-    const Index d = scaled.cols();
-    first = groups.first;
-    landmarks.count = groups.last - groups.first;
-    landmarks.packets = static_cast<int>(packet_count<T>(landmarks.count));
-    for (Index lane = 0; lane < landmarks.lanes(); lane += kLanes<T>) {
-      const T* rows[kLanes<T>];
-      for (Index i = 0; i < kLanes<T>; ++i) {
-        const bool real = lane + i < landmarks.count;
-        rows[i] = real ? queries.means.data() + (groups.first + lane + i) * d : nullptr;
-        if (real) scale_row(scale, rows[i], scaled.data() + (lane + i) * d, d);
-      }
-      pack_rows<T>(rows, d, nullptr, scale, landmarks.panel + lane, landmarks.lanes());
-    }
-  }
-};
-
-/// Empties the first lanes of a state whose weighted has columns rows.
-template <class T>
-void clear(const LaneState<T>& state, Index lanes, Index columns) {
-  std::fill_n(state.maximum, lanes, kNoMaximum<T>);
-  std::fill_n(state.sum, lanes, T(0));
-  std::fill_n(state.base, lanes, T(0));
-  std::fill_n(state.weighted, lanes * round_up_to_tiles(columns), T(0));
+inline Packet<T> first_lanes(Packet<T> x, Index count, T fill) {
+  using Bits = typename VectorOf<T, BitsOf<T>>::Type;
+  static constexpr auto kMask = [] {
+    std::array<BitsOf<T>, 2 * kLanes<T>> mask{};
+    std::fill_n(mask.begin(), kLanes<T>, ~BitsOf<T>{0});
+    return mask;
+  }();
+  Bits keep;
+  std::memcpy(&keep, kMask.data() + kLanes<T> - count, sizeof keep);
+  return std::bit_cast<Packet<T>>((std::bit_cast<Bits>(x) & keep) | (std::bit_cast<Bits>(broadcast(fill)) & ~keep));
 }
 
-/// Sums up clusters for landmarks. One for each worker.
-template <class T>
-class ClusterRunner {
- public:
-  ClusterRunner(const Sources<T>& in, const KeyClusters<T>& keys, Scratch& scratch)
-      : keys_(keys),
-        kernel_({in.q, in.k, TokenRows<T>(ConstMatrixRef<T>(keys.tokens))}, Maximum::running, nullptr, scratch),
-        state_(LaneState<T>::make(keys.tokens.cols(), scratch)) {}
+/// Keys in a row whose sum is one chain.
+inline constexpr Index kKeysAtOnce = 256;
 
-  /// The summaries of cluster c.
-  void summarize(Index c, const Summaries<T>& to) const {
-    const Index width = keys_.tokens.cols(), lanes = to.landmarks.lanes(), m = keys_.clusters.count();
-    clear(state_, lanes, width);
-    for (Range some = keys_.clusters.range(c), all = some; some.first < all.last; some.first = some.last) {
-      some.last = std::min(all.last, some.first + kTileKeys<T>);
-      KeyTile<T> tile = keys_.tile(some);
-      tile.v = tile.k;
-      kernel_.add(to.landmarks, state_, tile, CausalLimits::kNone, {});
+/// kPackets packets of to <- (more ? to : 0) + the sum of factor_i row_i, for count rows that lie stride apart; only
+/// the first columns elements of a single packet are there.
+template <int kPackets, class T>
+void sum_some_packets(const T* factors, Index count, const T* rows, Index stride, Index columns, bool more, T* to) {
+  Packet<T> total[array_size(kPackets)];
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) total[p] = broadcast(T(0));
+  for (Index i = 0; i < count; ++i, rows += stride) {
+    const auto factor = broadcast(factors[i]);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPackets; ++p) {
+      const auto x = kPackets > 1 ? load_unaligned(rows + p * kLanes<T>) : load_row(rows, 0, columns);
+      total[p] = multiply_add(factor, x, total[p]);
     }
-    for (Index p = 0; p < lanes; p += kLanes<T>) {
-      T* rows[kLanes<T>];
-      for (Index i = 0; i < kLanes<T>; ++i) {
-        rows[i] = p + i < to.landmarks.count ? to.tokens.data() + ((p + i) * m + c) * width : nullptr;
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) {
+    T* const at = to + p * kLanes<T>;
+    const Index width = kPackets > 1 ? kLanes<T> : columns;
+    store_row(at, 0, width, more ? total[p] + load_row(at, 0, width) : total[p]);
+  }
+}
+
+/// to <- the sum of factor_i row_i, for count rows of d elements that lie stride apart, some packets at a time.
+template <class T>
+[[gnu::noinline]] void sum_scaled_rows(const T* factors, Index count, const T* rows, Index stride, Index d, T* to) {
+  constexpr Index kAtOnce = 4 * kLanes<T>;
+  for (Index first = 0; first == 0 || first < count; first += kKeysAtOnce) {
+    const Index some = std::min(kKeysAtOnce, count - first);
+    const T* const row = rows + first * stride;
+    Index c = 0;
+    for (; c + kAtOnce <= d; c += kAtOnce) {
+      sum_some_packets<4>(factors + first, some, row + c, stride, kAtOnce, first > 0, to + c);
+    }
+    for (; c < d; c += kLanes<T>) {
+      sum_some_packets<1>(factors + first, some, row + c, stride, d - c, first > 0, to + c);
+    }
+  }
+}
+
+/// What a landmark knows of some clusters.
+template <class T>
+struct Summaries {
+  MatrixRef<T> tokens;  ///< [k_c | v_c] (count, d + d_v)
+  T* bias;              ///< e_c, in units of log2
+
+  static Summaries make(Index count, Index width, Scratch& scratch) {
+    return {scratch.matrix<T>(count, width), scratch.elements<T>(count)};
+  }
+
+  Summaries part(Index first, Index count) const {
+    return {{row_of(tokens, first), count, tokens.cols(), tokens.outerStride()}, bias + first};
+  }
+
+  /// Summaries [first, last) as keys and values.
+  KeyTile<T> tile(Range some, Index d) const {
+    const T* const row = tokens.data() + some.first * tokens.cols();
+    return {.k = row,
+            .v = row + d,
+            .bias = bias + some.first,
+            .k_stride = tokens.cols(),
+            .v_stride = tokens.cols(),
+            .rows = nullptr,
+            .first = some.first,
+            .count = some.last - some.first};
+  }
+};
+
+/// Sums clusters up for one landmark at a time. One for each worker.
+template <class T>
+class Summarizer {
+ public:
+  Summarizer(const KeyClusters<T>& keys, Scratch& scratch)
+      : keys_(keys),
+        room_(most_keys(keys) + 2 * kLanes<T>),
+        products_(scratch.elements<T>(3 * room_)),
+        scores_(products_ + room_),
+        shares_(scores_ + room_) {}
+
+  /// Branch b, into summary i. landmark: s l.
+  void summarize_branch(const T* landmark, Index b, const Summaries<T>& to, Index i) {
+    look(landmark, b);
+    to.bias[i] = sum_up(keys_.tree.range(b), row_of(to.tokens, i));
+  }
+
+  /// The clusters of some branches, one after another.
+  void summarize_clusters(const T* landmark, std::span<const Index> branches, const Summaries<T>& to) {
+    Index i = 0;
+    for (const Index b : branches) {
+      look(landmark, b);
+      const Range clusters = keys_.tree.parts_of(b);
+      for (Index c = clusters.first; c < clusters.last; ++c, ++i) {
+        to.bias[i] = sum_up(keys_.tree.parts.range(c), row_of(to.tokens, i));
       }
-      unpack_rows(state_.weighted + p, lanes, width, broadcast(T(1)) / load(state_.sum + p), rows);
-    }
-    alignas(64) T scores[array_size(kTileWidth<T>)];  // s l.k_c
-    for (Index p = 0; p < lanes; p += kLanes<T>) {
-      auto total = broadcast(T(0));
-      for (Index x = 0; x < keys_.d; ++x) {
-        total = multiply_add(load(to.landmarks.panel + x * lanes + p), load(state_.weighted + x * lanes + p), total);
-      }
-      store(scores + p, total / load(state_.sum + p));
-    }
-    for (Index i = 0; i < to.landmarks.count; ++i) {
-      to.bias.data()[i * m + c] = state_.maximum[i] + std::log2(state_.sum[i]) - scores[i];
     }
   }
 
+  /// Turns to the keys of a branch as a landmark sees them: s l.k_j + a_j. landmark: s l.
+  void look(const T* landmark, Index branch) {
+    const Range keys = keys_.tree.range(branch);
+    first_ = keys.first;
+    for (Index j = keys.first; j < keys.last; j += kLanes<T>) {
+      const auto products = row_products(keys_.row(j), keys_.tokens.cols(), keys.last - j, landmark, keys_.d);
+      const auto bias = keys_.bias == nullptr ? broadcast(T(0)) : load_row(keys_.bias + j, 0, keys.last - j);
+      store_unaligned(products_ + j - first_, max(products, broadcast(std::numeric_limits<T>::lowest())));
+      store_unaligned(scores_ + j - first_, products + bias);
+    }
+  }
+
+  /// token <- [k_c | v_c] of a cluster in the branch looked at, whose shares become r_j. Returns e_c, in units of log2.
+  T sum_up(Range cluster, T* token) const {
+    const Index count = cluster.last - cluster.first, width = keys_.tokens.cols();
+    const T *const scores = scores_ + cluster.first - first_, *const products = products_ + cluster.first - first_;
+    T* const shares = this->shares(cluster);
+    const T top = highest(scores, count);
+    auto total = broadcast(T(0)), of_products = total;
+    for (Index i = 0; i < count; i += kLanes<T>) {
+      const Index some = std::min<Index>(count - i, kLanes<T>);
+      const auto share = first_lanes(exp2_bounded(load_unaligned(scores + i) - broadcast(top)), some, T(0));
+      total = total + share;
+      of_products = multiply_add(share, first_lanes(load_unaligned(products + i), some, T(0)), of_products);
+      store_unaligned(shares + i, share);
+    }
+    const T sum = detail::sum(total), normalizer = sum == 0 ? T(0) : 1 / sum;
+    for (Index i = 0; i < count; i += kLanes<T>) {
+      store_unaligned(shares + i, load_unaligned(shares + i) * broadcast(normalizer));
+    }
+    sum_scaled_rows(shares, count, keys_.row(cluster.first), width, width, token);
+    return top + std::log2(sum) - normalizer * detail::sum(of_products);
+  }
+
+  /// r_j of a cluster, until the next one is summed up that lies before it.
+  T* shares(Range cluster) const { return shares_ + cluster.first - first_; }
+
  private:
+  static Index most_keys(const KeyClusters<T>& keys) {
+    Index most = 0;
+    for (Index b = 0; b < keys.tree.sets(); ++b) {
+      most = std::max(most, keys.tree.range(b).last - keys.tree.range(b).first);
+    }
+    return most;
+  }
+
+  static T highest(const T* scores, Index count) {
+    constexpr T kLowest = std::numeric_limits<T>::lowest();
+    auto top = broadcast(kLowest);
+    for (Index i = 0; i < count; i += kLanes<T>) {
+      top = max(top, first_lanes(load_unaligned(scores + i), std::min<Index>(count - i, kLanes<T>), kLowest));
+    }
+    return largest(top);
+  }
+
   const KeyClusters<T>& keys_;
-  StripKernel<T> kernel_;
-  LaneState<T> state_;
+  Index room_;
+  T *products_, *scores_, *shares_;  ///< s l.k_j, with a_j, and r_j
+  Index first_ = 0;                  ///< of the keys looked at
 };
 
-/// Some queries of a group, which share their near clusters; the number-th block of all. lane: the group's, in the
-/// summaries.
+/// Some queries of a group, which share their near clusters; the number-th block of all.
 struct QueryBlock {
   Range queries;
-  Index number, lane;
+  Index number;
 };
 
 /// Groups cut into blocks of nearly equal size, of at most a strip each.
@@ -249,11 +364,19 @@ class QueryBlocks {
   }
 
   Index count() const { return first_[groups_.count()]; }
+
+  /// Of the group that has most.
+  Index most() const {
+    Index most = 0;
+    for (Index g = 0; g < groups_.count(); ++g) most = std::max(most, count(g));
+    return most;
+  }
+
   Index count(Index group) const { return first_[group + 1] - first_[group]; }
 
-  QueryBlock block(Index group, Index i, Index lane) const {
+  QueryBlock block(Index group, Index i) const {
     const Range range = groups_.range(group), part = nth_part(range.last - range.first, count(group), i);
-    return {{range.first + part.first, range.first + part.last}, first_[group] + i, lane};
+    return {{range.first + part.first, range.first + part.last}, first_[group] + i};
   }
 
  private:
@@ -262,206 +385,434 @@ class QueryBlocks {
   Index* first_;  ///< block of each group
 };
 
-/// What a forward pass keeps for a backward pass: near clusters of each block, ascending, at most so many side by side;
-/// log-sums of all queries. Each null if it is not wanted.
+/// What a forward pass keeps for a backward pass: open branches of each group, as many side by side as are open to
+/// each; near clusters of each block, at most most_near side by side; log-sums of all queries. Numbers are ascending.
+/// Null if nothing is wanted.
 template <class T, class Count = Index>
 struct FieldRecord {
-  Count *near, *near_count;
+  Count *open, *near, *near_count;
   Index most_near;
   std::conditional_t<std::is_const_v<Count>, const RowLog<T>, RowLog<T>>* lse;
 };
 
-/// Computes blocks of queries. One for each worker.
+/// Branches that are open to each group, and clusters that are near to each block, at most.
+struct FieldSizes {
+  Index open, near;
+};
+
+inline std::span<const Index> numbers(const Index* first, Index count) {
+  return {first, static_cast<std::size_t>(count)};
+}
+
+/// chosen <- the numbers of the count largest of n terms, none of them negative or NaN, ascending; ties go to the lower
+/// number.
 template <class T>
-class FieldRunner {
- public:
-  FieldRunner(const Product<T>& product, const KeyClusters<T>& keys, const QueryGroups<T>& groups, Index num_near,
-              Scratch& scratch)
-      : product_(product),
-        keys_(keys),
-        groups_(groups),
-        num_near_(num_near),
-        kernel_(product.in, Maximum::running, nullptr, scratch),
-        state_(LaneState<T>::make(keys.d_v(), scratch)),
-        strip_{},
-        scores_(scratch.elements<T>(keys.clusters.count() * kTileWidth<T> + kTileRows * kTileWidth<T>)),
-        statistics_(scratch.elements<T>(3 * kTileWidth<T>)),
-        sum_of_hidden_(scratch.elements<T>(kTileWidth<T>)),
-        squares_(scratch.elements<T>(kTileWidth<T>)),
-        displacement_(scratch.elements<T>(keys.d)),
-        terms_(scratch.elements<T>(keys.clusters.count())),
-        near_(scratch.elements<Index>(keys.clusters.count())),
-        rows_(scratch.elements<T>(kLanes<T> * std::max(keys.d, keys.d_v()))) {
-    strip_.panel = scratch.elements<T>(kTileWidth<T> * keys.d);
-    strip_.norm = scratch.elements<T>(kTileWidth<T>);
+void choose_largest(const T* terms, Index n, Index count, Index* chosen) {
+  if (count == 0) return;
+  BitsOf<T> least{};
+  const auto bits = [&](Index i) { return magnitude_bits(terms[i]); };
+  Index ties = count - nth_largest(bits, n, count, &least);
+  for (Index i = 0; i < n; ++i) {
+    const bool tied = bits(i) == least && ties > 0;
+    if (bits(i) > least || tied) *chosen++ = i;
+    ties -= tied ? 1 : 0;
+  }
+}
+
+/// A strip of queries and what their fields add up to.
+template <class T>
+struct FieldStrip {
+  QueryStrip<T> queries;
+  LaneState<T> state;
+  T* squares;  ///< |q - center|^2
+  T* silent;   ///< NaN for a query that has no say in what is near to others, else 0
+  T* weights;  ///< of branches
+  QueryBlock block;
+
+  FieldStrip(Index d, Index d_v, Index branches, Scratch& scratch)
+      : queries{}, state(LaneState<T>::make(d_v, scratch)), block{} {
+    constexpr Index kWidth = kTileWidth<T>;
+    queries.panel = scratch.elements<T>(kWidth * d);
+    T* const rows = scratch.elements<T>(3 * kWidth);
+    queries.norm = rows;
+    squares = rows + kWidth;
+    silent = rows + 2 * kWidth;
+    weights = scratch.elements<T>(round_up_to_tiles(branches) * kWidth);
   }
 
-  /// Rows of out of the block's queries.
-  void attend(const QueryBlock& block, const Summaries<T>& summaries, const ResultRows<T>& out,
-              const FieldRecord<T>& record) {
-    load_queries(block);
-    clear(state_, strip_.lanes(), keys_.d_v());
-    score_clusters(block, summaries);
-    const Index count = choose_near(block, summaries);
-    add_far(block, summaries, count);
-    for (Index i = 0; i < count;) {
-      Index last = i + 1;
-      while (last < count && near_[last] == near_[last - 1] + 1) ++last;
-      add_near({keys_.clusters.range(near_[i]).first, keys_.clusters.range(near_[last - 1]).last});
-      i = last;
+  Index lanes() const { return queries.lanes(); }
+
+  /// Nothing has been added yet.
+  void clear(Index d_v) const {
+    std::fill_n(state.maximum, lanes(), kNoMaximum<T>);
+    std::fill_n(state.sum, lanes(), T(0));
+    std::fill_n(state.base, lanes(), T(0));
+    std::fill_n(state.weighted, lanes() * round_up_to_tiles(d_v), T(0));
+  }
+};
+
+/// The keys of some clusters as tiles: many that lie side by side in place, others gathered to whole tiles. One for
+/// each worker.
+template <class T>
+class NearKeys {
+ public:
+  NearKeys(const KeyClusters<T>& keys, Scratch& scratch)
+      : keys_(keys),
+        tokens_(scratch.matrix<T>(kTileKeys<T>, keys.tokens.cols())),
+        bias_(scratch.elements<T>(kTileKeys<T>)),
+        rows_(scratch.elements<Index>(kTileKeys<T>)) {}
+
+  /// take(tile) for tiles of all keys of some clusters, which are ascending.
+  template <class Take>
+  void for_each_tile(std::span<const Index> clusters, const Take& take) const {
+    Index gathered = 0;
+    const auto flush = [&] {
+      if (gathered > 0) take(gathered_tile(gathered));
+      gathered = 0;
+    };
+    const ClusteredRows& of = keys_.tree.parts;
+    for (std::size_t i = 0; i < clusters.size(); ++i) {
+      Range keys = of.range(clusters[i]);
+      while (i + 1 < clusters.size() && clusters[i + 1] == clusters[i] + 1) keys.last = of.range(clusters[++i]).last;
+      for (Range some = keys; some.first < keys.last; some.first = some.last) {
+        some.last = std::min(keys.last, some.first + kTileKeys<T>);
+        const Index count = some.last - some.first;
+        if (2 * count > kTileKeys<T>) {
+          take(keys_.tile(some));
+          continue;
+        }
+        if (gathered + count > kTileKeys<T>) flush();
+        gather(some, gathered);
+        gathered += count;
+      }
     }
-    write(block, out);
-    if (record.lse == nullptr) return;
-    record.near_count[block.number] = count;
-    std::copy_n(near_, count, record.near + block.number * record.most_near);
-    for (Index i = 0; i < strip_.count; ++i) {
-      record.lse[groups_.groups.rows.data()[block.queries.first + i]] = {row_log_sum(state_.maximum[i], state_.sum[i]),
-                                                                         T(0)};
-    }
+    flush();
   }
 
  private:
-  void load_queries(const QueryBlock& block) {
+  void gather(Range keys, Index to) const {
+    const Index count = keys.last - keys.first;
+    std::copy_n(keys_.row(keys.first), count * tokens_.cols(), row_of(tokens_, to));
+    std::iota(rows_ + to, rows_ + to + count, keys.first);
+    if (keys_.bias != nullptr) std::copy_n(keys_.bias + keys.first, count, bias_ + to);
+  }
+
+  KeyTile<T> gathered_tile(Index count) const {
+    return {.k = tokens_.data(),
+            .v = tokens_.data() + keys_.d,
+            .bias = keys_.bias == nullptr ? nullptr : bias_,
+            .k_stride = tokens_.cols(),
+            .v_stride = tokens_.cols(),
+            .rows = rows_,
+            .first = 0,
+            .count = count};
+  }
+
+  const KeyClusters<T>& keys_;
+  MatrixRef<T> tokens_;
+  T* bias_;
+  Index* rows_;
+};
+
+/// Computes regions of queries. One for each worker.
+template <class T>
+class FieldRunner {
+ public:
+  FieldRunner(const Product<T>& product, const KeyClusters<T>& keys, const QueryGroups<T>& groups,
+              const QueryBlocks& blocks, const FieldSizes& sizes, Scratch& scratch)
+      : product_(product),
+        keys_(keys),
+        groups_(groups),
+        blocks_(blocks),
+        sizes_(sizes),
+        branch_count_(sizes.open == keys.tree.sets() ? 0 : keys.tree.sets()),
+        cluster_count_(sizes.open * keys.tree.parts_in_a_set),
+        summarizer_(keys, scratch),
+        kernel_(product.in, Maximum::running, nullptr, scratch),
+        branches_{{nullptr, 0, 0, 0}, nullptr},
+        clusters_(Summaries<T>::make(cluster_count_, keys.tokens.cols(), scratch)),
+        near_keys_(keys, scratch),
+        values_(scratch.matrix<T>(std::max(branch_count_, cluster_count_), keys.d_v())),
+        weights_(scratch.elements<T>(round_up_to_tiles(cluster_count_) * kTileWidth<T>)),
+        lanes_(scratch.elements<T>(5 * kTileWidth<T>)),
+        displacement_(scratch.elements<T>(keys.d)),
+        terms_(scratch.elements<T>(std::max(branch_count_, cluster_count_))),
+        open_(scratch.elements<Index>(keys.tree.sets())),
+        near_(scratch.elements<Index>(cluster_count_)),
+        rows_(scratch.elements<T>(kLanes<T> * std::max(keys.d, keys.d_v()))) {
+    const Index d_v = keys.d_v();
+    strips_ = scratch.make<FieldStrip<T>>(branch_count_ == 0 ? 1 : blocks.most(), keys.d, d_v, branch_count_, scratch);
+  }
+
+  /// Branch b as the landmarks of some regions see it, one region's summaries of all branches after another's.
+  void summarize(Index b, Range regions, const Summaries<T>& to) {
+    for (Index r = regions.first; r < regions.last; ++r) {
+      summarizer_.summarize_branch(row_of(groups_.region_means, r), b, to, (r - regions.first) * branch_count_ + b);
+    }
+  }
+
+  /// Rows of out of the region's queries. branches: what its landmark knows of all branches; not used if all are open.
+  void attend(Index region, const Summaries<T>& branches, const ResultRows<T>& out, const FieldRecord<T>& record) {
+    std::construct_at(&branches_, branches);
+    const Range groups = groups_.tree.parts_of(region);
+    for (Index group = groups.first; group < groups.last; ++group) attend_group(region, group, out, record);
+  }
+
+ private:
+  void attend_group(Index region, Index group, const ResultRows<T>& out, const FieldRecord<T>& record) {
+    choose_open(region, group);
+    if (record.open != nullptr) std::copy_n(open_, sizes_.open, record.open + group * sizes_.open);
+    summarizer_.summarize_clusters(row_of(groups_.means, group), numbers(open_, sizes_.open), clusters_);
+    for (Index b = 0; b < blocks_.count(group); ++b) {
+      FieldStrip<T>& strip = strips_[branch_count_ == 0 ? 0 : b];
+      if (branch_count_ == 0) load_queries(strip, blocks_.block(group, b));
+      attend_strip(strip, group, out, record);
+    }
+  }
+
+  void load_queries(FieldStrip<T>& strip, const QueryBlock& block) const {
     const Index d = keys_.d;
-    strip_.count = block.queries.last - block.queries.first;
-    strip_.packets = static_cast<int>(packet_count<T>(strip_.count));
-    for (Index lane = 0; lane < strip_.lanes(); lane += kLanes<T>) {
+    QueryStrip<T>& queries = strip.queries;
+    strip.block = block;
+    queries.count = block.queries.last - block.queries.first;
+    queries.packets = static_cast<int>(packet_count<T>(queries.count));
+    for (Index lane = 0; lane < strip.lanes(); lane += kLanes<T>) {
       const T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
-        rows[i] = lane + i < strip_.count
-                      ? product_.in.q.row(groups_.groups.rows.data()[block.queries.first + lane + i], rows_ + i * d)
-                      : nullptr;
+        rows[i] = lane + i < queries.count ? product_.in.q.row(query(strip, lane + i), rows_ + i * d) : nullptr;
       }
       const auto squares =
-          pack_rows<T>(rows, d, product_.kernel.center, product_.kernel.scale, strip_.panel + lane, strip_.lanes());
-      store(squares_ + lane, squares);
-      store(strip_.norm + lane, broadcast(product_.kernel.bias) * squares);
+          pack_rows<T>(rows, d, product_.kernel.center, product_.kernel.scale, queries.panel + lane, strip.lanes());
+      store(strip.squares + lane, squares);
+      store(queries.norm + lane, broadcast(product_.kernel.bias) * squares);
+    }
+    std::fill_n(strip.silent, strip.lanes(), T(0));
+  }
+
+  Index query(const FieldStrip<T>& strip, Index i) const {
+    return groups_.tree.parts.rows.data()[strip.block.queries.first + i];
+  }
+
+  /// open_ <- the branches that are open to a group, whose strips get what weights all branches have for them.
+  void choose_open(Index region, Index group) {
+    if (branch_count_ == 0) return std::iota(open_, open_ + sizes_.open, Index{0});
+    std::fill_n(terms_, branch_count_, T(0));
+    std::fill_n(displacement_, keys_.d, T(0));
+    for (Index b = 0; b < blocks_.count(group); ++b) {
+      FieldStrip<T>& strip = strips_[b];
+      load_queries(strip, blocks_.block(group, b));
+      strip.clear(keys_.d_v());
+      score(strip, branches_, branch_count_, strip.weights, strip.state.maximum);
+      weigh_all(strip, branch_count_, strip.weights, strip.state.sum);
+      add_terms(strip, row_of(groups_.region_means, region), strip.state.sum, branch_count_, strip.weights);
+    }
+    set_errors(keys_.of_branches, branch_count_, [](Index b) { return b; });
+    choose_largest(terms_, branch_count_, sizes_.open, open_);
+  }
+
+  void attend_strip(FieldStrip<T>& strip, Index group, const ResultRows<T>& out, const FieldRecord<T>& record) {
+    if (branch_count_ == 0) {
+      strip.clear(keys_.d_v());
+    } else {
+      add_branches(strip);
+    }
+    T *const total = lanes_ + kTileWidth<T>, *const correction = total + kTileWidth<T>;
+    weigh_clusters(strip, correction, total);
+    const Index count = choose_near(strip, row_of(groups_.means, group), total);
+    add_clusters(strip, count, correction);
+    add_near(strip, count);
+    write(strip, out);
+    if (record.lse == nullptr) return;
+    record.near_count[strip.block.number] = count;
+    std::copy_n(near_, count, record.near + strip.block.number * record.most_near);
+    for (Index i = 0; i < strip.queries.count; ++i) {
+      record.lse[query(strip, i)] = {row_log_sum(strip.state.maximum[i], strip.state.sum[i]), T(0)};
     }
   }
 
-  /// scores_ <- weights of the clusters, relative to the maximum of each query, which and whose sum the state gets.
-  void score_clusters(const QueryBlock& block, const Summaries<T>& summaries) {
-    const Index m = keys_.clusters.count(), lanes = strip_.lanes(), width = keys_.tokens.cols();
-    T* const maximum = statistics_;
-    std::fill_n(sum_of_hidden_, lanes, T(0));
-    for (Index c = 0; c < m; c += kTileKeys<T>) {
-      const T* const tokens = summaries.tokens.data() + (block.lane * m + c) * width;
-      const Index count = std::min(m - c, kTileKeys<T>);
-      const KeyTile<T> tile{.k = tokens,
-                            .v = nullptr,
-                            .bias = summaries.bias.data() + block.lane * m + c,
-                            .k_stride = width,
-                            .v_stride = 0,
-                            .rows = nullptr,
-                            .first = 0,
-                            .count = count};
-      with_packets<kTilePackets>(strip_.packets, [&](auto packets) {
-        score_keys<packets>(tile, count, strip_.panel, keys_.d, scores_ + c * lanes, maximum, {});
+  /// The cluster that is the i-th of all in open branches.
+  Index cluster(Index i) const {
+    const Index size = keys_.tree.parts_in_a_set;
+    return open_[i / size] * size + i % size;
+  }
+
+  /// scores <- those of count summaries, and their largest into maximum.
+  void score(const FieldStrip<T>& strip, const Summaries<T>& summaries, Index count, T* scores, T* maximum) const {
+    T* const of_tile = lanes_;
+    std::fill_n(maximum, strip.lanes(), kNoMaximum<T>);
+    for (Index c = 0; c < count; c += kTileKeys<T>) {
+      const KeyTile<T> tile = summaries.tile({c, std::min(count, c + kTileKeys<T>)}, keys_.d);
+      with_packets<kTilePackets>(strip.queries.packets, [&](auto packets) {
+        score_keys<packets>(tile, tile.count, strip.queries.panel, keys_.d, scores + c * strip.lanes(), of_tile, {});
       });
-      for (Index p = 0; p < lanes; p += kLanes<T>) {
-        store(state_.maximum + p, max(load(state_.maximum + p), load(maximum + p)));
-      }
+      for (Index p = 0; p < strip.lanes(); p += kLanes<T>)
+        store(maximum + p, max(load(maximum + p), load(of_tile + p)));
     }
-    weigh(scores_, m, lanes, state_.maximum, std::numeric_limits<T>::infinity(), state_.sum);
   }
 
-  /// near_ <- the clusters of the largest error terms, ascending. Returns how many.
-  Index choose_near(const QueryBlock& block, const Summaries<T>& summaries) {
-    const Index m = keys_.clusters.count(), count = std::min(num_near_, m);
-    if (count == 0) return 0;
-    T* const share = statistics_ + kTileWidth<T>;  // 1 / sum, 0 for lanes that do not count
-    for (Index i = 0; i < strip_.lanes(); ++i) {
-      const bool counts = is_finite(squares_[i]) && is_finite(state_.sum[i]);
-      share[i] = counts && i < strip_.count ? 1 / state_.sum[i] : T(0);
-      if (!counts) hide_query(i);
+  /// Scores become weights relative to the strip's maximum; their sum is added to sum.
+  void weigh_all(const FieldStrip<T>& strip, Index count, T* scores, T* sum) const {
+    weigh(scores, count, strip.lanes(), strip.state.maximum, std::numeric_limits<T>::infinity(), sum);
+  }
+
+  /// terms_ <- terms_ + the squared shares of count weights in their sums, over the queries; displacement_ <-
+  /// displacement_ + the summed squares of s (q - l), per coordinate. landmark: s l. Queries that are not finite, or
+  /// whose sum is not, do not count, and fall silent.
+  void add_terms(FieldStrip<T>& strip, const T* landmark, const T* sum, Index count, T* weights) {
+    alignas(64) T share[array_size(kTileWidth<T>)], counts[array_size(kTileWidth<T>)];
+    for (Index i = 0; i < strip.lanes(); ++i) {
+      const bool silent = is_nan(strip.silent[i]) || !is_finite(strip.squares[i]) || !is_finite(sum[i]);
+      if (silent) silence(strip, i, count, weights);
+      counts[i] = silent || i >= strip.queries.count ? T(0) : T(1);
+      share[i] = counts[i] == 0 ? T(0) : 1 / sum[i];
     }
-    set_displacement(block, summaries, share);
-    for (Index first = 0; first < m; first += kLanes<T>) {
+    for (Index c = 0; c < count; ++c) {
+      auto total = broadcast(T(0));
+      for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+        const auto of_query = load(weights + c * strip.lanes() + p) * load(share + p);
+        total = multiply_add(of_query, of_query, total);
+      }
+      terms_[c] += detail::sum(total);
+    }
+    for (Index x = 0; x < keys_.d; ++x) {
+      auto total = broadcast(T(0));
+      for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+        const auto difference = load(strip.queries.panel + x * strip.lanes() + p) - broadcast(landmark[x]);
+        total = multiply_add(difference * difference, load(counts + p), total);
+      }
+      displacement_[x] += detail::sum(total);
+    }
+  }
+
+  /// A query that is not finite becomes 0, and its sum will be NaN.
+  [[gnu::cold, gnu::noinline]] void silence(FieldStrip<T>& strip, Index i, Index count, T* weights) const {
+    strip.silent[i] = std::numeric_limits<T>::quiet_NaN();
+    strip.state.maximum[i] = kNoMaximum<T>;
+    strip.state.sum[i] = 0;
+    for (Index x = 0; x < keys_.d; ++x) strip.queries.panel[x * strip.lanes() + i] = 0;
+    for (Index c = 0; c < count; ++c) weights[c * strip.lanes() + i] = 0;
+  }
+
+  /// terms_ <- root of terms_ x spread of scores x spread of values, of count clusters; id: their numbers.
+  template <class Id>
+  void set_errors(const KeySpreads<T>& of, Index count, const Id& id) {
+    for (Index first = 0; first < count; first += kLanes<T>) {
+      const Index some = std::min<Index>(kLanes<T>, count - first);
       const T* variances[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
-        variances[i] = first + i < m ? keys_.key_variance.data() + (first + i) * keys_.d : nullptr;
+        variances[i] = of.key_variance.data() + id(first + std::min(i, some - 1)) * keys_.d;
       }
       alignas(64) T spread[array_size(kLanes<T>)];
       store(spread, dot_products<T>(variances, nullptr, displacement_, keys_.d));
-      for (Index c = first; c < std::min(first + kLanes<T>, m); ++c) {
-        auto total = broadcast(T(0));
-        for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {
-          total = multiply_add(load(scores_ + c * strip_.lanes() + p), load(share + p), total);
-        }
-        const T term = sum(total) * std::sqrt(spread[c - first]) * keys_.value_spread[c];
-        terms_[c] = is_nan(term) ? std::numeric_limits<T>::infinity() : term;
-        near_[c] = c;
+      for (Index i = 0; i < some; ++i) {
+        const T term = std::sqrt(terms_[first + i] * spread[i]) * of.value_spread[id(first + i)];
+        terms_[first + i] = is_nan(term) ? std::numeric_limits<T>::infinity() : term;
       }
     }
-    const auto errs_more = [&](Index a, Index b) { return terms_[a] > terms_[b] || (terms_[a] == terms_[b] && a < b); };
-    std::nth_element(near_, near_ + count - 1, near_ + m, errs_more);
-    sort_elements(near_, count);
+  }
+
+  /// The state <- the branches that are not open, by their weights.
+  void add_branches(const FieldStrip<T>& strip) const {
+    const LaneState<T>& state = strip.state;
+    std::fill_n(state.sum, strip.lanes(), T(0));
+    std::fill_n(lanes_, strip.lanes(), T(1));
+    add_others(strip, branches_, branch_count_, numbers(open_, sizes_.open), strip.weights, lanes_);
+    for (Index i = 0; i < strip.lanes(); ++i) {
+      if (state.sum[i] == 0) state.maximum[i] = kNoMaximum<T>;
+    }
+  }
+
+  /// The state's weighted <- correction weighted + the values of count summaries but for some, by their weights, which
+  /// are moved up; its sum follows.
+  void add_others(const FieldStrip<T>& strip, const Summaries<T>& summaries, Index count, std::span<const Index> some,
+                  T* weights, T* correction) const {
+    const Index lanes = strip.lanes(), d_v = keys_.d_v();
+    Index others = 0;
+    for (Index c = 0; c < count; ++c) {
+      if (!some.empty() && some.front() == c) {
+        some = some.subspan(1);
+        continue;
+      }
+      std::copy_n(row_of(summaries.tokens, c) + keys_.d, d_v, row_of(values_, others));
+      if (others < c) std::copy_n(weights + c * lanes, lanes, weights + others * lanes);
+      ++others;
+    }
+    add_sums(strip, others, weights);
+    Index first = 0;
+    do {  // once even where there are none: for the correction
+      with_packets<kTilePackets>(strip.queries.packets, [&](auto packets) {
+        add_values<packets>(row_of(values_, first), d_v, d_v, weights + first * lanes,
+                            std::min(others - first, kTileKeys<T>), correction, strip.state.weighted, {});
+      });
+      std::fill_n(correction, lanes, T(1));
+      first += kTileKeys<T>;
+    } while (first < others);
+  }
+
+  void add_sums(const FieldStrip<T>& strip, Index count, const T* weights) const {
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      auto total = broadcast(T(0));
+      for (Index c = 0; c < count; ++c) total = total + load(weights + c * strip.lanes() + p);
+      store(strip.state.sum + p, load(strip.state.sum + p) + total);
+    }
+  }
+
+  /// weights_ <- those of all clusters in open branches, relative to the maximum of the state, whose sum follows;
+  /// correction: what its weighted still is to be multiplied by; total: the sum of all weights.
+  void weigh_clusters(const FieldStrip<T>& strip, T* correction, T* total) const {
+    const LaneState<T>& state = strip.state;
+    T* const maximum = lanes_ + 3 * kTileWidth<T>;
+    score(strip, clusters_, cluster_count_, weights_, maximum);
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      const auto before = load(state.maximum + p), after = max(before, load(maximum + p));
+      store(correction + p, exp2_bounded(before - after));
+      store(state.maximum + p, after);
+      store(state.sum + p, load(state.sum + p) * load(correction + p));
+      store(total + p, load(state.sum + p));
+    }
+    weigh_all(strip, cluster_count_, weights_, total);
+  }
+
+  /// near_ <- which clusters in open branches have the largest error terms, ascending. Returns how many.
+  Index choose_near(FieldStrip<T>& strip, const T* landmark, const T* total) {
+    const Index count = std::min(sizes_.near, cluster_count_);
+    if (count == 0) return 0;
+    std::fill_n(terms_, cluster_count_, T(0));
+    std::fill_n(displacement_, keys_.d, T(0));
+    add_terms(strip, landmark, total, cluster_count_, weights_);
+    set_errors(keys_.of_clusters, cluster_count_, [&](Index i) { return cluster(i); });
+    choose_largest(terms_, cluster_count_, count, near_);
     return count;
   }
 
-  /// A query that is not finite must not have a say in what is near to others: it becomes 0, and its sum will be NaN.
-  [[gnu::cold, gnu::noinline]] void hide_query(Index i) {
-    sum_of_hidden_[i] = std::numeric_limits<T>::quiet_NaN();
-    for (Index x = 0; x < keys_.d; ++x) strip_.panel[x * strip_.lanes() + i] = 0;
-    for (Index c = 0; c < keys_.clusters.count(); ++c) scores_[c * strip_.lanes() + i] = 0;
-  }
-
-  /// displacement_ <- the summed squares of s (q - l), per coordinate.
-  void set_displacement(const QueryBlock& block, const Summaries<T>& summaries, const T* share) {
-    const T* const landmark = summaries.scaled.data() + block.lane * keys_.d;
-    for (Index x = 0; x < keys_.d; ++x) {
-      auto total = broadcast(T(0));
-      for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {
-        const auto difference = load(strip_.panel + x * strip_.lanes() + p) - broadcast(landmark[x]);
-        const auto counts = min(load(share + p) * broadcast(std::numeric_limits<T>::max()), broadcast(T(1)));
-        total = multiply_add(difference * difference, counts, total);
-      }
-      displacement_[x] = sum(total);
+  /// The clusters in open branches that are far.
+  void add_clusters(const FieldStrip<T>& strip, Index near_count, T* correction) const {
+    add_others(strip, clusters_, cluster_count_, numbers(near_, near_count), weights_, correction);
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
+      store(strip.state.sum + p, load(strip.state.sum + p) + load(strip.silent + p));
     }
   }
 
-  /// The far clusters' values, by the weights in scores_, where those of near clusters become 0.
-  void add_far(const QueryBlock& block, const Summaries<T>& summaries, Index count) {
-    const Index m = keys_.clusters.count(), lanes = strip_.lanes(), width = keys_.tokens.cols();
-    for (Index i = 0; i < count; ++i) std::fill_n(scores_ + near_[i] * lanes, lanes, T(0));
-    T* const ones = statistics_ + 2 * kTileWidth<T>;
-    std::fill_n(ones, lanes, T(1));
-    std::copy_n(sum_of_hidden_, lanes, state_.sum);
-    for (Index c = 0; c < m; ++c) {
-      for (Index p = 0; p < lanes; p += kLanes<T>) {
-        store(state_.sum + p, load(state_.sum + p) + load(scores_ + c * lanes + p));
-      }
-    }
-    for (Index c = 0; c < m; c += kTileKeys<T>) {
-      const T* const values = summaries.tokens.data() + (block.lane * m + c) * width + keys_.d;
-      with_packets<kTilePackets>(strip_.packets, [&](auto packets) {
-        add_values<packets>(values, width, keys_.d_v(), scores_ + c * lanes, std::min(m - c, kTileKeys<T>), ones,
-                            state_.weighted, {});
-      });
-    }
+  void add_near(const FieldStrip<T>& strip, Index count) const {
+    for (Index i = 0; i < count; ++i) near_[i] = cluster(near_[i]);
+    near_keys_.for_each_tile(numbers(near_, count), [&](const KeyTile<T>& tile) {
+      kernel_.add(strip.queries, strip.state, tile, CausalLimits::kNone, {});
+    });
   }
 
-  void add_near(Range keys) const {
-    for (Range some{keys.first, 0}; some.first < keys.last; some.first = some.last) {
-      some.last = std::min(keys.last, some.first + kTileKeys<T>);
-      kernel_.add(strip_, state_, keys_.tile(some), CausalLimits::kNone, {});
-    }
-  }
-
-  void write(const QueryBlock& block, const ResultRows<T>& out) const {
+  void write(const FieldStrip<T>& strip, const ResultRows<T>& out) const {
     RowScales<T> scales;
-    product_.set_scales(0, state_, strip_.norm, strip_.lanes(), &scales);
-    for (Index p = 0; p < strip_.lanes(); p += kLanes<T>) {
+    product_.set_scales(0, strip.state, strip.queries.norm, strip.lanes(), &scales);
+    for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
-      const auto query = [&](Index i) { return groups_.groups.rows.data()[block.queries.first + p + i]; };
       for (Index i = 0; i < kLanes<T>; ++i) {
-        rows[i] = p + i < strip_.count ? out.row(query(i), rows_ + i * keys_.d_v()) : nullptr;
+        rows[i] = p + i < strip.queries.count ? out.row(query(strip, p + i), rows_ + i * keys_.d_v()) : nullptr;
       }
-      unpack_rows(state_.weighted + p, strip_.lanes(), keys_.d_v(), load(scales.first + p), rows);
+      unpack_rows(strip.state.weighted + p, strip.lanes(), keys_.d_v(), load(scales.first + p), rows);
       for (Index i = 0; i < kLanes<T>; ++i) {
         if (rows[i] == nullptr) continue;
         if (scales.twice) scale_row(scales.second[p + i], rows[i], rows[i], keys_.d_v());
-        out.finish_row(query(i), rows[i]);
+        out.finish_row(query(strip, p + i), rows[i]);
       }
     }
   }
@@ -469,13 +820,19 @@ class FieldRunner {
   const Product<T>& product_;
   const KeyClusters<T>& keys_;
   const QueryGroups<T>& groups_;
-  Index num_near_;
+  const QueryBlocks& blocks_;
+  FieldSizes sizes_;
+  Index branch_count_;   ///< 0 where all are open
+  Index cluster_count_;  ///< in open branches
+  Summarizer<T> summarizer_;
   StripKernel<T> kernel_;
-  LaneState<T> state_;
-  QueryStrip<T> strip_;
-  T *scores_, *statistics_, *sum_of_hidden_, *squares_, *displacement_, *terms_;
-  Index* near_;
+  Summaries<T> branches_, clusters_;
+  NearKeys<T> near_keys_;
+  MatrixRef<T> values_;  ///< of far summaries
+  T *weights_, *lanes_, *displacement_, *terms_;
+  Index *open_, *near_;
   T* rows_;
+  FieldStrip<T>* strips_;
 };
 
 }  // namespace attn::detail

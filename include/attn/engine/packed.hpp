@@ -42,9 +42,35 @@ template <class T>
     const auto x = load_row(v, c, d), zero = load_row_if(origin, c, d);
     for (int i = 0; i < kLanes<T>; ++i) total[i] = multiply_add(x, load_row_if(rows[i], c, d) - zero, total[i]);
   }
-  transpose(total);
-  for (int i = 1; i < kLanes<T>; ++i) total[0] = total[0] + total[i];
-  return total[0];
+  return sums_of_lanes(total);
+}
+
+/// row_i.v in lane i, for the count first of kLanes rows of d elements that lie stride apart; the others give anything.
+template <class T>
+[[gnu::noinline]] Packet<T> row_products(const T* rows, Index stride, Index count, const T* v, Index d) {
+  constexpr int kAtOnce = std::min(4, kLanes<T>);
+  Packet<T> total[kLanes<T>];
+  const Index whole = d - d % kLanes<T>;
+  for (int i = 0; i < kLanes<T>; i += kAtOnce) {
+    const T* row[array_size(kAtOnce)];
+    Packet<T> products[array_size(kAtOnce)];
+#pragma GCC unroll 4
+    for (int r = 0; r < kAtOnce; ++r) {
+      row[r] = rows + std::min<Index>(i + r, count - 1) * stride;
+      products[r] = broadcast(T(0));
+    }
+    for (Index c = 0; c < whole; c += kLanes<T>) {
+      const auto x = load_unaligned(v + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kAtOnce; ++r) products[r] = multiply_add(x, load_unaligned(row[r] + c), products[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (whole < d) products[r] = multiply_add(load_row(v, whole, d), load_row(row[r], whole, d), products[r]);
+      total[i + r] = products[r];
+    }
+  }
+  return sums_of_lanes(total);
 }
 
 /// row_i[c] <- scale_i panel[c] of lane i: the way back. Null rows are skipped.

@@ -103,21 +103,6 @@ template <class T>
   }
 }
 
-/// In lane i the sum of the lanes of x[i], added up in the same order for all.
-template <int kStep = 1, class T>
-[[gnu::always_inline]] inline Packet<T> sums_of_lanes(Packet<T> (&x)[kLanes<T>]) {
-  if constexpr (kStep < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; i += 2 * kStep) {
-      exchange<kStep>(x[i], x[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
-      x[i] = x[i] + x[i + kStep];
-    }
-    return sums_of_lanes<2 * kStep>(x);
-  } else {
-    return x[0];
-  }
-}
-
 enum class Measure { dot_product, squared_distance };
 
 /// sums[r][c] += what the times that features are read add to it, for row r of q and key c; with last, what is left

@@ -351,10 +351,27 @@ inline bool any_positive(Packet<T> x) {
 #endif
 }
 
+/// In lane i the sum of the lanes of x[i], added up in the same order for all; x is overwritten. In pairs, which become
+/// half as many at each step: half the shuffles of a transposed block.
+template <int kStep = 1, class T>
+[[gnu::always_inline]] inline Packet<T> sums_of_lanes(Packet<T> (&x)[kLanes<T>]) {
+  if constexpr (kStep < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i += 2 * kStep) {
+      exchange<kStep>(x[i], x[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
+      x[i] = x[i] + x[i + kStep];
+    }
+    return sums_of_lanes<2 * kStep>(x);
+  } else {
+    return x[0];
+  }
+}
+
 /// Transposes a square block of kLanes packets in registers.
 template <int kStep = 1, class T>
 inline void transpose(Packet<T> (&rows)[kLanes<T>]) {
   if constexpr (kStep < kLanes<T>) {
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; ++i) {
       if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
     }

@@ -1,0 +1,141 @@
+/// Tokens in few coordinates: along the principal axes of a sample of them.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/tokens.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+
+namespace attn::detail {
+
+/// Coordinates of each token. Where tokens have no more features than that, coordinates are the features.
+inline constexpr Index kCoordinates = 16;
+
+/// The principal axes of a sample of rows, by orthogonal iteration from the features of largest variance.
+///   y_i  = (x_i - mean) / largest        of at most kSample rows, those that are not finite left out
+///   axes = orthonormal rows of axes y^T y, some times over
+template <class T>
+class PrincipalAxes {
+ public:
+  PrincipalAxes(const TokenRows<T>& x, std::span<const Index> rows, Context& context, Scratch& scratch)
+      : count_(std::min(kCoordinates, x.cols())),
+        mean_(scratch.matrix<T>(1, x.cols())),
+        axes_(scratch.matrix<T>(count_, x.cols())) {
+    set_zero(mean_);
+    set_zero(axes_);
+    Scratch own = context.scratch();
+    const auto sample = own.template matrix<T>(std::min(kSample, static_cast<Index>(rows.size())), x.cols());
+    const Index finite = copy_finite(x, rows, sample);
+    center(rows_of(sample, {0, finite}));
+    if (count_ == x.cols()) {
+      for (Index i = 0; i < count_; ++i) row_of(axes_, i)[i] = 1;
+    } else {
+      iterate(rows_of(sample, {0, finite}), context, own);
+    }
+  }
+
+  /// to <- axes (x - mean) / largest, kCoordinates elements, those beyond the last axis 0; all 0 if any is not finite.
+  /// buffer has room for x, and may be x.
+  void set_coordinates(const T* x, T* buffer, T* to) const {
+    const Index d = axes_.cols();
+    for (Index c = 0; c < d; c += kLanes<T>) {
+      store_row(buffer, c, d, (load_row(x, c, d) - load_row(mean_.data(), c, d)) * broadcast(scale_));
+    }
+    for (Index a = 0; a < kCoordinates; a += kLanes<T>) {
+      const Index count = std::min<Index>(count_ - a, kLanes<T>);
+      const auto products = count > 0 ? row_products(row_of(axes_, a), d, count, buffer, d) : broadcast(T(0));
+      store(to + a, products);
+    }
+    std::fill(to + count_, to + kCoordinates, T(0));
+    if (!is_finite(squared_norm(to, kCoordinates))) std::fill_n(to, kCoordinates, T(0));
+  }
+
+ private:
+  static constexpr Index kSample = 256;
+  static constexpr int kSteps = 4;
+
+  /// Evenly spaced rows, as far as they are finite. Returns how many.
+  static Index copy_finite(const TokenRows<T>& x, std::span<const Index> rows, const MatrixRef<T>& sample) {
+    const auto n = static_cast<Index>(rows.size());
+    Index count = 0;
+    for (Index i = 0; i < sample.rows(); ++i) {
+      T* const to = row_of(sample, count);
+      x.copy_row(rows.data()[(2 * i + 1) * n / (2 * sample.rows())], to);
+      count += is_finite(squared_norm(to, x.cols())) ? 1 : 0;
+    }
+    return count;
+  }
+
+  void center(const MatrixRef<T>& sample) {
+    if (sample.rows() == 0) return;
+    const T share = 1 / static_cast<T>(sample.rows());
+    for (Index i = 0; i < sample.rows(); ++i) add_row(share, row_of(sample, i), mean_.data(), sample.cols());
+    for (Index i = 0; i < sample.rows(); ++i) add_row(T(-1), mean_.data(), row_of(sample, i), sample.cols());
+    const T largest = largest_magnitude<T>(sample);
+    if (largest > 0 && is_finite(1 / largest)) scale_ = 1 / largest;
+    for (Index i = 0; i < sample.rows(); ++i) scale_row(scale_, row_of(sample, i), row_of(sample, i), sample.cols());
+  }
+
+  void iterate(const MatrixRef<T>& sample, Context& context, Scratch& scratch) {
+    const Index d = sample.cols();
+    const auto square = scratch.template matrix<T>(d, d), next = scratch.template matrix<T>(count_, d);
+    gemm<T>(1, transposed(sample), sample, T(0), square, context);
+    begin_at_widest(square, scratch.template elements<T>(d));
+    for (int step = 0; step < kSteps; ++step) {
+      gemm<T>(1, axes_, square, T(0), next, context);
+      orthonormalize(next);
+      for (Index i = 0; i < count_; ++i) std::copy_n(row_of(next, i), d, row_of(axes_, i));
+    }
+  }
+
+  void begin_at_widest(const MatrixRef<T>& square, T* variance) const {
+    for (Index c = 0; c < square.rows(); ++c) variance[c] = row_of(square, c)[c];
+    for (Index i = 0; i < count_; ++i) {
+      T* const widest = std::max_element(variance, variance + square.rows());
+      row_of(axes_, i)[widest - variance] = 1;
+      *widest = -1;
+    }
+  }
+
+  /// Gram and Schmidt's, one row after another; a row that depends on those before becomes zeros.
+  static void orthonormalize(const MatrixRef<T>& a) {
+    const Index d = a.cols();
+    for (Index i = 0; i < a.rows(); ++i) {
+      T* const row = row_of(a, i);
+      const T before = squared_norm(row, d);
+      for (Index j = 0; j < i; ++j) add_row(-dot_product(row, row_of(a, j), d), row_of(a, j), row, d);
+      const T norm = squared_norm(row, d);
+      const bool independent = norm > T(1e-8) * before && is_finite(norm);
+      scale_row(independent ? 1 / std::sqrt(norm) : T(0), row, row, d);
+    }
+  }
+
+  Index count_;
+  MatrixRef<T> mean_, axes_;
+  T scale_ = 1;
+};
+
+/// The coordinates of some rows, side by side.
+template <class T>
+T* principal_coordinates(const TokenRows<T>& x, std::span<const Index> rows, Context& context, Scratch& scratch) {
+  constexpr Index kBlock = 64;
+  const Index n = static_cast<Index>(rows.size()), d = x.cols();
+  const PrincipalAxes<T> axes(x, rows, context, scratch);
+  T* const to = scratch.elements<T>(n * kCoordinates);
+  T* const buffers = scratch.elements<T>(context.workers() * d);
+  context.for_each((n + kBlock - 1) / kBlock, [&](Index block, int worker) {
+    T* const buffer = buffers + worker * d;
+    for (Index i = block * kBlock; i < std::min(n, (block + 1) * kBlock); ++i) {
+      axes.set_coordinates(x.row(rows.data()[i], buffer), buffer, to + i * kCoordinates);
+    }
+  });
+  return to;
+}
+
+}  // namespace attn::detail
