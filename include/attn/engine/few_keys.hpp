@@ -217,8 +217,8 @@ void mend_rows(T bias, const ConstMatrixRef<T>& x, std::span<const T> norms_x, c
   }
 }
 
-/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most 0 where kappa is at most 1. For a Gaussian that is -bias |x_i - y_j|^2,
-/// and computed from a center amid y, or from that difference, see far_pairs.hpp.
+/// out (n, m) <- scale x_i.y_j - bias (|x_i|^2 + |y_j|^2), at most 0 where kappa is at most 1. For a Gaussian that is
+/// -bias |x_i - y_j|^2, and computed from a center amid y, or from that difference, see far_pairs.hpp.
 template <class T>
 void biased_scores(const ScoreParameters& parameters, const ConstMatrixRef<T>& x, const ConstMatrixRef<T>& y,
                    MatrixRef<T> out, Context& context) {
