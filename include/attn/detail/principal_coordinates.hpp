@@ -47,11 +47,12 @@ class PrincipalAxes {
     for (Index c = 0; c < d; c += kLanes<T>) {
       store_row(buffer, c, d, (load_row(x, c, d) - load_row(mean_.data(), c, d)) * broadcast(scale_));
     }
-    for (Index a = 0; a < kCoordinates; a += kLanes<T>) {
+    for (Index a = 0; a < kCoordinates && count_ < d; a += kLanes<T>) {
       const Index count = std::min<Index>(count_ - a, kLanes<T>);
       const auto products = count > 0 ? row_products(row_of(axes_, a), d, count, buffer, d) : broadcast(T(0));
       store(to + a, products);
     }
+    if (count_ == d) std::copy_n(buffer, d, to);
     std::fill(to + count_, to + kCoordinates, T(0));
     if (!is_finite(squared_norm(to, kCoordinates))) std::fill_n(to, kCoordinates, T(0));
   }
