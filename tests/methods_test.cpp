@@ -336,7 +336,9 @@ TEST_F(MethodsByName, ThroughClusters) {
   const attn::Clusters clusters{.num_clusters = 20, .num_groups = 9, .num_near = 3};
   expect("multipole", {.num_clusters = 20, .num_groups = 9, .num_near = 3, .scale = 0.2},
          Multipole<double>(clusters, {.scale = 0.2}));
-  expect_to_matter("multipole", {{.num_clusters = 40}, {.num_groups = 9}, {.num_near = 3}, {.scale = 0.2}});
+  expect_to_matter(
+      "multipole",
+      {{.num_clusters = 40}, {.num_groups = 9}, {.num_near = 3}, {.num_branches = 5}, {.num_open = 2}, {.scale = 0.2}});
 }
 
 TEST_F(MethodsByName, ThroughSegmentMeans) {

@@ -31,8 +31,8 @@ inline double landmark_flops(attn::Index n, attn::Index num_landmarks, attn::Ind
 inline double multipole_flops(attn::Index n, const attn::Clusters& options, attn::Index d) {
   const auto counts = attn::detail::FieldCounts::of(options, n, n);
   if (counts.exact(options, n, n)) return attention_flops(n, n, d);
-  const attn::Index keys_met = counts.clusters + counts.near * n / counts.clusters;
-  return attention_flops(n, keys_met, d) + attention_flops(counts.groups, n, d);
+  const attn::Index keys_met = counts.field() + counts.near * n / counts.clusters;
+  return attention_flops(n, keys_met, d) + attention_flops(1, counts.summarized(n), d);
 }
 
 /// Of the method of this name by its factors alone, with so many landmarks or, for multipole, with its own counts.

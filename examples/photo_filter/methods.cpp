@@ -26,16 +26,12 @@ std::vector<std::string_view> chosen_methods(const Options& options) {
 
 namespace {
 
-/// Found by trial at the demo's size: pixels have so few features that clusters and groups may be larger than by
-/// default.
-constexpr attn::Index kClusters = 256, kGroups = 128, kLandmarksForANearCluster = 64;
+constexpr attn::Index kLandmarksForANearCluster = 16;
 
 }  // namespace
 
 attn::AnyApproximator<float> filter_method(std::string_view name, attn::Index num_landmarks, const Options& options) {
   return attn::make_approximator<float>(name, {.num_landmarks = num_landmarks,
-                                               .num_clusters = kClusters,
-                                               .num_groups = kGroups,
                                                .num_near = num_landmarks / kLandmarksForANearCluster,
                                                .gamma = options.gamma,
                                                .scale = 1.0,

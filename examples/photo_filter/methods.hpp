@@ -19,5 +19,5 @@ bool is_gaussian(std::string_view name);
 std::vector<std::string_view> chosen_methods(const Options& options);
 
 /// The method of that name, set up to compute the filter, with num_landmarks landmarks where it takes any; multipole
-/// with a 64th of that number of near clusters.
+/// with a 16th of that number of near clusters.
 attn::AnyApproximator<float> filter_method(std::string_view name, attn::Index num_landmarks, const Options& options);

@@ -46,7 +46,7 @@ void add_options(CLI::App& app, Options& options) {
       ->capture_default_str();
   app.add_option("--seed", options.seed, "seed of the noise and of the landmarks")->capture_default_str();
   app.add_option("--landmarks", options.landmarks,
-                 "numbers of landmarks to try, such as 256,512; multipole has a 64th as many near clusters")
+                 "numbers of landmarks to try, such as 256,512; multipole has a 16th as many near clusters")
       ->delimiter(',')
       ->check(CLI::Range(1, 1'000'000))
       ->capture_default_str();

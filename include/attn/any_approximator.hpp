@@ -136,6 +136,8 @@ struct MethodOptions {
   std::optional<Index> num_clusters{};   ///< of Clusters: multipole
   std::optional<Index> num_groups{};     ///< of Clusters
   std::optional<Index> num_near{};       ///< of Clusters
+  std::optional<Index> num_branches{};   ///< of Clusters
+  std::optional<Index> num_open{};       ///< of Clusters
   std::optional<int> iterations{};       ///< of the inverse: nystrom, shifted-nystrom
   std::optional<int> num_probes{};       ///< of SpectralShift
   std::optional<double> gamma{};         ///< of RidgeInverse: skyformer, lifted-softmax
@@ -165,7 +167,11 @@ inline SegmentMeans segment_means(const MethodOptions& o) {
 }
 
 inline Clusters clusters(const MethodOptions& o) {
-  return {.num_clusters = o.num_clusters, .num_groups = o.num_groups, .num_near = o.num_near};
+  return {.num_clusters = o.num_clusters,
+          .num_groups = o.num_groups,
+          .num_near = o.num_near,
+          .num_branches = o.num_branches,
+          .num_open = o.num_open};
 }
 
 template <class T>

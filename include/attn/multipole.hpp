@@ -85,19 +85,24 @@ struct FieldCounts {
 
   bool all_open() const { return open * clusters_in_a_branch == clusters; }
 
+  /// Summaries that a query meets.
+  Index field() const { return open * clusters_in_a_branch + (all_open() ? 0 : clusters / clusters_in_a_branch); }
+
+  /// Keys that all landmarks together sum up: all of them for a region, those of open branches for a group.
+  Index summarized(Index n_k) const {
+    return groups * open * clusters_in_a_branch * n_k / clusters + (all_open() ? 0 : groups / groups_in_a_region * n_k);
+  }
+
   /// Whether exact attention is the same, or where options are not set costs no more. In units of a key that a query
-  /// meets: keys and summaries in the fields, in blocks that are not quite full; summaries of all keys for regions, and
-  /// of open ones for groups; and what clustering and choosing take, as measured.
+  /// meets: near keys and summaries, in blocks that are not quite full; keys that are summed up; and what clustering
+  /// and choosing take, as measured.
   bool exact(const Clusters& options, Index n_q, Index n_k) const {
     constexpr double kFilled = 1.2, kSummary = 6, kOverhead = 70;
     if (n_q == 0 || clusters >= n_k || (all_open() && near >= clusters)) return true;
     if (options != Clusters{}) return false;
-    const auto q = static_cast<double>(n_q), k = static_cast<double>(n_k), m = static_cast<double>(clusters),
-               in_branch = static_cast<double>(clusters_in_a_branch), opened = static_cast<double>(open) * in_branch;
-    const double fields = m / in_branch + opened + static_cast<double>(near) * k / m;
-    const double summaries =
-        static_cast<double>(groups / groups_in_a_region) * k + static_cast<double>(groups) * opened / m * k;
-    const double cost = kFilled * fields + kSummary * summaries / q + kOverhead * (1 + k / q);
+    const auto q = static_cast<double>(n_q), k = static_cast<double>(n_k);
+    const double cost = kFilled * static_cast<double>(field() + near * n_k / clusters) +
+                        kSummary * static_cast<double>(summarized(n_k)) / q + kOverhead * (1 + k / q);
     return cost > 0.95 * k;
   }
 
@@ -164,12 +169,13 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 ///   out(q) = sum_far exp(s q.k_c + e_c) v_c + sum_near exp(s q.k_j + a_j) v_j, divided by the same sums without v
 /// with a_j the key bias, and less b |k_j|^2 for a kernel of bias b; raw rows are not divided. Near are, for each block
 /// of at most some dozens of queries of a group, the clusters of largest error term: weight (root mean square over the
-/// queries) x spread of scores x spread of values.
+/// queries) x spread of scores x spread of values. Branches of clusters that are not open to a group, for their error
+/// terms are small, are one far cluster each, summed up at the mean of a region of groups.
 /// Clusters and groups come of balanced bisection along principal directions. All weights are positive: a row of out
 /// lies within the range of the values.
 /// Not causal. With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory,
-/// for keys and values in the order of their clusters, and 48 groups' summaries of all clusters. The backward pass
-/// takes clusters, groups and near clusters as constants.
+/// for keys and values in the order of their clusters, and 16 regions' summaries of all branches. The backward pass
+/// takes clusters, groups, open branches and near clusters as constants.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
  public:

@@ -14,7 +14,6 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <span>
 #include <utility>
 
@@ -69,7 +68,8 @@ Index nth_largest(const Get& bits, Index n, Index count, Bits* least) {
 
 /// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w l / p) rows, for
 /// l parts, and the others, by their order along the direction of largest variance; ties go by row number. l is
-/// floor(p / 2), but a multiple of the parts in a set as long as p is above that, so that sets are nodes too. One for each call; all its memory comes from the scratch that it is made with.
+/// floor(p / 2), but a multiple of the parts in a set as long as p is above that, so that sets are nodes too. One for
+/// each call; all its memory comes from the scratch that it is made with.
 template <class T>
 class Bisection {
  public:
@@ -262,7 +262,7 @@ NestedRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, 
   for (Index row = 0, i = 0; row < x.rows(); ++row) {
     if (keeps(row)) rows.data()[i++] = row;
   }
-  std::iota(clusters.rows.begin(), clusters.rows.end(), Index{0});
+  for (Index i = 0; i < kept; ++i) clusters.rows.data()[i] = i;
   Bisection<T>::run(principal_coordinates(x, rows, context, own), clusters, in_a_set, context);
   for (Index& row : clusters.rows) row = rows.data()[row];
   return {clusters, in_a_set};

@@ -158,8 +158,8 @@ struct SummaryGradients {
   }
 
   /// Some of them as keys and values, with far_bias for a bias.
-  KeyTile<T> far_tile(Range some, Index d) const {
-    KeyTile<T> tile = of.tile(some, d);
+  KeyTile<T> far_tile(Range some, Index value_offset) const {
+    KeyTile<T> tile = of.tile(some, value_offset);
     tile.bias = far_bias + some.first;
     return tile;
   }
@@ -172,17 +172,19 @@ class FieldBackward {
   FieldBackward(const FieldGradients<T>& given, Scratch& scratch)
       : given_(given),
         d_(given.keys.d),
-        d_v_(given.keys.d_v()),
-        branches_(given.sizes.open == given.keys.tree.sets() ? 0 : given.keys.tree.sets(), d_ + d_v_, scratch),
-        clusters_(given.sizes.open * given.keys.tree.parts_in_a_set, d_ + d_v_, scratch),
+        d_v_(given.keys.d_v),
+        value_offset_(given.keys.value_offset()),
+        width_(given.keys.tokens.cols()),
+        branches_(given.sizes.open == given.keys.tree.sets() ? 0 : given.keys.tree.sets(), width_, scratch),
+        clusters_(given.sizes.open * given.keys.tree.parts_in_a_set, width_, scratch),
         summarizer_(given.keys, scratch),
         strip_(d_, d_v_, scratch),
         near_(given.keys, scratch),
-        dland_(scratch.elements<T>(d_)),
-        row_(scratch.elements<T>(d_)) {}
+        dland_(scratch.elements<T>(value_offset_)),
+        row_(scratch.elements<T>(value_offset_)) {}
 
-  /// Rows of dq of the regions' queries are set; to (n, d + d_v) and dbias (n), in the order of clusters, are set to
-  /// what they add to keys and values.
+  /// Rows of dq of the regions' queries are set; to (n, padded d + padded d_v) and dbias (n), in the order of clusters,
+  /// are set to what they add to keys and values.
   void run(Range regions, const MatrixRef<T>& to, T* dbias) {
     const KeyGradients<T> gradients = of_tokens(to, dbias);
     set_zero(to);
@@ -215,7 +217,7 @@ class FieldBackward {
 
   KeyGradients<T> of_tokens(const MatrixRef<T>& tokens, T* dbias) const {
     return {{tokens.data(), tokens.rows(), d_, tokens.outerStride()},
-            {tokens.data() + d_, tokens.rows(), d_v_, tokens.outerStride()},
+            {tokens.data() + value_offset_, tokens.rows(), d_v_, tokens.outerStride()},
             dbias};
   }
 
@@ -298,7 +300,8 @@ class FieldBackward {
   void add_far(const SummaryGradients<T>& summaries) {
     for (Range some{0, 0}; some.first < summaries.count(); some.first = some.last) {
       some.last = std::min(summaries.count(), some.first + kTileKeys<T>);
-      strip_.add(summaries.far_tile(some, d_), given_.at_most_one, of_tokens(summaries.by.tokens, summaries.by.bias));
+      strip_.add(summaries.far_tile(some, value_offset_), given_.at_most_one,
+                 of_tokens(summaries.by.tokens, summaries.by.bias));
     }
   }
 
@@ -328,32 +331,32 @@ class FieldBackward {
     }
   }
 
-  void begin_landmark() { std::fill_n(dland_, d_, T(0)); }
+  void begin_landmark() { std::fill_n(dland_, value_offset_, T(0)); }
 
   /// From the gradients by the i-th of some summaries, of a cluster in the branch looked at, those by its keys and
   /// values; dland_ <- dland_ + the gradient by s l. landmark: s l, in units of log2.
   void add_summary(const T* landmark, Range cluster, const SummaryGradients<T>& summaries, Index i,
                    const KeyGradients<T>& to) {
-    const Index width = d_ + d_v_, stride = to.dk.outerStride();
+    const Index stride = to.dk.outerStride();
     T *const token = row_of(summaries.of.tokens, i), *const gradient = row_of(summaries.by.tokens, i);
     const T de = summaries.by.bias[i], to_natural = std::numbers::ln2_v<T>;
     summarizer_.sum_up(cluster, token);
-    add_row(-to_natural * de, landmark, gradient, d_);
-    add_row(-de, token, dland_, d_);
-    const T dot = dot_product(gradient, token, width) - de;
+    add_row(-to_natural * de, landmark, gradient, value_offset_);
+    add_row(-de, token, dland_, value_offset_);
+    const T dot = dot_product(gradient, token, width_) - de;
     const T* const shares = summarizer_.shares(cluster);
     for (Index first = cluster.first; first < cluster.last; first += kLanes<T>) {
       const Index count = std::min<Index>(kLanes<T>, cluster.last - first);
       const T* const share = shares + first - cluster.first;
       alignas(64) T slopes[array_size(kLanes<T>)];
       store(slopes, load_unaligned(share) *
-                        (row_products(given_.keys.row(first), width, count, gradient, width) - broadcast(dot)));
-      sum_scaled_rows(slopes, count, given_.keys.row(first), width, d_, row_);
-      add_row(T(1), row_, dland_, d_);
+                        (row_products(given_.keys.row(first), width_, count, gradient, width_) - broadcast(dot)));
+      sum_scaled_rows(slopes, count, given_.keys.row(first), width_, value_offset_, row_);
+      add_row(T(1), row_, dland_, value_offset_);
       for (Index j = 0; j < count; ++j) {
         T* const dtoken = to.dk.data() + (first + j) * stride;
-        add_row(share[j], gradient, dtoken, width);
-        add_row(to_natural * slopes[j], landmark, dtoken, d_);
+        add_row(share[j], gradient, dtoken, width_);
+        add_row(to_natural * slopes[j], landmark, dtoken, value_offset_);
         to.dbias[first + j] += slopes[j];
       }
     }
@@ -372,7 +375,7 @@ class FieldBackward {
   }
 
   const FieldGradients<T>& given_;
-  Index d_, d_v_;
+  Index d_, d_v_, value_offset_, width_;
   SummaryGradients<T> branches_, clusters_;
   Summarizer<T> summarizer_;
   GradientStrip<T> strip_;
@@ -417,7 +420,7 @@ void multipole_backward(const Product<T>& product, const State& saved, const Con
       for (Index part = 0; part < parts; ++part) {
         const T* const row = tokens.data() + (part * n + j) * width;
         add_row(T(1), row, dk, keys.d);
-        add_row(T(1), row + keys.d, dv, keys.d_v());
+        add_row(T(1), row + keys.value_offset(), dv, keys.d_v);
         slopes += dbias.data()[part * n + j];
       }
       add_row(-twice_bias * slopes, keys.row(j), dk, keys.d);

@@ -34,40 +34,45 @@
 #include <cstring>
 #include <limits>
 #include <numbers>
-#include <numeric>
 #include <span>
 #include <type_traits>
 
 namespace attn::detail {
 
+/// n elements with as many zeros behind them as fill up their packets: rows of them have no ends that need care.
+template <class T>
+constexpr Index padded(Index n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
 /// What is known of clusters of keys whoever looks at them.
 template <class T>
 struct KeySpreads {
-  MatrixRef<T> key_variance;  ///< of each cluster's keys, per coordinate (m, d)
+  MatrixRef<T> key_variance;  ///< of each cluster's keys, per coordinate (m, padded d)
   T* value_spread;            ///< root of the summed variances of each cluster's values (m)
 
   static KeySpreads make(Index m, Index d, Scratch& scratch) {
-    return {scratch.matrix<T>(m, d), scratch.elements<T>(m)};
+    return {scratch.matrix<T>(m, padded<T>(d)), scratch.elements<T>(m)};
   }
 };
 
-/// Keys and values in the order of their clusters, side by side in rows of d + d_v elements. Branches, of neighbouring
+/// Keys and values in the order of their clusters, side by side, each padded. Branches, of neighbouring
 /// clusters, have spreads only where some of them are not open to some group.
 template <class T>
 struct KeyClusters {
   NestedRows tree;      ///< clusters in branches
-  MatrixRef<T> tokens;  ///< [k | v] (n, d + d_v), keys relative to the center
+  MatrixRef<T> tokens;  ///< [k | v] (n, padded d + padded d_v), keys relative to the center
   T* bias;              ///< a_j of each, in units of log2; null where all are 0
   KeySpreads<T> of_clusters, of_branches;
-  Index d;
+  Index d, d_v;
 
-  Index d_v() const { return tokens.cols() - d; }
+  Index value_offset() const { return padded<T>(d); }  ///< of a value in its row
   const T* row(Index j) const { return tokens.data() + j * tokens.cols(); }
 
   /// Keys [first, last) in the order of clusters, for products with their values.
   KeyTile<T> tile(Range keys) const {
     return {.k = row(keys.first),
-            .v = row(keys.first) + d,
+            .v = row(keys.first) + value_offset(),
             .bias = bias == nullptr ? nullptr : bias + keys.first,
             .k_stride = tokens.cols(),
             .v_stride = tokens.cols(),
@@ -82,11 +87,12 @@ struct KeyClusters {
     const Index n = static_cast<Index>(tree.parts.rows.size()), m = tree.parts.count();
     const bool has_bias = kernel.bias != 0 || !in.key_bias.empty();
     const KeyClusters keys{tree,
-                           scratch.matrix<T>(n, d + d_v),
+                           scratch.matrix<T>(n, padded<T>(d) + padded<T>(d_v)),
                            has_bias ? scratch.elements<T>(n) : nullptr,
                            KeySpreads<T>::make(m, d, scratch),
                            KeySpreads<T>::make(all_open ? 0 : tree.sets(), d, scratch),
-                           d};
+                           d,
+                           d_v};
     T* const buffers = scratch.elements<T>(context.workers() * 2 * keys.tokens.cols());
     context.for_each(tree.sets(), [&](Index b, int worker) {
       T* const buffer = buffers + worker * 2 * keys.tokens.cols();
@@ -103,8 +109,9 @@ struct KeyClusters {
   void set_key(const Sources<T>& in, const LogKernel<T>& kernel, Index j) const {
     const Index from = tree.parts.rows.data()[j];
     T* const to = tokens.data() + j * tokens.cols();
+    if (tokens.cols() > d + d_v) std::fill_n(to, tokens.cols(), T(0));
     in.k.copy_row(from, to);
-    in.v.copy_row(from, to + d);
+    in.v.copy_row(from, to + value_offset());
     if (kernel.center != nullptr) add_row(T(-1), kernel.center, to, d);
     if (bias == nullptr) return;
     bias[j] = kernel.bias == 0 ? T(0) : -kernel.bias * squared_norm(to, d);
@@ -120,8 +127,8 @@ struct KeyClusters {
     std::fill_n(mean, 2 * width, T(0));
     for (Index j = keys.first; j < keys.last; ++j) add_row(share, row(j), mean, width);
     for (Index j = keys.first; j < keys.last; ++j) add_squared_difference(row(j), mean, variance, width);
-    scale_row(share, variance, to.key_variance.data() + c * d, d);
-    to.value_spread[c] = std::sqrt(share * row_sum(variance + d, width - d));
+    scale_row(share, variance, row_of(to.key_variance, c), value_offset());
+    to.value_spread[c] = std::sqrt(share * row_sum(variance + value_offset(), width - value_offset()));
   }
 };
 
@@ -129,13 +136,14 @@ struct KeyClusters {
 template <class T>
 struct QueryGroups {
   NestedRows tree;            ///< groups in regions
-  MatrixRef<T> means;         ///< of groups, relative to the center, times the kernel's scale (groups, d)
+  MatrixRef<T> means;         ///< of groups, relative to the center, times the kernel's scale (groups, padded d)
   MatrixRef<T> region_means;  ///< of regions
 
   static QueryGroups make(const Sources<T>& in, const LogKernel<T>& kernel, const NestedRows& tree, Context& context,
                           Scratch& scratch) {
     const Index d = in.q.cols();
-    const QueryGroups made{tree, scratch.matrix<T>(tree.parts.count(), d), scratch.matrix<T>(tree.sets(), d)};
+    const QueryGroups made{tree, scratch.matrix<T>(tree.parts.count(), padded<T>(d)),
+                           scratch.matrix<T>(tree.sets(), padded<T>(d))};
     T* const buffers = scratch.elements<T>(context.workers() * d);
     context.for_each(tree.sets(), [&](Index r, int worker) {
       T* const buffer = buffers + worker * d;
@@ -150,10 +158,10 @@ struct QueryGroups {
  private:
   /// Rows that are not finite do not count: they reach no other row.
   void set_mean(const TokenRows<T>& q, const LogKernel<T>& kernel, Range queries, T* buffer, T* mean) const {
-    const Index d = means.cols();
+    const Index d = q.cols();
     const auto add = [&](bool finite_only) {
       Index count = 0;
-      std::fill_n(mean, d, T(0));
+      std::fill_n(mean, means.cols(), T(0));
       for (Index i = queries.first; i < queries.last; ++i) {
         const T* const row = q.row(tree.parts.rows.data()[i], buffer);
         if (finite_only && !is_finite(squared_norm(row, d))) continue;
@@ -187,30 +195,22 @@ inline Packet<T> first_lanes(Packet<T> x, Index count, T fill) {
 /// Keys in a row whose sum is one chain.
 inline constexpr Index kKeysAtOnce = 256;
 
-/// kPackets packets of to <- (more ? to : 0) + the sum of factor_i row_i, for count rows that lie stride apart; only
-/// the first columns elements of a single packet are there.
+/// kPackets packets of to <- (more ? to : 0) + the sum of factor_i row_i, for count rows that lie stride apart.
 template <int kPackets, class T>
-void sum_some_packets(const T* factors, Index count, const T* rows, Index stride, Index columns, bool more, T* to) {
+void sum_some_packets(const T* factors, Index count, const T* rows, Index stride, bool more, T* to) {
   Packet<T> total[array_size(kPackets)];
 #pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) total[p] = broadcast(T(0));
+  for (int p = 0; p < kPackets; ++p) total[p] = more ? load(to + p * kLanes<T>) : broadcast(T(0));
   for (Index i = 0; i < count; ++i, rows += stride) {
     const auto factor = broadcast(factors[i]);
 #pragma GCC unroll 4
-    for (int p = 0; p < kPackets; ++p) {
-      const auto x = kPackets > 1 ? load_unaligned(rows + p * kLanes<T>) : load_row(rows, 0, columns);
-      total[p] = multiply_add(factor, x, total[p]);
-    }
+    for (int p = 0; p < kPackets; ++p) total[p] = multiply_add(factor, load(rows + p * kLanes<T>), total[p]);
   }
 #pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) {
-    T* const at = to + p * kLanes<T>;
-    const Index width = kPackets > 1 ? kLanes<T> : columns;
-    store_row(at, 0, width, more ? total[p] + load_row(at, 0, width) : total[p]);
-  }
+  for (int p = 0; p < kPackets; ++p) store(to + p * kLanes<T>, total[p]);
 }
 
-/// to <- the sum of factor_i row_i, for count rows of d elements that lie stride apart, some packets at a time.
+/// to <- the sum of factor_i row_i, for count padded rows of d elements that lie stride apart, some packets at a time.
 template <class T>
 [[gnu::noinline]] void sum_scaled_rows(const T* factors, Index count, const T* rows, Index stride, Index d, T* to) {
   constexpr Index kAtOnce = 4 * kLanes<T>;
@@ -219,11 +219,9 @@ template <class T>
     const T* const row = rows + first * stride;
     Index c = 0;
     for (; c + kAtOnce <= d; c += kAtOnce) {
-      sum_some_packets<4>(factors + first, some, row + c, stride, kAtOnce, first > 0, to + c);
+      sum_some_packets<4>(factors + first, some, row + c, stride, first > 0, to + c);
     }
-    for (; c < d; c += kLanes<T>) {
-      sum_some_packets<1>(factors + first, some, row + c, stride, d - c, first > 0, to + c);
-    }
+    for (; c < d; c += kLanes<T>) sum_some_packets<1>(factors + first, some, row + c, stride, first > 0, to + c);
   }
 }
 
@@ -242,10 +240,10 @@ struct Summaries {
   }
 
   /// Summaries [first, last) as keys and values.
-  KeyTile<T> tile(Range some, Index d) const {
+  KeyTile<T> tile(Range some, Index value_offset) const {
     const T* const row = tokens.data() + some.first * tokens.cols();
     return {.k = row,
-            .v = row + d,
+            .v = row + value_offset,
             .bias = bias + some.first,
             .k_stride = tokens.cols(),
             .v_stride = tokens.cols(),
@@ -289,7 +287,8 @@ class Summarizer {
     const Range keys = keys_.tree.range(branch);
     first_ = keys.first;
     for (Index j = keys.first; j < keys.last; j += kLanes<T>) {
-      const auto products = row_products(keys_.row(j), keys_.tokens.cols(), keys.last - j, landmark, keys_.d);
+      const auto products =
+          row_products(keys_.row(j), keys_.tokens.cols(), keys.last - j, landmark, keys_.value_offset());
       const auto bias = keys_.bias == nullptr ? broadcast(T(0)) : load_row(keys_.bias + j, 0, keys.last - j);
       store_unaligned(products_ + j - first_, max(products, broadcast(std::numeric_limits<T>::lowest())));
       store_unaligned(scores_ + j - first_, products + bias);
@@ -493,13 +492,13 @@ class NearKeys {
   void gather(Range keys, Index to) const {
     const Index count = keys.last - keys.first;
     std::copy_n(keys_.row(keys.first), count * tokens_.cols(), row_of(tokens_, to));
-    std::iota(rows_ + to, rows_ + to + count, keys.first);
+    for (Index i = 0; i < count; ++i) rows_[to + i] = keys.first + i;
     if (keys_.bias != nullptr) std::copy_n(keys_.bias + keys.first, count, bias_ + to);
   }
 
   KeyTile<T> gathered_tile(Index count) const {
     return {.k = tokens_.data(),
-            .v = tokens_.data() + keys_.d,
+            .v = tokens_.data() + keys_.value_offset(),
             .bias = keys_.bias == nullptr ? nullptr : bias_,
             .k_stride = tokens_.cols(),
             .v_stride = tokens_.cols(),
@@ -532,16 +531,16 @@ class FieldRunner {
         branches_{{nullptr, 0, 0, 0}, nullptr},
         clusters_(Summaries<T>::make(cluster_count_, keys.tokens.cols(), scratch)),
         near_keys_(keys, scratch),
-        values_(scratch.matrix<T>(std::max(branch_count_, cluster_count_), keys.d_v())),
+        values_(scratch.matrix<T>(std::max(branch_count_, cluster_count_), keys.d_v)),
         weights_(scratch.elements<T>(round_up_to_tiles(cluster_count_) * kTileWidth<T>)),
         lanes_(scratch.elements<T>(5 * kTileWidth<T>)),
-        displacement_(scratch.elements<T>(keys.d)),
+        displacement_(scratch.elements<T>(keys.value_offset())),
         terms_(scratch.elements<T>(std::max(branch_count_, cluster_count_))),
         open_(scratch.elements<Index>(keys.tree.sets())),
         near_(scratch.elements<Index>(cluster_count_)),
-        rows_(scratch.elements<T>(kLanes<T> * std::max(keys.d, keys.d_v()))) {
-    const Index d_v = keys.d_v();
-    strips_ = scratch.make<FieldStrip<T>>(branch_count_ == 0 ? 1 : blocks.most(), keys.d, d_v, branch_count_, scratch);
+        rows_(scratch.elements<T>(kLanes<T> * std::max(keys.d, keys.d_v))) {
+    strips_ =
+        scratch.make<FieldStrip<T>>(branch_count_ == 0 ? 1 : blocks.most(), keys.d, keys.d_v, branch_count_, scratch);
   }
 
   /// Branch b as the landmarks of some regions see it, one region's summaries of all branches after another's.
@@ -595,13 +594,16 @@ class FieldRunner {
 
   /// open_ <- the branches that are open to a group, whose strips get what weights all branches have for them.
   void choose_open(Index region, Index group) {
-    if (branch_count_ == 0) return std::iota(open_, open_ + sizes_.open, Index{0});
+    if (branch_count_ == 0) {
+      for (Index b = 0; b < sizes_.open; ++b) open_[b] = b;
+      return;
+    }
     std::fill_n(terms_, branch_count_, T(0));
-    std::fill_n(displacement_, keys_.d, T(0));
+    std::fill_n(displacement_, keys_.value_offset(), T(0));
     for (Index b = 0; b < blocks_.count(group); ++b) {
       FieldStrip<T>& strip = strips_[b];
       load_queries(strip, blocks_.block(group, b));
-      strip.clear(keys_.d_v());
+      strip.clear(keys_.d_v);
       score(strip, branches_, branch_count_, strip.weights, strip.state.maximum);
       weigh_all(strip, branch_count_, strip.weights, strip.state.sum);
       add_terms(strip, row_of(groups_.region_means, region), strip.state.sum, branch_count_, strip.weights);
@@ -612,7 +614,7 @@ class FieldRunner {
 
   void attend_strip(FieldStrip<T>& strip, Index group, const ResultRows<T>& out, const FieldRecord<T>& record) {
     if (branch_count_ == 0) {
-      strip.clear(keys_.d_v());
+      strip.clear(keys_.d_v);
     } else {
       add_branches(strip);
     }
@@ -641,7 +643,7 @@ class FieldRunner {
     T* const of_tile = lanes_;
     std::fill_n(maximum, strip.lanes(), kNoMaximum<T>);
     for (Index c = 0; c < count; c += kTileKeys<T>) {
-      const KeyTile<T> tile = summaries.tile({c, std::min(count, c + kTileKeys<T>)}, keys_.d);
+      const KeyTile<T> tile = summaries.tile({c, std::min(count, c + kTileKeys<T>)}, keys_.value_offset());
       with_packets<kTilePackets>(strip.queries.packets, [&](auto packets) {
         score_keys<packets>(tile, tile.count, strip.queries.panel, keys_.d, scores + c * strip.lanes(), of_tile, {});
       });
@@ -700,10 +702,10 @@ class FieldRunner {
       const Index some = std::min<Index>(kLanes<T>, count - first);
       const T* variances[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
-        variances[i] = of.key_variance.data() + id(first + std::min(i, some - 1)) * keys_.d;
+        variances[i] = row_of(of.key_variance, id(first + std::min(i, some - 1)));
       }
       alignas(64) T spread[array_size(kLanes<T>)];
-      store(spread, dot_products<T>(variances, nullptr, displacement_, keys_.d));
+      store(spread, dot_products<T>(variances, nullptr, displacement_, keys_.value_offset()));
       for (Index i = 0; i < some; ++i) {
         const T term = std::sqrt(terms_[first + i] * spread[i]) * of.value_spread[id(first + i)];
         terms_[first + i] = is_nan(term) ? std::numeric_limits<T>::infinity() : term;
@@ -726,14 +728,14 @@ class FieldRunner {
   /// are moved up; its sum follows.
   void add_others(const FieldStrip<T>& strip, const Summaries<T>& summaries, Index count, std::span<const Index> some,
                   T* weights, T* correction) const {
-    const Index lanes = strip.lanes(), d_v = keys_.d_v();
+    const Index lanes = strip.lanes(), d_v = keys_.d_v;
     Index others = 0;
     for (Index c = 0; c < count; ++c) {
       if (!some.empty() && some.front() == c) {
         some = some.subspan(1);
         continue;
       }
-      std::copy_n(row_of(summaries.tokens, c) + keys_.d, d_v, row_of(values_, others));
+      std::copy_n(row_of(summaries.tokens, c) + keys_.value_offset(), d_v, row_of(values_, others));
       if (others < c) std::copy_n(weights + c * lanes, lanes, weights + others * lanes);
       ++others;
     }
@@ -778,7 +780,7 @@ class FieldRunner {
     const Index count = std::min(sizes_.near, cluster_count_);
     if (count == 0) return 0;
     std::fill_n(terms_, cluster_count_, T(0));
-    std::fill_n(displacement_, keys_.d, T(0));
+    std::fill_n(displacement_, keys_.value_offset(), T(0));
     add_terms(strip, landmark, total, cluster_count_, weights_);
     set_errors(keys_.of_clusters, cluster_count_, [&](Index i) { return cluster(i); });
     choose_largest(terms_, cluster_count_, count, near_);
@@ -806,12 +808,12 @@ class FieldRunner {
     for (Index p = 0; p < strip.lanes(); p += kLanes<T>) {
       T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
-        rows[i] = p + i < strip.queries.count ? out.row(query(strip, p + i), rows_ + i * keys_.d_v()) : nullptr;
+        rows[i] = p + i < strip.queries.count ? out.row(query(strip, p + i), rows_ + i * keys_.d_v) : nullptr;
       }
-      unpack_rows(strip.state.weighted + p, strip.lanes(), keys_.d_v(), load(scales.first + p), rows);
+      unpack_rows(strip.state.weighted + p, strip.lanes(), keys_.d_v, load(scales.first + p), rows);
       for (Index i = 0; i < kLanes<T>; ++i) {
         if (rows[i] == nullptr) continue;
-        if (scales.twice) scale_row(scales.second[p + i], rows[i], rows[i], keys_.d_v());
+        if (scales.twice) scale_row(scales.second[p + i], rows[i], rows[i], keys_.d_v);
         out.finish_row(query(strip, p + i), rows[i]);
       }
     }

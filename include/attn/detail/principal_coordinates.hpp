@@ -17,7 +17,7 @@ namespace attn::detail {
 /// Coordinates of each token. Where tokens have no more features than that, coordinates are the features.
 inline constexpr Index kCoordinates = 16;
 
-/// The principal axes of a sample of rows, by orthogonal iteration from the features of largest variance.
+/// The kCoordinates principal axes of a sample of rows, by orthogonal iteration from the features of largest variance.
 ///   y_i  = (x_i - mean) / largest        of at most kSample rows, those that are not finite left out
 ///   axes = orthonormal rows of axes y^T y, some times over
 template <class T>
@@ -33,26 +33,24 @@ class PrincipalAxes {
     const auto sample = own.template matrix<T>(std::min(kSample, static_cast<Index>(rows.size())), x.cols());
     const Index finite = copy_finite(x, rows, sample);
     center(rows_of(sample, {0, finite}));
-    if (count_ == x.cols()) {
-      for (Index i = 0; i < count_; ++i) row_of(axes_, i)[i] = 1;
-    } else {
-      iterate(rows_of(sample, {0, finite}), context, own);
-    }
+    if (count_ < x.cols()) iterate(rows_of(sample, {0, finite}), context, own);
   }
 
-  /// to <- axes (x - mean) / largest, kCoordinates elements, those beyond the last axis 0; all 0 if any is not finite.
-  /// buffer has room for x, and may be x.
+  /// to <- axes (x - mean) / largest, kCoordinates elements, or without axes where they have room; those beyond the
+  /// last 0; all 0 if any is not finite. buffer has room for x, and may be x.
   void set_coordinates(const T* x, T* buffer, T* to) const {
     const Index d = axes_.cols();
     for (Index c = 0; c < d; c += kLanes<T>) {
       store_row(buffer, c, d, (load_row(x, c, d) - load_row(mean_.data(), c, d)) * broadcast(scale_));
     }
-    for (Index a = 0; a < kCoordinates; a += kLanes<T>) {
-      const Index count = std::min<Index>(count_ - a, kLanes<T>);
-      const auto products = count > 0 ? row_products(row_of(axes_, a), d, count, buffer, d) : broadcast(T(0));
-      store(to + a, products);
+    if (count_ == d) {
+      std::copy_n(buffer, d, to);
+      std::fill(to + d, to + kCoordinates, T(0));
+    } else {
+      for (Index a = 0; a < kCoordinates; a += kLanes<T>) {
+        store(to + a, row_products(row_of(axes_, a), d, kLanes<T>, buffer, d));
+      }
     }
-    std::fill(to + count_, to + kCoordinates, T(0));
     if (!is_finite(squared_norm(to, kCoordinates))) std::fill_n(to, kCoordinates, T(0));
   }
 

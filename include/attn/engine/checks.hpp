@@ -26,8 +26,8 @@ namespace attn::detail {
 
 using Eigen::Index;
 
-/// A sum of whole numbers x of [first, last], times a stride each: up to six terms, strides in descending order, 0 after
-/// the last. Those of the same stride are one.
+/// A sum of whole numbers x of [first, last], times a stride each: up to six terms, strides in descending order, 0
+/// after the last. Those of the same stride are one.
 struct StrideSum {
   struct Term {
     Index stride = 0, first = 0, last = 0;
