@@ -246,6 +246,7 @@ class Calls {
     run_multi_head(2, 3, 4, context);
     run_multi_head(2, 3, 90, context);
     run_multi_head(1, 3, 700, context);
+    run_shared_keys(context);
     next_saved_ = 0;
     for (const auto& [n_q, n_k] : {std::pair<Index, Index>{3, kLongest}, {800, 800}}) {
       const auto q = tokens_.q.topRows(n_q), k = tokens_.k.topRows(n_k), v = tokens_.v.topRows(n_k);
@@ -264,6 +265,13 @@ class Calls {
     masks.back() = this->masks(n, n, Causal::none);
     attn::multi_head(attn::SoftmaxAttention<T>{}, q, k, v, out, masks, context);
     attn::multi_head(attn::Skyformer<T>(attn::UniformSample{.num_landmarks = 24}), q, k, v, out, masks, context);
+  }
+
+  /// Heads that share keys, two queries each.
+  void run_shared_keys(Context& context) {
+    const auto view = [](auto* data, Index heads, Index n) { return attn::head_major(data, 1, heads, n, kWidth); };
+    attn::multi_head(attn::SoftmaxAttention<T>{}, view(tokens_.q.data(), 6, 2), view(tokens_.k.data(), 2, 900),
+                     view(tokens_.v.data(), 2, 900), view(out_.data(), 6, 2), {}, context);
   }
 
  private:

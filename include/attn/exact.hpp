@@ -48,8 +48,8 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
 
   /// Up to how many queries of d features, of heads that share their keys, are computed together by multi_head.
   Index most_shared_queries(Index d) const {
-    using Few = detail::FewQueries<detail::Arithmetic<T>>;
-    return Few::suits(score_parameters(kernel_, d)) ? Few::kMost : 0;
+    const ScoreParameters parameters = score_parameters(kernel_, d);
+    return detail::FewQueries<detail::Arithmetic<T>>::most(parameters.bias != 0, parameters.gaussian());
   }
 
   /// @{ As MethodBase says.

@@ -33,39 +33,43 @@ namespace attn::detail {
 /// All queries of a product, which several workers read.
 template <class T>
 struct FewQueries {
-  FewRows<T> rows;  ///< as pack_query makes them, scaled unless distances are measured
-  Measure measure;
-  T* norm;  ///< bias |q - center|^2 where that is finite, which log-sums are relative to; 0 without a center
+  FewRows<T> rows;  ///< scaled, as pack_query makes them; as they are where distances are measured
+  T* norm;          ///< bias |q - center|^2 where that is finite, which log-sums are relative to; 0 without a center
 
-  /// Up to so many queries take less time than strips of them would.
-  static constexpr Index kMost = kLanes<T>;
-
-  /// Of kernels that have a bias, distances give the Gaussian one.
-  static constexpr bool suits(const ScoreParameters& kernel) { return kernel.bias == 0 || kernel.gaussian(); }
-  static bool suits(const Product<T>& product) {
-    return product.in.q.rows() <= kMost && (product.kernel.bias == 0 || product.kernel.center != nullptr);
+  /// Up to so many queries take less time than strips of them would; 0 if none do. Distances take longer than products,
+  /// and are the scores of a Gaussian alone, not of every kernel that has a bias.
+  static constexpr Index most(bool has_bias, bool gaussian) {
+    if (gaussian) return (kLanes<T> + 1) / 2;
+    return has_bias ? 0 : kLanes<T> + kLanes<T> / 4;
   }
+
+  static bool suits(const Product<T>& product) {
+    return product.in.q.rows() <= most(product.kernel.bias != 0, measures_distances(product));
+  }
+
+  static bool measures_distances(const Product<T>& product) { return product.kernel.center != nullptr; }
 
   static FewQueries pack(const Product<T>& product, Scratch& scratch) {
     const TokenRows<T>& q = product.in.q;
-    const Index d = q.cols(), cols = std::max<Index>(d, kLanes<T>);
+    const Index d = q.cols(), cols = std::max<Index>(d, kLanes<T>), room = with_room<T>(q.rows());
     const Index width = times_to_read(cols, kLanes<T>) * kLanes<T>;
-    const FewQueries few{{scratch.elements<T>(with_room<T>(q.rows()) * width), q.rows(), width},
-                         product.kernel.center == nullptr ? Measure::dot_product : Measure::squared_distance,
-                         scratch.elements<T>(kTileWidth<T>)};
+    const FewQueries few{{scratch.elements<T>(room * width), q.rows(), width}, scratch.elements<T>(kTileWidth<T>)};
     std::fill_n(few.norm, kTileWidth<T>, T(0));
-    std::fill_n(few.rows.data, with_room<T>(q.rows()) * width, T(0));
+    std::fill_n(few.rows.data, room * width, T(0));
     T* const row = scratch.elements<T>(cols);
+    std::fill_n(row, cols, T(0));
     for (Index i = 0; i < q.rows(); ++i) {
-      std::fill_n(row, cols, T(0));
-      if (keeps_query(product.in, i)) q.copy_row(i, row);
-      if (few.measure == Measure::dot_product) {
-        scale_row(product.kernel.scale, row, row, d);
-      } else if (keeps_query(product.in, i)) {
-        const T norm = product.kernel.bias * squared_distance<T>(row, product.kernel.center, d);
+      if (!keeps_query(product.in, i)) continue;
+      T* const to = few.rows.row(i);
+      if (measures_distances(product)) {
+        q.copy_row(i, to);
+        const T norm = product.kernel.bias * squared_distance<T>(to, product.kernel.center, d);
         few.norm[i] = is_finite(norm) ? norm : T(0);
+      } else {
+        q.copy_row(i, row);
+        scale_row(product.kernel.scale, row, row, d);
+        pack_query(row, cols, to);
       }
-      pack_query(row, cols, few.rows.row(i));
     }
     return few;
   }
@@ -104,6 +108,7 @@ class FewQueriesRunner {
   FewQueriesRunner(const Product<T>& product, const FewQueries<T>& queries, Scratch& scratch)
       : product_(product),
         queries_(queries),
+        tile_keys_(std::clamp(kTileElements / (product.in.k.cols() + product.in.v.cols()), kFewestKeys, kKeys)),
         drops_keys_(!product.in.mask.keep_key.empty() || !product.in.key_bias.empty()),
         recent_(FewQueriesState<T>::make(queries.rows.count, product.in.v.cols(), scratch)),
         scores_{scratch.elements<T>(with_room<T>(queries.rows.count) * kKeys), queries.rows.count, kKeys},
@@ -114,7 +119,7 @@ class FewQueriesRunner {
         key_bias_(product.in.key_bias.empty() ? nullptr : scratch.elements<T>(kKeys)),
         padded_k_(padding(product.in.k, scratch)),
         padded_v_(padding(product.in.v, scratch)),
-        row_(scratch.elements<T>(product.in.v.cols())),
+        row_(scratch.elements<T>(std::max(product.in.k.cols(), product.in.v.cols()))),
         numbers_(scratch.elements<Index>(kKeys)),
         seen_(scratch.elements<Index>(queries.rows.count)) {
     std::fill_n(ones_, kTileWidth<T>, T(1));
@@ -128,11 +133,11 @@ class FewQueriesRunner {
     if (limit < keys.last) keys.last = std::max(keys.first, limit + 1);
     Range chunk{keys.first, keys.first};
     do {  // once even where there are no keys
-      chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
+      chunk = {chunk.last, std::min(keys.last, chunk.last + kChunk * tile_keys_)};
       const FewQueriesState<T>& state = chunk.first == keys.first ? total : recent_;
       reset(state);
-      for (Index first = chunk.first; first < chunk.last; first += kKeys) {
-        add({first, std::min(chunk.last, first + kKeys)}, state);
+      for (Index first = chunk.first; first < chunk.last; first += tile_keys_) {
+        add({first, std::min(chunk.last, first + tile_keys_)}, state);
       }
       if (chunk.first != keys.first) merge(total, recent_);
     } while (chunk.last < keys.last);
@@ -172,8 +177,9 @@ class FewQueriesRunner {
   }
 
  private:
-  static constexpr Index kKeys = 128;              ///< of a tile
-  static constexpr Index kChunkKeys = 32 * kKeys;  ///< added up before the result joins the total
+  static constexpr Index kKeys = 256, kFewestKeys = 32;  ///< of a tile: no sum in a register is longer than the most
+  static constexpr Index kTileElements = 32768;          ///< of its keys and values, which fit a small L2 cache
+  static constexpr Index kChunk = 32;                    ///< tiles that are added up before they join the total
 
   static T* padding(const TokenRows<T>& x, Scratch& scratch) {
     return x.cols() < kLanes<T> ? scratch.elements<T>(kKeys * kLanes<T>) : nullptr;
@@ -192,10 +198,14 @@ class FewQueriesRunner {
     if (count == 0) return;
     const Index by_all = *std::min_element(seen_, seen_ + queries_.rows.count);
     const MemoryRows &k_rows = product_.in.k.memory(), &v_rows = product_.in.v.memory();
-    const Index next = std::min(tile.first + kKeys, k_rows.rows - 1);
+    const Index next = std::min(tile.last, k_rows.rows - 1);
     const Read k = read(product_.in.k, tile, count, v_rows.row(tile.first), padded_k_),
                v = read(product_.in.v, tile, count, k_rows.row(next), padded_v_);
-    k.products.score(queries_.measure, k.rows, queries_.rows, scores_);
+    if (FewQueries<T>::measures_distances(product_)) {
+      measure_distances(tile, count);
+    } else {
+      k.products.score(k.rows, queries_.rows, scores_);
+    }
     set_key_bias(tile, count);
     std::fill_n(tile_maximum_, kTileWidth<T>, kNoMaximum<T>);
     for (Index i = 0; i < queries_.rows.count; ++i) finish_scores(i);
@@ -258,6 +268,25 @@ class FewQueriesRunner {
     return static_cast<Index>(reinterpret_cast<std::uintptr_t>(to) - reinterpret_cast<std::uintptr_t>(from));
   }
 
+  /// Scores of a Gaussian: log2 kappa.
+  void measure_distances(Range tile, Index count) const {
+    const TokenRows<T>& k = product_.in.k;
+    for (Index j = 0; j < count; ++j) {
+      const T* const key = k.row(tile.first + numbers_[j], row_);
+      for (Index i = 0; i < queries_.rows.count; ++i) {
+        scores_.row(i)[j] = -product_.kernel.bias * distance(queries_.rows.row(i), key, k.cols());
+      }
+    }
+  }
+
+  /// |q - k|^2, some features at a time, which keeps chains of sums short.
+  static T distance(const T* q, const T* k, Index d) {
+    constexpr Index kAtOnce = 256;
+    T total = 0;
+    for (Index c = 0; c < d; c += kAtOnce) total += squared_distance(q + c, k + c, std::min(kAtOnce, d - c));
+    return total;
+  }
+
   void set_key_bias(Range tile, Index count) const {
     for (Index j = 0; j < count && key_bias_ != nullptr; ++j) {
       key_bias_[j] = product_.in.key_bias.data()[tile.first + numbers_[j]];
@@ -268,7 +297,6 @@ class FewQueriesRunner {
   void finish_scores(Index i) const {
     T* const row = scores_.row(i);
     const Index seen = seen_[i];
-    if (queries_.measure == Measure::squared_distance) scale_row(-product_.kernel.bias, row, row, seen);
     const T origin = product_.kernel.bias_origins.of(i);
     for (Index j = 0; j < seen && key_bias_ != nullptr; ++j) {
       row[j] += std::numbers::log2e_v<T> * (key_bias_[j] - origin);
@@ -327,12 +355,13 @@ class FewQueriesRunner {
 
   const Product<T>& product_;
   const FewQueries<T>& queries_;
+  Index tile_keys_;
   bool drops_keys_;
   FewQueriesState<T> recent_;
   FewRows<T> scores_, sums_;
   T *tile_maximum_, *correction_, *ones_;
   T *key_bias_, *padded_k_, *padded_v_;  ///< of the tile; each null where it is not needed
-  T* row_;                               ///< of results, where they are not in place
+  T* row_;                               ///< a key, or a row of results, where they are not in place
   Index *numbers_, *seen_;
 };
 

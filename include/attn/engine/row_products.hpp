@@ -1,8 +1,8 @@
 /// Products of a few rows with many that are read once, as they lie in memory: features lie along the lanes.
 ///
-///   scores:   score[i][j]  = q_i.k_j or |q_i - k_j|^2       as many sums at a time as a packet has lanes, then one step
-///                                                           that adds up the lanes of all of them
-///   values:   sum[i]      += sum_j weight[i][j] v_j         some packets of columns at a time
+///   scores:   score[i][j]  = q_i.k_j                  as many sums at a time as a packet has lanes, then one step that
+///                                                     adds up the lanes of all of them
+///   values:   sum[i]      += sum_j weight[i][j] v_j   some packets of columns at a time
 ///
 /// What a row of sums gets does not depend on the other rows, nor on how many there are. Narrow types are widened in
 /// registers.
@@ -28,7 +28,7 @@ struct FewRows {
   Index count, stride;
 
   T* row(Index i) const { return data + i * stride; }
-  FewRows some(Index i) const { return {row(i), count - i, stride}; }  ///< from row i on
+  FewRows from(Index i, Index column = 0) const { return {row(i) + column, count - i, stride}; }
   FewRows only(Index i) const { return {row(i), 1, stride}; }
 };
 
@@ -103,11 +103,9 @@ template <class T>
   }
 }
 
-enum class Measure { dot_product, squared_distance };
-
 /// sums[r][c] += what the times that features are read add to it, for row r of q and key c; with last, what is left
 /// over of them too.
-template <Measure kMeasure, std::size_t kRows, std::size_t kKeys, class E, class T>
+template <std::size_t kRows, std::size_t kKeys, class E, class T>
 [[gnu::always_inline]] inline void add_features(const E* const* keys, Index d, const FewRows<T>& q, Range times,
                                                 const LastElements<T>* last, Index to_next,
                                                 Packet<T> (&sums)[kRows][kKeys]) {
@@ -121,14 +119,7 @@ template <Measure kMeasure, std::size_t kRows, std::size_t kKeys, class E, class
       const auto key = part(load_wide(keys[c] + start));
       fetch(keys[c] + start, to_next);
 #pragma GCC unroll 4
-      for (std::size_t r = 0; r < kRows; ++r) {
-        if constexpr (kMeasure == Measure::dot_product) {
-          sums[r][c] = multiply_add(query[r], key, sums[r][c]);
-        } else {
-          const auto x = query[r] - key;
-          sums[r][c] = multiply_add(x, x, sums[r][c]);
-        }
-      }
+      for (std::size_t r = 0; r < kRows; ++r) sums[r][c] = multiply_add(query[r], key, sums[r][c]);
     }
   };
   for (Index time = times.first; time < times.last; ++time) {
@@ -153,7 +144,7 @@ constexpr Index with_room(Index queries) {
 }
 
 /// scores_i <- those of kLanes keys, for kRows rows of q. Sums run over at most kMostTerms terms at a time.
-template <Measure kMeasure, int kRows, class E, class T>
+template <int kRows, class E, class T>
 [[gnu::noinline]] void score_some_keys(const E* const* keys, Index d, const FewRows<T>& q, const LastElements<T>& last,
                                        Index to_next, const FewRows<T>& scores) {
   constexpr Index kMostTerms = 256;
@@ -171,7 +162,7 @@ template <Measure kMeasure, int kRows, class E, class T>
         Packet<T> sum[array_size(kRows)][array_size(kKeysAtOnce)];
 #pragma GCC unroll 16
         for (int i = 0; i < kRows * kKeysAtOnce; ++i) sum[i / kKeysAtOnce][i % kKeysAtOnce] = broadcast(T(0));
-        add_features<kMeasure>(keys + block + some, d, q, times, left, to_next, sum);
+        add_features(keys + block + some, d, q, times, left, to_next, sum);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows * kKeysAtOnce; ++i)
           sums[i / kKeysAtOnce * kKeys + some + i % kKeysAtOnce] = sum[i / kKeysAtOnce][i % kKeysAtOnce];
@@ -188,24 +179,17 @@ template <Measure kMeasure, int kRows, class E, class T>
 /// scores_i <- those of all keys, for the rows of q that pack_query made; up to kLanes - 1 more of each row become any
 /// number. Rows of k have at least kLanes elements.
 template <class E, class T>
-void score_rows(Measure measure, const ListedRows& k, const FewRows<T>& q, const FewRows<T>& scores) {
+void score_rows(const ListedRows& k, const FewRows<T>& q, const FewRows<T>& scores) {
   constexpr int kRows = kQueriesAtOnce<T>;
   const LastElements<T> last(k.cols);
   for (Index j = 0; j < k.count; j += kLanes<T>) {
     const E* keys[kLanes<T>];
     for (Index c = 0; c < kLanes<T>; ++c) keys[c] = k.row<E>(std::min(j + c, k.count - 1));
-    const auto score = [&](auto some, Index i) {
-      some(keys, k.cols, q.some(i), last, k.to_next, {scores.row(i) + j, q.count, scores.stride});
-    };
     Index i = 0;
-    for (; measure == Measure::dot_product && at_once<T>(q.count - i); i += kRows) {
-      score(score_some_keys<Measure::dot_product, kRows, E, T>, i);
+    for (; at_once<T>(q.count - i); i += kRows) {
+      score_some_keys<kRows>(keys, k.cols, q.from(i), last, k.to_next, scores.from(i, j));
     }
-    for (; i < q.count; ++i) {
-      score(measure == Measure::dot_product ? score_some_keys<Measure::dot_product, 1, E, T>
-                                            : score_some_keys<Measure::squared_distance, 1, E, T>,
-            i);
-    }
+    for (; i < q.count; ++i) score_some_keys<1>(keys, k.cols, q.from(i), last, k.to_next, scores.from(i, j));
   }
 }
 
@@ -260,10 +244,10 @@ void add_weighted_rows(const ListedRows& v, Range keys, const FewRows<T>& weight
     some.last = std::min(keys.last, some.first + kKeysAtOnce);
     Index i = 0;
     for (; at_once<T>(sums.count - i); i += kRows) {
-      add_some_rows<kRows, E>(v, some, weights.some(i), sums.some(i));
+      add_some_rows<kRows, E>(v, some, weights.from(i), sums.from(i));
     }
     for (; i < sums.count; ++i) {
-      add_some_rows<1, E>(v, some, weights.some(i), sums.some(i));
+      add_some_rows<1, E>(v, some, weights.from(i), sums.from(i));
     }
   }
 }
@@ -271,7 +255,7 @@ void add_weighted_rows(const ListedRows& v, Range keys, const FewRows<T>& weight
 /// Both products, for rows in memory of some type.
 template <class T>
 struct RowProducts {
-  void (*score)(Measure, const ListedRows& k, const FewRows<T>& q, const FewRows<T>& scores);
+  void (*score)(const ListedRows& k, const FewRows<T>& q, const FewRows<T>& scores);
   void (*add)(const ListedRows& v, Range keys, const FewRows<T>& weights, const FewRows<T>& sums);
 };
 
