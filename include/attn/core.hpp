@@ -146,7 +146,8 @@ struct PinvStep {
   /// Whether e of a z that grows by such a factor may be taken for symmetric. Unlike the iteration itself, that mends
   /// no error in directions where z is right; what rounding has made of symmetry is about epsilon |z|.
   bool symmetric(const ConstMatrixRef<T>& z, T growth) const {
-    return largest_magnitude<T>(z) * growth <= symmetric_limit;
+    constexpr Index kWorthwhile = kPanelPackets * kLanes<T>;  // one strip of columns has no half
+    return z.rows() > kWorthwhile && largest_magnitude<T>(z) * growth <= symmetric_limit;
   }
 
   /// e, squared and p of z.
@@ -159,21 +160,26 @@ struct PinvStep {
     add_to_diagonal(p, 1);
   }
 
-  /// next <- z p, with p = I + e (I + e (I + e / 4)), unless z has grown beyond largest_iterate; returns whether.
+  /// next <- z p, unless z has grown beyond largest_iterate; returns whether.
   bool take(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& z, const MatrixRef<T>& next, Context& context) const {
     if (largest_magnitude<T>(z) > limit) return false;
-    const auto multiply = symmetric(z, 1) ? symmetric_gemm<T> : gemm<T>;
+    symmetric(z, 1) ? set(a, z, context) : set_factor(a, z, context);
+    gemm<T>(1, z, p, 0, next, context);
+    return true;
+  }
+
+ private:
+  /// p = I + e (I + e (I + e / 4)), whether e is symmetric or not.
+  void set_factor(const ConstMatrixRef<T>& a, const ConstMatrixRef<T>& z, Context& context) const {
     const MatrixRef<T>& inner = squared;
-    multiply(-1, a, z, 0, e, context);
+    gemm<T>(-1, a, z, 0, e, context);
     add_to_diagonal(e, 1);
     set_scaled(p, T(0.25), e);
     add_to_diagonal(p, 1);
-    multiply(1, e, p, 0, inner, context);
+    gemm<T>(1, e, p, 0, inner, context);
     add_to_diagonal(inner, 1);
-    multiply(1, e, inner, 0, p, context);
+    gemm<T>(1, e, inner, 0, p, context);
     add_to_diagonal(p, 1);
-    gemm<T>(1, z, p, 0, next, context);
-    return true;
   }
 };
 
@@ -215,9 +221,9 @@ void apply_last_steps(const PinvStep<T>& step, const ConstMatrixRef<T>& a, const
   }
 }
 
-/// x (m, columns) <- z x with the z of iterate_pinv, which z (m, m) may become or not. Where x is narrow, the last three
-/// steps are those of the residual alone, 2 m^3 flops each, and what they multiply z by is applied to x: each loses
-/// some digits of the residual, and six steps from one residual would lose most.
+/// x (m, columns) <- z x with the z of iterate_pinv, which z (m, m) may become or not. Where x is narrow, the last
+/// three steps are those of the residual alone, 2 m^3 flops each, and what they multiply z by is applied to x: each
+/// loses some digits of the residual, and six steps from one residual would lose most.
 template <class T>
 void apply_iterated_pinv(const ConstMatrixRef<T>& a, const MatrixRef<T>& z, const MatrixRef<T>& x, int iterations,
                          Context& context) {
