@@ -43,8 +43,10 @@ namespace attn {
   ATTN_TEMPLATE void detail::run_backward(const detail::Product<T>&, const detail::RowGradients<T>&,                 \
                                           const Gradients<T>&, std::span<T>, Context&, Scratch&);                    \
   ATTN_TEMPLATE void detail::iterate_pinv(const ConstMatrixRef<T>&, MatrixRef<T>, int, Context&);                    \
-  ATTN_TEMPLATE void detail::iterate_pinv_backward(const ConstMatrixRef<T>&, const ConstMatrixRef<T>&, MatrixRef<T>, \
-                                                   MatrixRef<T>, int, Context&);
+  ATTN_TEMPLATE void detail::apply_iterated_pinv(const ConstMatrixRef<T>&, const MatrixRef<T>&, const MatrixRef<T>&, \
+                                                 int, Context&);                                                     \
+  ATTN_TEMPLATE void detail::iterate_pinv_backward(const ConstMatrixRef<T>&, const detail::PinvIterates<T>&,         \
+                                                   MatrixRef<T>, MatrixRef<T>, Context&);
 #define ATTN_KERNEL(Kernel, T)                                                                                      \
   ATTN_TEMPLATE void kernel_matmul(const Kernel&, const Inputs<T>&, MatrixRef<T>, std::span<T>, Context&);          \
   ATTN_TEMPLATE void kernel_matmul(const Kernel&, const Inputs<T>&, MatrixRef<T>, Context&);                        \

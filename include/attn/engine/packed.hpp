@@ -193,6 +193,9 @@ struct Panels {
     }
   }
 
+  /// The first column of a strip.
+  Index first_column(Index s) const { return strip(s).first * kLanes<T>; }
+
   /// c <- beta c + diag(factor) a b for the columns of one strip alone.
   void multiply_strip(Index s, const RowFactors<T>& factor, const Operand<T>& a, T beta, const MatrixRef<T>& c,
                       Prefetch prefetch) const {
@@ -246,6 +249,67 @@ void gemm(T scale, const Operand<T>& a, const Operand<T>& b, T beta, const Matri
   const TaskRef multiply(multiply_item);
   if (c.rows() * c.cols() * a.cols >= kWorthSharing) return context.for_each(blocks * strips, multiply);
   for (Index item = 0; item < blocks * strips; ++item) multiply(item, 0);
+}
+
+/// Rows i + r, columns j to j + kLanes of c, in packet r; the last row of c stands for those beyond it.
+template <class T>
+void load_block(const MatrixRef<T>& c, Index i, Index j, Packet<T> (&block)[kLanes<T>]) {
+  for (Index r = 0; r < kLanes<T>; ++r) block[r] = load_row(row_of(c, std::min(i + r, c.rows() - 1)), j, c.cols());
+}
+
+template <class T>
+void store_block(const MatrixRef<T>& c, Index i, Index j, const Packet<T> (&block)[kLanes<T>]) {
+  for (Index r = 0; r < kLanes<T> && i + r < c.rows(); ++r) store_row(row_of(c, i + r), j, c.cols(), block[r]);
+}
+
+/// The square c, in blocks of whole packets: what is above the diagonal <- what is below, or both <- their mean.
+template <bool kAverage, class T>
+void mirror_blocks(const MatrixRef<T>& c) {
+  for (Index i = 0; i < c.rows(); i += kLanes<T>) {
+    for (Index j = 0; j <= i; j += kLanes<T>) {
+      Packet<T> lower[kLanes<T>], upper[kLanes<T>];
+      load_block(c, i, j, lower);
+      if constexpr (kAverage) {
+        load_block(c, j, i, upper);
+        transpose(upper);
+        for (Index r = 0; r < kLanes<T>; ++r) lower[r] = broadcast(T(0.5)) * (lower[r] + upper[r]);
+        store_block(c, i, j, lower);
+      }
+      if (j == i) continue;
+      transpose(lower);
+      store_block(c, j, i, lower);
+    }
+  }
+}
+
+/// c <- (c + c^T) / 2.
+template <class T>
+void make_symmetric(const MatrixRef<T>& c) {
+  mirror_blocks<true>(c);
+}
+
+/// c <- beta c + scale a b as gemm, for a c and a product of a and b that are symmetric but for rounding: what lies
+/// below the diagonal, in whole strips, stands for what is above.
+template <class T>
+void symmetric_gemm(T scale, const Operand<T>& a, const Operand<T>& b, T beta, const MatrixRef<T>& c,
+                    Context& context) {
+  constexpr Index kBlockRows = 256, kWorthSharing = 4 << 20;  // as in gemm
+  Scratch scratch = context.scratch();
+  const Panels<T> panels = Panels<T>::pack(b, scratch);
+  const Index blocks = (c.rows() + kBlockRows - 1) / kBlockRows, strips = panels.strips();
+  const auto multiply_item = [&](Index item, int) {
+    Range rows = nth_part(c.rows(), blocks, item / strips);
+    rows.first = std::max(rows.first, panels.first_column(item % strips));
+    if (rows.first >= rows.last) return;
+    panels.multiply_strip(item % strips, {&scale, 0}, a.some_rows(rows), beta, rows_of(c, rows), {});
+  };
+  const TaskRef multiply(multiply_item);
+  if (c.rows() * c.cols() * a.cols >= 2 * kWorthSharing) {
+    context.for_each(blocks * strips, multiply);
+  } else {
+    for (Index item = 0; item < blocks * strips; ++item) multiply(item, 0);
+  }
+  if (strips > 1) mirror_blocks<false>(c);
 }
 
 }  // namespace attn::detail
