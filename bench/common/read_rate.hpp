@@ -9,8 +9,8 @@
 
 namespace bench {
 
-/// Reads an array and does nothing with it; returns the bits that any of its words has. Fetches ahead what hardware alone
-/// would fetch too late.
+/// Reads an array and does nothing with it; returns the bits that any of its words has. Fetches ahead what hardware
+/// alone would fetch too late.
 inline std::uint64_t read_all(const void* data, std::size_t bytes) {
   using Word [[gnu::vector_size(kVectorBytes), gnu::aligned(8), gnu::may_alias]] = std::uint64_t;
   constexpr std::size_t kStep = 256, kAhead = 4096;
