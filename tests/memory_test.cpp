@@ -37,14 +37,13 @@ TEST(Memory, OfApproximationsStaysBelow4MiBFor65536Tokens) {
   EXPECT_LT(scratch_after("skyformer", 65536, attn::Rows::normalized), std::size_t{4} << 20);
 }
 
-/// Beside keys and values in the order of clusters, what a strip of landmarks knows of all clusters.
+/// Beside keys and values in the order of clusters, what some regions know of all branches, and spreads of clusters.
 TEST(Memory, OfMultipoleIsLittleBesideACopyOfKeysAndValues) {
   constexpr Index kTokens = 65536, kWidth = 64;
   const Matrix<float> x = Matrix<float>::Random(kTokens, kWidth);
   Matrix<float> out(kTokens, kWidth);
   Context context;
-  const attn::Clusters clusters{.num_clusters = 256, .num_groups = 128, .num_near = 0};
-  attn::Multipole<float>(clusters).forward({.q = x, .k = x, .v = x}, out, context);
+  attn::Multipole<float>().forward({.q = x, .k = x, .v = x}, out, context);
   constexpr std::size_t kCopies = std::size_t{kTokens} * 2 * kWidth * sizeof(float);
   RecordProperty("multipole", std::to_string(context.scratch_bytes()));
   EXPECT_LT(context.scratch_bytes(), kCopies + (std::size_t{12} << 20));
