@@ -52,7 +52,7 @@ void expect_matches(const Kernel& kernel, const Inputs<T>& in, Context& context)
     if (expected.lse[i] == -kInf<double>) {
       EXPECT_EQ(actual, -kInf<double>);
     } else {
-      EXPECT_NEAR(actual, expected.lse[i], 2 * kExactTolerance<T> * (1 + std::abs(expected.lse[i])));
+      EXPECT_NEAR(actual, expected.lse[i], kExactTolerance<T> * (1 + std::abs(expected.lse[i])));
     }
   }
   kernel_matmul(kernel, in, out.view(), context);  // raw rows of a Gaussian then need no maximum
@@ -105,9 +105,9 @@ TYPED_TEST(FewQueries, ObeyMasksAndBiases) {
 }
 
 TYPED_TEST(FewQueries, SumsAreShortHoweverManyTheyAre) {
-  const auto long_cache = make_tokens<TypeParam>(Family::unit, {2, 90000, 8, 4}, 9);
+  const auto long_cache = make_tokens<TypeParam>(Family::unit, {1, 90000, 8, 4}, 9);
   expect_all_kernels_match<TypeParam>({.q = long_cache.q, .k = long_cache.k, .v = long_cache.v});
-  const auto long_rows = scaled(make_tokens<TypeParam>(Family::unit, {2, 20, 5003, 3}, 9), 0.2);
+  const auto long_rows = scaled(make_tokens<TypeParam>(Family::unit, {1, 20, 5003, 3}, 9), 0.2);
   expect_all_kernels_match<TypeParam>({.q = long_rows.q, .k = long_rows.k, .v = long_rows.v});
 }
 

@@ -281,7 +281,7 @@ class FewQueriesRunner {
 
   /// |q - k|^2, some features at a time, which keeps chains of sums short.
   static T distance(const T* q, const T* k, Index d) {
-    constexpr Index kAtOnce = 256;
+    constexpr Index kAtOnce = 64 * kLanes<T>;
     T total = 0;
     for (Index c = 0; c < d; c += kAtOnce) total += squared_distance(q + c, k + c, std::min(kAtOnce, d - c));
     return total;
