@@ -118,8 +118,13 @@ struct StridedSample {
   friend bool operator==(const StridedSample&, const StridedSample&) = default;
 
   /// @{ As JointLandmarks says.
-  template <class In>
-  auto select(const In& in, Scratch& scratch) const {
+  template <class T>
+  MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return detail::gather_rows(in, sample(in, scratch), scratch);
+  }
+
+  template <class T>
+  MatrixRef<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
     return detail::gather_rows(in, sample(in, scratch), scratch);
   }
 
@@ -150,8 +155,13 @@ struct UniformSample {
   friend bool operator==(const UniformSample&, const UniformSample&) = default;
 
   /// @{ As JointLandmarks says.
-  template <class In>
-  auto select(const In& in, Scratch& scratch) const {
+  template <class T>
+  MatrixRef<T> select(const Inputs<T>& in, Scratch& scratch) const {
+    return detail::gather_rows(in, sample(in, scratch), scratch);
+  }
+
+  template <class T>
+  MatrixRef<T> select(const detail::Sources<T>& in, Scratch& scratch) const {
     return detail::gather_rows(in, sample(in, scratch), scratch);
   }
 
