@@ -78,7 +78,8 @@ struct FieldCounts {
         counts.open = counts.clusters;
       }
     }
-    counts.near = std::min(counts.clusters, options.num_near.value_or(kNear + kMoreNear / n_k));
+    const Index usual_near = std::min(counts.clusters / 2, kNear + kMoreNear / n_k);
+    counts.near = std::min(counts.clusters, options.num_near.value_or(usual_near));
     counts.set_groups(options, n_q);
     return counts;
   }
