@@ -56,7 +56,7 @@ template <class Bits, class Get>
 Index nth_largest(const Get& bits, Index n, Index count, Bits* least) {
   const auto at_least = [&](Bits x) {
     Bits found = 0;  // as wide as what is compared, for the compiler to do many at once
-    for (Index i = 0; i < n; ++i) found += bits(i) >= x ? 1 : 0;
+    for (Index i = 0; i < n; ++i) found += static_cast<Bits>(bits(i) >= x ? 1 : 0);
     return static_cast<Index>(found);
   };
   *least = 0;
