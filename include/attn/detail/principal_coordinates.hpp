@@ -51,7 +51,9 @@ class PrincipalAxes {
         store(to + a, row_products(row_of(axes_, a), d, kLanes<T>, buffer, d));
       }
     }
-    if (!is_finite(squared_norm(to, kCoordinates))) std::fill_n(to, kCoordinates, T(0));
+    FiniteLanes<T> coordinates;
+    for (Index c = 0; c < kCoordinates; c += kLanes<T>) coordinates.add(load(to + c));
+    if (!coordinates.all()) std::fill_n(to, kCoordinates, T(0));
   }
 
  private:

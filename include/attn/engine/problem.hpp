@@ -311,7 +311,7 @@ struct Product {
   bool bounded;
   Maximum maximum;
   Partition partition;
-  const FarPairs<T>* (*make_far)(const Product&, Scratch&) = nullptr;  ///< null where the kernel has no center
+  const FarPairs<T>* (*make_far)(const Product&, Scratch&) = nullptr;  ///< null where no pair is mended
 
   const FarPairs<T>* far_pairs(Scratch& scratch) const {
     return make_far == nullptr ? nullptr : make_far(*this, scratch);
@@ -409,7 +409,7 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
   if constexpr (kMayHaveBias<Kernel>) {
     if (parameters.gaussian()) {
       product.kernel.center = choose_center(in, scratch);
-      product.make_far = &make_far_pairs<T>;
+      if (product.kernel.bias != 0) product.make_far = &make_far_pairs<T>;
     }
   }
   return product;
