@@ -64,6 +64,8 @@ struct FieldCounts {
     constexpr Index kKeys = 8, kOpen = 24, kMoreOpen = 25000, kNear = 24, kMoreNear = 20000;
     FieldCounts counts{};
     if (n_q == 0 || n_k == 0) return counts;
+    const Index usual_near = kNear + kMoreNear / n_k, near = std::max(usual_near, options.num_near.value_or(0)),
+                usual_open = (kOpen + kMoreOpen / n_k) * std::min(near, n_k) / usual_near;
     const bool has_branches =
         options.num_branches.has_value() || options.num_open.has_value() || !options.num_clusters.has_value();
     counts.clusters = std::min(n_k, options.num_clusters.value_or(std::max<Index>(n_k / kKeys, 1)));
@@ -72,14 +74,13 @@ struct FieldCounts {
       const Index branches = std::min(counts.clusters, options.num_branches.value_or(2 * root(n_k)));
       counts.clusters_in_a_branch = counts.clusters / branches;
       counts.clusters = branches * counts.clusters_in_a_branch;
-      counts.open = std::min(branches, options.num_open.value_or(kOpen + kMoreOpen / n_k));
+      counts.open = std::min(branches, options.num_open.value_or(usual_open));
       if (counts.open == branches) {
         counts.clusters_in_a_branch = 1;
         counts.open = counts.clusters;
       }
     }
-    const Index usual_near = std::min(counts.clusters / 2, kNear + kMoreNear / n_k);
-    counts.near = std::min(counts.clusters, options.num_near.value_or(usual_near));
+    counts.near = std::min(counts.clusters, options.num_near.value_or(std::min(counts.clusters / 2, usual_near)));
     counts.set_groups(options, n_q);
     return counts;
   }

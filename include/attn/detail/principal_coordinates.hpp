@@ -37,7 +37,7 @@ class PrincipalAxes {
   }
 
   /// to <- axes (x - mean) / largest, kCoordinates elements, or without axes where they have room; those beyond the
-  /// last 0; all 0 if any is not finite. buffer has room for x, and may be x.
+  /// last 0; all 0 if the square of any is not finite. buffer has room for x, and may be x.
   void set_coordinates(const T* x, T* buffer, T* to) const {
     const Index d = axes_.cols();
     for (Index c = 0; c < d; c += kLanes<T>) {
@@ -51,9 +51,9 @@ class PrincipalAxes {
         store(to + a, row_products(row_of(axes_, a), d, kLanes<T>, buffer, d));
       }
     }
-    FiniteLanes<T> coordinates;
-    for (Index c = 0; c < kCoordinates; c += kLanes<T>) coordinates.add(load(to + c));
-    if (!coordinates.all()) std::fill_n(to, kCoordinates, T(0));
+    FiniteLanes<T> squares;
+    for (Index c = 0; c < kCoordinates; c += kLanes<T>) squares.add(load(to + c) * load(to + c));
+    if (!squares.all()) std::fill_n(to, kCoordinates, T(0));
   }
 
  private:
