@@ -383,6 +383,29 @@ class FieldBackward {
   T *dland_, *row_;  ///< the gradient by s l, and room for a row
 };
 
+/// dk and dv <- dk and dv + what parts of the queries add to them, part after part in tokens and dbias, in the order of
+/// clusters; a key's norm is in its bias: dk_j -= 2 bias dbias_j k_j.
+template <class T>
+void add_parts(const KeyClusters<T>& keys, const MatrixRef<T>& tokens, const MatrixRef<T>& dbias, T bias,
+               const Gradients<T>& gradients, Context& context) {
+  const T twice_bias = 2 * std::numbers::ln2_v<T> * bias;
+  const NestedRows& tree = keys.tree;
+  context.for_each(tree.sets(), [&](Index b, int) {
+    for (Index j = tree.range(b).first; j < tree.range(b).last; ++j) {
+      T* const dk = row_of(gradients.dk, tree.parts.rows.data()[j]);
+      T* const dv = row_of(gradients.dv, tree.parts.rows.data()[j]);
+      T slopes = 0;
+      for (Index part = 0; part < dbias.rows(); ++part) {
+        const T* const row = row_of(tokens, part * keys.tokens.rows() + j);
+        add_row(T(1), row, dk, keys.d);
+        add_row(T(1), row + keys.value_offset(), dv, keys.d_v);
+        slopes += row_of(dbias, part)[j];
+      }
+      add_row(-twice_bias * slopes, keys.row(j), dk, keys.d);
+    }
+  });
+}
+
 /// gradients of a product by fields, as saved has them.
 template <class T, class State>
 void multipole_backward(const Product<T>& product, const State& saved, const ConstMatrixRef<T>& out,
@@ -411,21 +434,7 @@ void multipole_backward(const Product<T>& product, const State& saved, const Con
     runners[part].run(nth_part(groups.sets(), parts, part), rows_of(tokens, {part * n, (part + 1) * n}),
                       dbias.data() + part * n);
   });
-  const T twice_bias = 2 * std::numbers::ln2_v<T> * product.kernel.bias;
-  context.for_each(clusters.sets(), [&](Index b, int) {
-    for (Index j = clusters.range(b).first; j < clusters.range(b).last; ++j) {
-      T* const dk = row_of(gradients.dk, clusters.parts.rows.data()[j]);
-      T* const dv = row_of(gradients.dv, clusters.parts.rows.data()[j]);
-      T slopes = 0;
-      for (Index part = 0; part < parts; ++part) {
-        const T* const row = tokens.data() + (part * n + j) * width;
-        add_row(T(1), row, dk, keys.d);
-        add_row(T(1), row + keys.value_offset(), dv, keys.d_v);
-        slopes += dbias.data()[part * n + j];
-      }
-      add_row(-twice_bias * slopes, keys.row(j), dk, keys.d);
-    }
-  });
+  add_parts<T>(keys, tokens, dbias, product.kernel.bias, gradients, context);
 }
 
 }  // namespace attn::detail
