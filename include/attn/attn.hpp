@@ -8,6 +8,7 @@
 #include <attn/context.hpp>
 #include <attn/core.hpp>
 #include <attn/depthwise_conv.hpp>
+#include <attn/error_estimate.hpp>
 #include <attn/exact.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>

@@ -46,6 +46,9 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
 
+  /// That parameter.
+  const Kernel& kernel() const { return kernel_; }
+
   /// Up to how many queries of d features, of heads that share their keys, are computed together by multi_head.
   Index most_shared_queries(Index d) const {
     const ScoreParameters parameters = score_parameters(kernel_, d);
