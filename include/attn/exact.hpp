@@ -41,7 +41,7 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
                                             : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
                                                                                      : "exact";
-  static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true};  ///< which it takes
+  static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true, .window = true};  ///< which it takes
 
   /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}

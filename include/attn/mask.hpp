@@ -1,6 +1,7 @@
 /// Which query may attend to which key.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -14,10 +15,16 @@ enum class Causal { none, upper_left, lower_right };
 
 /// Masks of one sequence; an empty span keeps everything, otherwise 0 drops and any other value keeps.
 /// For a padded sequence pass the same mask to both. A query that sees no key has an output row of zeros.
+///
+/// A window narrows a causal mask: of the keys that a query sees, it leaves the last `window` rows and the num_sinks
+/// first ones (attention sinks: Xiao et al. 2024), which are counted from the first row that keep_key keeps. The time
+/// that exact attention takes is then as that of n_q (window + num_sinks) pairs.
 struct Mask {
   Causal causal = Causal::none;                ///< whether queries see the keys after them
   std::span<const std::uint8_t> keep_key{};    ///< (n_k): a dropped key influences nothing
   std::span<const std::uint8_t> keep_query{};  ///< (n_q): a dropped query's row is 0, and it counts in no landmark
+  std::ptrdiff_t window = 0;                   ///< rows up to a query's last one that it sees; 0: all of them
+  std::ptrdiff_t num_sinks = 0;                ///< rows at the beginning that stay in sight of every later query
 };
 
 namespace detail {

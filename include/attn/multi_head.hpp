@@ -202,10 +202,10 @@ void check_supported(const A& a, const HeadInputs<typename A::Scalar>& heads) {
     const Inputs<typename A::Scalar> in = heads(b, 0);
     if (a.supports(in)) continue;
     const std::string_view name = method_name(a);
-    refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s",
+    refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s%s",
            static_cast<int>(name.size()), name.data(), b, in.q.rows(), in.k.rows(),
-           in.mask.causal == Causal::none ? "" : ", causal", in.mask.keep_key.empty() ? "" : ", keep_key",
-           in.mask.keep_query.empty() ? "" : ", keep_query");
+           in.mask.causal == Causal::none ? "" : ", causal", in.mask.window == 0 ? "" : ", window",
+           in.mask.keep_key.empty() ? "" : ", keep_key", in.mask.keep_query.empty() ? "" : ", keep_query");
   }
 }
 

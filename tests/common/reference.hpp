@@ -49,15 +49,21 @@ inline bool kept(std::span<const std::uint8_t> keep, Index i) {
 }
 
 /// Whether query i of n_q sees key j of n_k. lower_right: the last kept query sees the last kept key, and a query so
-/// many rows before it does not see as many rows of keys.
+/// many rows before it does not see as many rows of keys. A window leaves its last rows and the first ones.
 inline bool visible(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
   if (!kept(mask.keep_query, i) || !kept(mask.keep_key, j)) return false;
-  if (mask.causal == attn::Causal::upper_left) return j <= i;
   if (mask.causal == attn::Causal::none) return true;
-  Index last_query = n_q - 1, last_key = n_k - 1;
-  while (!kept(mask.keep_query, last_query)) --last_query;  // ends at i or before
-  while (!kept(mask.keep_key, last_key)) --last_key;        // at j or before
-  return last_key - j >= last_query - i;
+  Index ahead = i - j;  // rows from the key to the last one that the query sees
+  if (mask.causal == attn::Causal::lower_right) {
+    Index last_query = n_q - 1, last_key = n_k - 1;
+    while (!kept(mask.keep_query, last_query)) --last_query;  // ends at i or before
+    while (!kept(mask.keep_key, last_key)) --last_key;        // at j or before
+    ahead = last_key - j - (last_query - i);
+  }
+  if (ahead < 0 || mask.window == 0) return ahead >= 0;
+  Index first_key = 0;
+  while (!kept(mask.keep_key, first_key)) ++first_key;
+  return ahead < mask.window || j < first_key + mask.num_sinks;
 }
 
 /// log kappa of every pair, written as -bias |q - k|^2 + (scale - 2 bias) q.k: a Gaussian kernel has the first term

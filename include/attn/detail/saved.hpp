@@ -30,6 +30,7 @@ struct PassInputs {
   Index n_q = 0, n_k = 0, d = 0, d_v = 0;
   std::uint64_t dropped_queries = 0, dropped_keys = 0;
   Causal causal = Causal::none;
+  Index window = 0, num_sinks = 0;
   bool has_bias = false;
   ScoreParameters kernel{};
 
@@ -43,6 +44,8 @@ struct PassInputs {
             .dropped_queries = in.mask.keep_query.empty() ? 0 : dropped_rows(in.q.rows(), kept_queries(in)),
             .dropped_keys = drops_keys ? dropped_rows(in.k.rows(), kept_keys(in)) : 0,
             .causal = in.mask.causal,
+            .window = in.mask.window,
+            .num_sinks = in.mask.num_sinks,
             .has_bias = !in.key_bias.empty(),
             .kernel = score_parameters(kernel, in.k.cols())};
   }
@@ -55,7 +58,8 @@ struct PassInputs {
     check_saved(who, "columns of v", d_v, now.d_v);
     const char* other = nullptr;
     if (has_bias != now.has_bias) other = has_bias ? "key biases" : "no key biases";
-    if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal)
+    if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal ||
+        window != now.window || num_sinks != now.num_sinks)
       other = "another mask";
     if (other != nullptr) refuse(who, "saved is of a forward pass with %s", other);
     if (kernel.scale == now.kernel.scale && kernel.bias == now.kernel.bias && kernel.rows == now.kernel.rows) return;

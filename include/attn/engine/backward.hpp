@@ -247,20 +247,34 @@ class BackwardRunner {
     const Index limit = product_.limits.of(strips.back().queries.rows().last - 1);
     keys = tiles_up_to<T>(keys, limit);
     for (Index first = keys.first; first < keys.last; first += kTileKeys<T>) {
-      const KeyTile<T> tile = reader_.read(first, std::min(keys.last, first + kTileKeys<T>));
-      for (const Lanes& strip : strips) add(strip, tile, to);
+      const Range rows{first, std::min(keys.last, first + kTileKeys<T>)};
+      if (product_.limits.passes_over(rows, strips.front().queries.first)) continue;
+      const KeyTile<T> tile = reader_.read(rows.first, rows.last);
+      for (const Lanes& strip : strips) add_seen_keys(strip, tile, to);
     }
   }
 
-  void add(const Lanes& strip, const KeyTile<T>& tile, const PartialGradients<T>& to) {
+  void add_seen_keys(const Lanes& strip, const KeyTile<T>& tile, const PartialGradients<T>& to) {
     const QueryStrip<T>& queries = strip.queries;
-    const Index limit = product_.limits.of(queries.first), lanes = queries.lanes(), d = product_.in.k.cols();
-    const SeenKeys seen = tile.seen_by(queries.count, limit);
+    const CausalLimits& limits = product_.limits;
+    const Index limit = limits.of(queries.first);
+    if (!limits.has_window()) return add(strip, tile, tile.seen_by(queries.count, limit), limit, to);
+    const KeyTile<T> some = tile.without_past(limits, limit);
+    if (some.count > 0) add(strip, some, some.seen_by(limits, queries.count, limit), limit, to);
+  }
+
+  void add(const Lanes& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit,
+           const PartialGradients<T>& to) {
+    const QueryStrip<T>& queries = strip.queries;
+    const Index lanes = queries.lanes(), d = product_.in.k.cols();
     if (seen.count == 0) return;
     set_slopes(strip, tile, seen);
     if (seen.partly()) {
-      for (T* panel : {scores_, slopes_}) hide_future(tile, seen, limit, T(0), lanes, panel);
-      if (!strip.finite || !tile.finite_keys(seen.by_all, seen.count, d)) {
+      for (T* panel : {scores_, slopes_}) {
+        hide_future(tile, seen, limit, T(0), lanes, panel);
+        if (seen.leaves_any()) hide_past(tile, seen, limit, product_.limits.window, T(0), lanes, panel);
+      }
+      if (!strip.finite || !tile.finite_keys(seen.first_hidden(), seen.count, d)) {
         return add_seen(strip, tile, seen.count, limit, to);
       }
     }
@@ -320,7 +334,8 @@ class BackwardRunner {
     };
     for (Index j = 0; j < count; ++j) {
       const Index row = tile.row(j);
-      for (Index i = std::max<Index>(0, row - limit); i < strip.queries.count; ++i) {
+      const Range seeing = product_.limits.queries_seeing(row, limit, strip.queries.count);
+      for (Index i = seeing.first; i < seeing.last; ++i) {
         const T weight = scores_[j * lanes + i], slope = slopes_[j * lanes + i];
         for (Index c = 0; c < d_v; ++c)
           to.dv.data()[row * to.dv.outerStride() + c] += weight * sliced(strip.dout_rows, i, c);

@@ -5,6 +5,8 @@
 ///     score[j]  = -infinity for the queries that must not see it, else as without a mask
 ///   maximum, correction, weights and sums, weighted                                    as without a mask
 ///
+/// A window hides keys at its other end likewise.
+///
 /// A weight of 0 hides a value, unless that is not finite: such values are added for the queries that see them alone.
 #pragma once
 
@@ -32,18 +34,29 @@ class CausalStripKernel final : public StripKernel<T> {
  public:
   CausalStripKernel(const Product<T>& product, const FarPairs<T>* far_pairs, Scratch& scratch)
       : Base(product.in, product.maximum, far_pairs, scratch),
+        limits_(product.limits),
         shift_(scratch.elements<T>(kTileWidth<T>)),
         shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
         finite_values_(scratch.elements<T>(kTileKeys<T> * product.in.v.cols())) {}
 
   void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
            const std::array<Prefetch, 2>& prefetch) const override {
-    const SeenKeys seen = tile.seen_by(strip.count, limit);
+    if (limits_.has_window()) return add_window(strip, state, tile.without_past(limits_, limit), limit, prefetch);
+    add_seen(strip, state, tile, tile.seen_by(strip.count, limit), limit, prefetch);
+  }
+
+ private:
+  [[gnu::noinline]] void add_window(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                                    Index limit, const std::array<Prefetch, 2>& prefetch) const {
+    if (tile.count > 0) add_seen(strip, state, tile, tile.seen_by(limits_, strip.count, limit), limit, prefetch);
+  }
+
+  void add_seen(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, const SeenKeys& seen,
+                Index limit, const std::array<Prefetch, 2>& prefetch) const {
     if (seen.partly() || strip.bias_origin != nullptr) return add_some(strip, state, tile, seen, limit, prefetch);
     this->add_keys(strip, state, tile, seen.count, prefetch);
   }
 
- private:
   [[gnu::noinline]] void add_some(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
                                   const SeenKeys& seen, Index limit, const std::array<Prefetch, 2>& prefetch) const {
     if (seen.count == 0) return;
@@ -61,14 +74,16 @@ class CausalStripKernel final : public StripKernel<T> {
     const bool shifts = own_origins && !adds_bias;
     if (!shifts) this->raise_maximum(strip, state, tile_maximum_);
     this->weigh_keys(strip, state, seen.count, shifts ? raise_shifted(strip, state, tile.bias_origin) : state.maximum);
-    if (seen.partly() && !tile.values().finite_keys(seen.by_all, seen.count, this->d_v_)) {
+    if (seen.partly() && !tile.values().finite_keys(seen.first_hidden(), seen.count, this->d_v_)) {
       return add_seen_values(strip, state, tile, seen.count, limit);
     }
     this->add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
   }
 
   void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
-    hide_future(tile, seen, limit, -std::numeric_limits<T>::infinity(), strip.lanes(), panel_);
+    constexpr T kHidden = -std::numeric_limits<T>::infinity();
+    hide_future(tile, seen, limit, kHidden, strip.lanes(), panel_);
+    if (seen.leaves_any()) hide_past(tile, seen, limit, limits_.window, kHidden, strip.lanes(), panel_);
   }
 
   void set_tile_maximum(Index count, Index lanes) const {
@@ -108,13 +123,15 @@ class CausalStripKernel final : public StripKernel<T> {
       for (Index c = 0; c < d_v; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
         if (is_finite(x)) continue;
-        for (Index i = std::max<Index>(0, tile.row(j) - limit); i < lanes; ++i) {
+        const Range seeing = limits_.queries_seeing(tile.row(j), limit, lanes);
+        for (Index i = seeing.first; i < seeing.last; ++i) {
           state.weighted[c * lanes + i] += panel_[j * lanes + i] * x;
         }
       }
     }
   }
 
+  CausalLimits limits_;
   T *shift_, *shifted_maximum_, *finite_values_;
 };
 

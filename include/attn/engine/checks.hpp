@@ -198,6 +198,13 @@ struct InputShapes {
   std::size_t key_biases;
 };
 
+/// A window narrows what a causal mask leaves.
+[[gnu::noinline]] inline void check_window(std::string_view who, const Mask& mask) {
+  if (mask.window < 0) refuse(who, "window is %td, should be at least 0", mask.window);
+  if (mask.num_sinks < 0) refuse(who, "num_sinks is %td, should be at least 0", mask.num_sinks);
+  if (mask.window > 0 && mask.causal == Causal::none) refuse(who, "a window needs a causal mask");
+}
+
 /// Shapes of inputs agree with one another.
 [[gnu::noinline]] inline void check_inputs(std::string_view who, const InputShapes& in, Index fewest_keys = 1) {
   check_not_empty(who, "q", in.q);
@@ -208,6 +215,7 @@ struct InputShapes {
   check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows);
   check_length(who, "keep_query", in.mask.keep_query.size(), "q", in.q.rows);
   check_length(who, "key_bias", in.key_biases, "k", in.k.rows);
+  check_window(who, in.mask);
 }
 
 /// Whether two views share an element.
@@ -314,12 +322,13 @@ inline void check_at_least(std::string_view who, const char* name, double value,
 
 /// What a method takes beside masks of rows.
 struct MaskSupport {
-  bool causal = false, key_bias = false;
+  bool causal = false, key_bias = false, window = false;
 
   /// What of these inputs it does not take; null if it takes all.
   template <class In>
   constexpr const char* lacks(const In& in) const {
     if (in.mask.causal != Causal::none && !causal) return "causal masks";
+    if (in.mask.window != 0 && !window) return "windows";
     return in.key_bias.empty() || key_bias ? nullptr : "key biases";
   }
 

@@ -121,7 +121,8 @@ class FewQueriesRunner {
         padded_v_(padding(product.in.v, scratch)),
         row_(scratch.elements<T>(std::max(product.in.k.cols(), product.in.v.cols()))),
         numbers_(scratch.elements<Index>(kKeys)),
-        seen_(scratch.elements<Index>(queries.rows.count)) {
+        seen_(scratch.elements<Index>(queries.rows.count)),
+        past_(product.limits.has_window() ? scratch.elements<Range>(queries.rows.count) : nullptr) {
     std::fill_n(ones_, kTileWidth<T>, T(1));
     std::fill_n(scores_.data, with_room<T>(queries.rows.count) * kKeys, T(0));
     for (Index j = 0; j < kKeys; ++j) numbers_[j] = j;
@@ -134,10 +135,12 @@ class FewQueriesRunner {
     Range chunk{keys.first, keys.first};
     do {  // once even where there are no keys
       chunk = {chunk.last, std::min(keys.last, chunk.last + kChunk * tile_keys_)};
+      if (chunk.first != keys.first && product_.limits.passes_over(chunk, 0)) continue;
       const FewQueriesState<T>& state = chunk.first == keys.first ? total : recent_;
       reset(state);
       for (Index first = chunk.first; first < chunk.last; first += tile_keys_) {
-        add({first, std::min(chunk.last, first + tile_keys_)}, state);
+        const Range tile{first, std::min(chunk.last, first + tile_keys_)};
+        if (!product_.limits.passes_over(tile, 0)) add(tile, state);
       }
       if (chunk.first != keys.first) merge(total, recent_);
     } while (chunk.last < keys.last);
@@ -196,6 +199,7 @@ class FewQueriesRunner {
   void add(Range tile, const FewQueriesState<T>& state) const {
     const Index kept = list_keys(tile), count = set_seen(tile, kept);
     if (count == 0) return;
+    const bool leaves_any = past_ != nullptr && set_past(tile, kept);
     const Index by_all = *std::min_element(seen_, seen_ + queries_.rows.count);
     const MemoryRows &k_rows = product_.in.k.memory(), &v_rows = product_.in.v.memory();
     const Index next = std::min(tile.last, k_rows.rows - 1);
@@ -208,13 +212,16 @@ class FewQueriesRunner {
     }
     set_key_bias(tile, count);
     std::fill_n(tile_maximum_, kTileWidth<T>, kNoMaximum<T>);
-    for (Index i = 0; i < queries_.rows.count; ++i) finish_scores(i);
+    for (Index i = 0; i < queries_.rows.count; ++i) finish_scores(i, leaves_any ? past_[i] : Range{0, 0});
     raise_maximum(state);
     for (Index i = 0; i < queries_.rows.count; ++i) state.sum[i] += weigh(scores_.row(i), seen_[i], state.maximum[i]);
     std::fill_n(sums_.data, with_room<T>(sums_.count) * sums_.stride, T(0));
-    v.products.add(v.rows, {0, by_all}, scores_, sums_);
-    for (Index i = 0; i < queries_.rows.count && by_all < count; ++i) {
-      v.products.add(v.rows, {by_all, seen_[i]}, scores_.only(i), sums_.only(i));
+    const Index together = leaves_any ? 0 : by_all;
+    v.products.add(v.rows, {0, together}, scores_, sums_);
+    for (Index i = 0; i < queries_.rows.count && together < count; ++i) {
+      const Range past = leaves_any ? past_[i] : Range{together, together};
+      v.products.add(v.rows, {together, past.first}, scores_.only(i), sums_.only(i));
+      v.products.add(v.rows, {past.last, seen_[i]}, scores_.only(i), sums_.only(i));
     }
     add_rows(state.weighted, correction_, sums_, ones_);
   }
@@ -239,6 +246,21 @@ class FewQueriesRunner {
       seen_[i] = std::upper_bound(numbers_, numbers_ + kept, product_.limits.of(i) - tile.first) - numbers_;
     }
     return *std::max_element(seen_, seen_ + queries_.rows.count);
+  }
+
+  /// past_ <- which of the listed keys that each query would see its window leaves behind; returns whether any.
+  bool set_past(Range tile, Index kept) const {
+    const auto before = [&](Index row) {
+      return std::lower_bound(numbers_, numbers_ + kept, row - tile.first) - numbers_;
+    };
+    const Index sinks = before(product_.limits.sinks);
+    bool any = false;
+    for (Index i = 0; i < queries_.rows.count; ++i) {
+      const Index first = std::min(sinks, seen_[i]);
+      past_[i] = {first, std::clamp(before(product_.limits.from(i)), first, seen_[i])};
+      any = any || past_[i].first < past_[i].last;
+    }
+    return any;
   }
 
   /// Rows to be multiplied, and how.
@@ -293,15 +315,18 @@ class FewQueriesRunner {
     }
   }
 
-  /// Scores of the keys that query i sees, and -infinity up to a whole packet; tile_maximum_ follows.
-  void finish_scores(Index i) const {
+  /// Scores of the keys that query i sees, and -infinity in the place of those past and up to a whole packet;
+  /// tile_maximum_ follows.
+  void finish_scores(Index i, Range past) const {
     T* const row = scores_.row(i);
     const Index seen = seen_[i];
     const T origin = product_.kernel.bias_origins.of(i);
     for (Index j = 0; j < seen && key_bias_ != nullptr; ++j) {
       row[j] += std::numbers::log2e_v<T> * (key_bias_[j] - origin);
     }
-    std::fill_n(row + seen, whole_packets(seen) - seen, -std::numeric_limits<T>::infinity());
+    constexpr T kHidden = -std::numeric_limits<T>::infinity();
+    std::fill_n(row + seen, whole_packets(seen) - seen, kHidden);
+    std::fill_n(row + past.first, past.last - past.first, kHidden);
     auto top = broadcast(kNoMaximum<T>);
     for (Index j = 0; j < seen; j += kLanes<T>) top = max(top, load(row + j));
     tile_maximum_[i] = largest(top);
@@ -363,6 +388,7 @@ class FewQueriesRunner {
   T *key_bias_, *padded_k_, *padded_v_;  ///< of the tile; each null where it is not needed
   T* row_;                               ///< a key, or a row of results, where they are not in place
   Index *numbers_, *seen_;
+  Range* past_;  ///< null without a window
 };
 
 /// Streams all keys past the queries, cut into splits that are merged, and calls write with a runner and the state.

@@ -24,11 +24,15 @@ inline constexpr Index kTileKeys = std::min<Index>(256, 24576 / (kTileWidth<T> *
 static_assert(round_up_to_tiles(kTileKeys<float>) == kTileKeys<float> &&
               round_up_to_tiles(kTileKeys<double>) == kTileKeys<double>);
 
-/// The keys of a tile that some queries see: the first count, of which all of them see the first by_all.
+/// The keys of a tile that some queries see: the first count, of which all of them see the first by_all, but for those
+/// that a window leaves behind for some of them, past.
 struct SeenKeys {
   Index count, by_all;
+  Range past{0, 0};
 
-  bool partly() const { return by_all < count; }
+  bool leaves_any() const { return past.first < past.last; }
+  bool partly() const { return by_all < count || leaves_any(); }
+  Index first_hidden() const { return leaves_any() ? std::min(by_all, past.first) : by_all; }
 };
 
 /// The tiles of some keys that have any up to limit, whole ones: a tile must not depend on which queries are computed
@@ -53,6 +57,7 @@ struct KeyTile {
   const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
   T bias_origin = 0;
   bool finite = false;  ///< whether all keys and values are known to be
+  bool whole = true;    ///< whether it has all keys that bias_origin is of
 
   T key_part_of(Index j) const { return key_part == nullptr ? T(0) : key_part[j]; }
 
@@ -84,8 +89,35 @@ struct KeyTile {
     return {visible(limit + queries - 1), visible(limit)};
   }
 
+  /// The same under limits that have a window, for a tile without_past.
+  [[gnu::noinline]] SeenKeys seen_by(const CausalLimits& limits, Index queries, Index limit) const {
+    SeenKeys seen = seen_by(queries, limit);
+    const Index sinks = visible(limits.sinks - 1);
+    if (visible(limit - limits.window) >= seen.count) seen.count = std::min(sinks, seen.count);
+    seen.by_all = std::min(seen.by_all, seen.count);
+    seen.past = {sinks, std::min(seen.count, visible(limit + queries - 1 - limits.window))};
+    return seen;
+  }
+
+  /// The tile without the keys at its beginning that the windows of all queries leave behind, of which the first sees
+  /// row numbers up to limit.
+  [[gnu::noinline]] KeyTile without_past(const CausalLimits& limits, Index limit) const {
+    const Index past = row(0) < limits.sinks ? 0 : std::min(visible(limit - limits.window), count);
+    KeyTile tile = *this;
+    tile.k += past * k_stride;
+    tile.v += past * v_stride;
+    for (const T** const values : {&tile.bias, &tile.norm_bias, &tile.key_part, &tile.key_bias}) {
+      if (*values != nullptr) *values += past;
+    }
+    if (rows != nullptr) tile.rows += past;
+    tile.first += past;
+    tile.count -= past;
+    tile.whole = whole && past == 0;
+    return tile;
+  }
+
   /// Whether all queries see all keys: only then may what a query gets depend on all of them, as bias_origin does.
-  bool seen_wholly(const SeenKeys& seen) const { return seen.by_all == count; }
+  bool seen_wholly(const SeenKeys& seen) const { return whole && seen.by_all == count && !seen.leaves_any(); }
 
   /// Whether rows of d elements of k are finite, from key i on.
   bool finite_keys(Index i, Index end, Index d) const {

@@ -26,6 +26,11 @@
 
 namespace attn::detail {
 
+/// How many rows in front a mask drops.
+inline Index first_kept(std::span<const std::uint8_t> keep) {
+  return std::find_if(keep.begin(), keep.end(), [](std::uint8_t x) { return x != 0; }) - keep.begin();
+}
+
 /// n without the rows at the end that a mask drops.
 inline Index length_kept(Index n, std::span<const std::uint8_t> keep) {
   while (n > 0 && !keep.empty() && keep[static_cast<std::size_t>(n - 1)] == 0) --n;
@@ -34,24 +39,48 @@ inline Index length_kept(Index n, std::span<const std::uint8_t> keep) {
 
 /// Query i sees the keys of rows up to of(i), which without a causal mask is beyond all. lower_right counts from the
 /// last query and the last key that the masks keep, so that padding behind them changes nothing; in front of them it
-/// moves both by what it adds. queries: of each head.
+/// moves both by what it adds. queries: of each head. Where there is a window, it sees none of the keys between the
+/// first ones, sinks, and from(i).
 struct CausalLimits {
   static constexpr Index kNone = std::numeric_limits<Index>::max();
 
   bool causal = false;
   Index offset = 0, queries = kNone;
+  Index window = kNone, sinks = 0;
 
   template <class In>
   static CausalLimits of_inputs(const In& in) {
     const Mask& mask = in.mask;
     const Index queries = queries_of_head(in);
-    if (mask.causal != Causal::lower_right) return {mask.causal != Causal::none, 0, queries};
-    return {true, length_kept(in.k.rows(), mask.keep_key) - length_kept(queries, mask.keep_query), queries};
+    CausalLimits limits{.causal = mask.causal != Causal::none, .queries = queries};
+    if (mask.causal == Causal::lower_right) {
+      limits.offset = length_kept(in.k.rows(), mask.keep_key) - length_kept(queries, mask.keep_query);
+    }
+    if (mask.window == 0) return limits;
+    limits.window = mask.window;
+    limits.sinks = first_kept(mask.keep_key) + std::min<Index>(mask.num_sinks, in.k.rows());
+    return limits;
   }
 
   Index of(Index query) const { return causal ? query % queries + offset : kNone; }
 
-  /// How many of n keys every query sees.
+  bool has_window() const { return window != kNone; }
+  Index from(Index query) const { return has_window() ? of(query) - window + 1 : 0; }
+
+  /// Whether the given query and later ones see none of some keys, for these lie before its window.
+  bool passes_over(Range keys, Index query) const {
+    return has_window() && keys.first >= sinks && keys.last <= from(query);
+  }
+
+  /// Which of so many queries, of which the first sees row numbers up to limit, see a key that the last one may see but
+  /// for the window.
+  Range queries_seeing(Index key, Index limit, Index count) const {
+    const Index first = std::max<Index>(0, key - limit);
+    if (!has_window() || key < sinks) return {first, count};
+    return {first, std::min(count, key - limit + window)};
+  }
+
+  /// How many of n keys every query sees, but for a window.
   Index seen_by_all(Index n) const { return causal ? std::clamp<Index>(of(0) + 1, 0, n) : n; }
 };
 
@@ -98,9 +127,36 @@ struct BiasOrigins {
     const CausalLimits limits = CausalLimits::of_inputs(in);
     T* const origins = scratch.elements<T>(in.q.rows());
     const Index queries = queries_of_head(in);
-    for (Index i = 0; i < queries; ++i) origins[i] = see_up_to(limits.of(i));
+    if (limits.has_window()) {
+      set_in_windows(in, limits, origins, scratch.nested());
+    } else {
+      for (Index i = 0; i < queries; ++i) origins[i] = see_up_to(limits.of(i));
+    }
     for (Index i = queries; i < in.q.rows(); ++i) origins[i] = origins[i - queries];
     return {T(0), origins};
+  }
+
+ private:
+  /// origins <- the largest bias among the first keys and those in the window of each query of a head. candidates: keys
+  /// of the window, each of a larger bias than those after it.
+  [[gnu::noinline]] static void set_in_windows(const Sources<T>& in, const CausalLimits& limits, T* origins,
+                                               Scratch scratch) {
+    const T* const bias = in.key_bias.data();
+    Index* const candidates = scratch.elements<Index>(in.k.rows());
+    LargestBias<T> of_sinks;
+    Range window{0, 0};
+    for (Index i = 0, seen = 0; i < queries_of_head(in); ++i) {
+      for (; seen < in.k.rows() && seen <= limits.of(i); ++seen) {
+        if (!keeps_key(in, seen) || !is_finite(bias[seen])) continue;
+        if (seen < limits.sinks) of_sinks.add(bias[seen]);
+        while (window.first < window.last && bias[candidates[window.last - 1]] <= bias[seen]) --window.last;
+        candidates[window.last++] = seen;
+      }
+      while (window.first < window.last && candidates[window.first] < limits.from(i)) ++window.first;
+      LargestBias<T> largest = of_sinks;
+      if (window.first < window.last) largest.add(bias[candidates[window.first]]);
+      origins[i] = largest.origin();
+    }
   }
 };
 

@@ -46,6 +46,7 @@ class BlockRunner {
     do {  // once even where there are no keys
       chunk = {chunk.last, std::min(keys.last, chunk.last + kChunkKeys)};
       LaneState<T> Lanes::*const state = chunk.first == keys.first ? &Lanes::total : &Lanes::recent;
+      if (state == &Lanes::recent && passes_over(chunk)) continue;
       for (Index s = 0; s < count_; ++s) reset(strips_[s], strips_[s].*state);
       if (far_) expect_own_keys(state);
       stream_chunk(state, chunk, keys.last, to);
@@ -120,11 +121,15 @@ class BlockRunner {
     merge_lanes(strip.total, from, strip.queries.lanes(), product_.in.v.cols());
   }
 
+  /// Whether no query of the block sees any of some keys, for they lie before all windows.
+  bool passes_over(Range keys) const { return product_.limits.passes_over(keys, strips_[0].queries.first); }
+
   /// Feeds a state of each strip with a chunk of the keys, which end at end. The first strip to use a tile's values, or
   /// the next keys, has fetched them for all; with the last tile come the rows of the results.
   void stream_chunk(LaneState<T> Lanes::*state, Range keys, Index end, const MemoryRows& to) {
     for (Range tile{keys.first, 0}; tile.first < keys.last; tile.first = tile.last) {
       tile.last = std::min(keys.last, tile.first + kTileKeys<T>);
+      if (passes_over(tile)) continue;
       KeyTile<T> read = reader_.read(tile.first, tile.last);
       read.finite = far_ && read.holds_finite(product_.in.k.cols(), product_.in.v.cols());
       const Range next{tile.last, std::min(end, tile.last + kTileKeys<T>)};

@@ -158,6 +158,16 @@ void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hi
   }
 }
 
+/// The same for keys that a window has left behind for the later ones of the queries.
+template <class T>
+[[gnu::noinline]] void hide_past(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, Index window, T hidden,
+                                 Index lanes, T* panel) {
+  for (Index j = seen.past.first; j < seen.past.last; ++j) {
+    const Index first = std::clamp<Index>(tile.row(j) - limit + window, 0, lanes);
+    std::fill_n(panel + j * lanes + first, lanes - first, hidden);
+  }
+}
+
 /// Turns a panel of scores into weights relative to maximum, and adds them to sum. No exponent is above limit: 0 where
 /// there is no maximum, for rounding may lift scores above that (where the last digit of |q|^2 is above 1, their
 /// weights could be any numbers).
