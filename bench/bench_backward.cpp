@@ -26,7 +26,7 @@ double seconds_since(Clock::time_point start) {
 void backward(benchmark::State& state, const std::string& name) {
   const Index n = state.range(0);
   auto& tokens = bench::kept_tokens<float>(bench::Family::smooth, n, kDim);
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = kLandmarks});
+  const auto method = attn::find_method<float>(name).make({.num_landmarks = kLandmarks});
   const auto inputs = tokens.inputs();
   const Matrix<float> dout = Matrix<float>::Ones(n, kDim);
   Matrix<float> dq(n, kDim), dk(n, kDim), dv(n, kDim);

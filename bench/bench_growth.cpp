@@ -27,7 +27,7 @@ bench::Tokens<float> long_tokens(Index n) {
 /// Counter bytes: of scratch memory, beside inputs and output.
 void growth(benchmark::State& state, const std::string& name) {
   const Index n = state.range(0);
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = kLandmarks});
+  const auto method = attn::find_method<float>(name).make({.num_landmarks = kLandmarks});
   auto tokens = long_tokens(n);
   const auto inputs = tokens.inputs();
   attn::Context context;

@@ -14,7 +14,7 @@ void approximation(benchmark::State& state, const std::string& name, int iterati
   const auto n = state.range(0), m = state.range(1);
   auto& tokens = bench::kept_tokens<float>(bench::Family::smooth, n, kDim);
   attn::Context context;
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = m, .iterations = iterations});
+  const auto method = attn::find_method<float>(name).make({.num_landmarks = m, .iterations = iterations});
   bench::time_forward(state, method, tokens, bench::landmark_flops(n, m, kDim), context);
   state.counters["error_of_mean_v"] = bench::errors(name, tokens).mean_v;
 }

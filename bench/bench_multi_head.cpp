@@ -35,7 +35,7 @@ void heads(benchmark::State& state, const std::string& name, Layout layout) {
   const bool exact = name == "softmax";
   const double of_one = exact ? bench::attention_flops(n, n, kDim) : bench::landmark_flops(n, kLandmarks, kDim);
   const bench::Work work{.flops = static_cast<double>(heads) * of_one, .tokens = heads * n, .threads = workers};
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = kLandmarks});
+  const auto method = attn::find_method<float>(name).make({.num_landmarks = kLandmarks});
   attn::Context context{attn::OpenMP{.threads = workers}};
   if (state.range(2) > 0) {
     bench::time_calls<float>(state, work, [&] { attn::multi_head(method, q, k, v, out, {}, context); });

@@ -155,7 +155,7 @@ Contender backward(const std::string& name, Index n, double forward_flops) {
 Contender heads(const std::string& name, Index n, double flops_of_one) {
   constexpr Index kHeads = 8;
   auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, kHeads * n, kDim));
-  const auto method = attn::make_approximator<float>(name, {.num_landmarks = 64});
+  const auto method = attn::find_method<float>(name).make({.num_landmarks = 64});
   const auto view = [n](attn::Matrix<float>& m) { return attn::head_major(m.data(), 1, kHeads, n, kDim); };
   const auto run = [=](attn::Context& on) {
     attn::multi_head(method, view(tokens->q), view(tokens->k), view(tokens->v), view(tokens->out), {}, on);

@@ -23,8 +23,8 @@ void of_type(benchmark::State& state, const std::string& name) {
   auto& tokens = bench::kept_tokens<T>(family, n, kDim);
   auto& float_tokens = bench::kept_tokens<float>(family, n, kDim);
   const attn::MethodOptions options{.num_landmarks = kLandmarks};
-  const auto method = attn::make_approximator<T>(name, options);
-  const auto float_method = attn::make_approximator<float>(name, options);
+  const auto method = attn::find_method<T>(name).make(options);
+  const auto float_method = attn::find_method<float>(name).make(options);
   attn::Context context;
   bench::time_forward(state, method, tokens, flops, context);
 

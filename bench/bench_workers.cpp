@@ -22,7 +22,7 @@ void method(benchmark::State& state, const std::string& name, Causal causal) {
   auto& tokens = bench::kept_tokens<float>(exact ? bench::Family::unit : bench::Family::smooth, n, kDim);
   attn::Context context{attn::OpenMP{.threads = static_cast<int>(state.range(1))}};
   const double flops = exact ? bench::attention_flops(n, n, kDim, causal) : bench::landmark_flops(n, kLandmarks, kDim);
-  const auto any = attn::make_approximator<float>(name, {.num_landmarks = kLandmarks});
+  const auto any = attn::find_method<float>(name).make({.num_landmarks = kLandmarks});
   bench::time_forward(state, any, tokens, flops, context, causal);
 }
 

@@ -284,7 +284,7 @@ class Calls {
       made.push_back(attn::make_approximator<T>("shifted-nystrom", {.num_landmarks = 24, .mode = mode}));
     }
     for (const auto name : {"gaussian", "skyformer"}) {
-      made.push_back(attn::make_approximator<T>(name, {.num_landmarks = 24, .rows = Rows::normalized}));
+      made.push_back(attn::find_method<T>(name).make({.num_landmarks = 24, .rows = Rows::normalized}));
     }
     const attn::Clusters clusters{.num_clusters = 24, .num_groups = 9, .num_near = 5};
     made.push_back(attn::AnyApproximator<T>(attn::Multipole<T>(clusters)));

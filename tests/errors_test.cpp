@@ -307,7 +307,7 @@ template <class T>
 std::string error_after(const std::string& name, const attn::MethodOptions& then, const attn::MethodOptions& now) {
   const auto x = test::make_tokens<T>(test::Family::unit, {12, 12, 4, 3});
   const Inputs<T> in{.q = x.q, .k = x.k, .v = x.v};
-  return error_after<T>(attn::make_approximator<T>(name, then), attn::make_approximator<T>(name, now), in, in);
+  return error_after<T>(attn::find_method<T>(name).make(then), attn::find_method<T>(name).make(now), in, in);
 }
 
 TEST(Errors, SavedWithOtherOptions) {
@@ -366,7 +366,7 @@ TEST(Errors, SavedWithOtherMasksAndBiases) {
     return Inputs<float>{.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = key_bias};
   };
   const auto error = [&](const std::string& name, const Inputs<float>& then, const Inputs<float>& now) {
-    const auto method = attn::make_approximator<float>(name, test::of_size(4));
+    const auto method = attn::find_method<float>(name).make(test::of_size(4));
     return error_after<float>(method, method, then, now);
   };
   for (const std::string name : {"softmax", "multipole", "nystrom", "shifted-nystrom", "skyformer", "lifted-softmax"}) {

@@ -226,7 +226,7 @@ TEST(Million, TokensOfTwoKinds) {
         gaussian ? reference::gaussian_kernel(kFeatures, {}, true) : reference::softmax_kernel(kFeatures);
     const reference::Matrix expected = attend(kernel, {kinds, kinds, means}).out;
     Context context;
-    attn::make_approximator<float>(name, options).forward({.q = x, .k = x, .v = v}, out, context);
+    attn::find_method<float>(name).make(options).forward({.q = x, .k = x, .v = v}, out, context);
     EXPECT_LE(test::relative_error<float>(out.topRows(kHalf), expected.row(0).replicate(kHalf, 1)), 2e-3) << name;
     EXPECT_LE(test::relative_error<float>(out.bottomRows(kHalf), expected.row(1).replicate(kHalf, 1)), 2e-3) << name;
   }

@@ -9,6 +9,7 @@ namespace {
 
 using attn::ConstMatrixRef;
 using attn::Index;
+using attn::KeptMatrixRef;
 using attn::Matrix;
 using attn::MatrixRef;
 
@@ -25,6 +26,19 @@ static_assert(!std::is_convertible_v<const ColumnMajor&, ConstMatrixRef<double>>
 static_assert(!std::is_convertible_v<const EverySecond&, ConstMatrixRef<double>>);
 static_assert(!std::is_convertible_v<const Matrix<float>&, ConstMatrixRef<double>>);
 static_assert(!std::is_convertible_v<decltype(std::declval<Matrix<double>>() * 2.0), ConstMatrixRef<double>>);
+
+/// What Inputs keeps outlives the line that it is made in.
+static_assert(std::is_convertible_v<const Matrix<double>&, KeptMatrixRef<double>>);
+static_assert(std::is_convertible_v<Matrix<double>&, KeptMatrixRef<double>>);
+static_assert(std::is_convertible_v<MatrixRef<double>, KeptMatrixRef<double>>);
+static_assert(std::is_convertible_v<ConstMatrixRef<double>, KeptMatrixRef<double>>);
+static_assert(std::is_convertible_v<Eigen::Map<const Matrix<double>>, KeptMatrixRef<double>>);
+static_assert(
+    std::is_convertible_v<decltype(std::declval<const Matrix<double>&>().leftCols(1)), KeptMatrixRef<double>>);
+static_assert(!std::is_convertible_v<Matrix<double>, KeptMatrixRef<double>>);
+static_assert(!std::is_convertible_v<const Matrix<double>, KeptMatrixRef<double>>);
+static_assert(!std::is_convertible_v<Eigen::VectorXd, KeptMatrixRef<double>>);
+static_assert(!std::is_convertible_v<const ColumnMajor&, KeptMatrixRef<double>>);
 
 Matrix<double> counted(Index rows, Index cols) {
   Matrix<double> m(rows, cols);

@@ -23,7 +23,7 @@ std::size_t scratch_after(const std::string& name, Index n, attn::Rows rows = at
                   v = Matrix<float>::Random(n, 64).cast<T>();
   Matrix<T> out(n, 64);
   Context context;
-  const auto method = attn::make_approximator<T>(name, {.num_landmarks = 64, .rows = rows});
+  const auto method = attn::find_method<T>(name).make({.num_landmarks = 64, .rows = rows});
   method.forward(Inputs<T>{.q = q, .k = k, .v = v}, out, context);
   return context.scratch_bytes();
 }

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -369,6 +370,41 @@ TEST_F(MethodsByName, ThroughSampledTokens) {
   expect_to_matter("skyformer",
                    {{.num_landmarks = 9}, {.gamma = 0.2}, {.bandwidth = 1.3}, {.seed = 4}, {.rows = Rows::normalized}});
   expect_to_matter("lifted-softmax", {{.num_landmarks = 9}, {.gamma = 0.2}, {.scale = 0.2}, {.seed = 4}});
+}
+
+/// Options that differ from their defaults, each alone, by their names.
+std::vector<std::pair<std::string, attn::MethodOptions>> every_option() {
+  return {{"num_landmarks", {.num_landmarks = 9}},
+          {"num_clusters", {.num_clusters = 9}},
+          {"num_groups", {.num_groups = 9}},
+          {"num_near", {.num_near = 9}},
+          {"num_branches", {.num_branches = 9}},
+          {"num_open", {.num_open = 9}},
+          {"iterations", {.iterations = 5}},
+          {"num_probes", {.num_probes = 9}},
+          {"gamma", {.gamma = 0.2}},
+          {"scale", {.scale = 0.2}},
+          {"bandwidth", {.bandwidth = 1.3}},
+          {"seed", {.seed = 4}},
+          {"rows", {.rows = attn::Rows::normalized}},
+          {"mode", {.mode = attn::ShiftMode::scalar}}};
+}
+
+TEST(MethodList, OptionsThatAMethodDoesNotHaveAreRefused) {
+  for (const auto& method : attn::methods<float>()) {
+    for (const auto& [option, options] : every_option()) {
+      const std::string refused = "make_approximator: " + std::string(method.name) + " has no option " + option +
+                                  "; it has " + std::string(method.options);
+      std::string said;
+      try {
+        attn::make_approximator<float>(method.name, options);
+      } catch (const std::invalid_argument& e) {
+        said = e.what();
+      }
+      EXPECT_EQ(said, method.takes(option) ? "" : refused);
+      EXPECT_EQ(method.make(options).name(), method.name);
+    }
+  }
 }
 
 TEST(MethodList, UnknownNamesAreRefusedWithAllNames) {

@@ -351,7 +351,7 @@ TEST(AttentionOperators, TransposeOfEveryLinearMethod) {
   const Matrix<double> eye = Matrix<double>::Identity(50, 50);
   for (const std::string name : {"softmax", "gaussian", "nystrom", "skyformer", "lifted-softmax"}) {
     SCOPED_TRACE(name);
-    const auto method = attn::make_approximator<double>(name, {.num_landmarks = 12});
+    const auto method = attn::find_method<double>(name).make({.num_landmarks = 12});
     expect_products(attn::ApproximatorOperator(method, x.q, x.k, mask), attn::attention(method, x.q, x.k, eye, mask),
                     1e-9);
   }

@@ -107,7 +107,7 @@ TEST(MultiHeadBackward, IsThatOfEachHeadAddedUpOverGroups) {
   const Mask first{.keep_key = keep, .keep_query = keep}, second{.keep_key = other, .keep_query = other};
   for (const std::string name : {"softmax", "gaussian", "nystrom", "shifted-nystrom", "skyformer"}) {
     SCOPED_TRACE(name);
-    const auto a = attn::make_approximator<double>(name, {.num_landmarks = 8});
+    const auto a = attn::find_method<double>(name).make({.num_landmarks = 8});
     for (const std::vector<Mask>& masks : {std::vector<Mask>{}, {first}, {first, second}}) {
       Step step(60);
       Context context;

@@ -71,7 +71,7 @@ TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
   const typename TestFixture::Pair x({120, 120, 24, 10}, 3);
   for (const auto& entry : attn::methods<TypeParam>()) {
     const auto method = entry.make(test::of_size(20));
-    const auto wide = attn::make_approximator<float>(entry.name, test::of_size(20));
+    const auto wide = attn::find_method<float>(entry.name).make(test::of_size(20));
     for (const Mask& mask : {Mask{}, Mask{.keep_key = keep, .keep_query = keep}}) {
       Context context;
       Matrix<TypeParam> out(120, 10);
@@ -185,7 +185,7 @@ TYPED_TEST(Narrow, GradientsFollowThoseOfFloat) {
   for (const auto& entry : attn::methods<TypeParam>()) {
     if (entry.name == "lifted-softmax") continue;  // its gradients are large where they cancel
     const auto method = entry.make(test::of_size(15));
-    const auto wide = attn::make_approximator<float>(entry.name, test::of_size(15));
+    const auto wide = attn::find_method<float>(entry.name).make(test::of_size(15));
     Context context;
     Matrix<TypeParam> out(90, 8), dq(90, 16), dk(90, 16), dv(90, 8);
     Matrix<float> wide_out(90, 8), wide_dq(90, 16), wide_dk(90, 16), wide_dv(90, 8);
@@ -389,8 +389,8 @@ TYPED_TEST(Narrow, KeyBiasesOfEveryMethodAreThoseOfFloat) {
   in.key_bias = bias;
   wide_in.key_bias = wide_bias;
   for (const std::string name : {"softmax", "gaussian", "multipole", "skyformer", "lifted-softmax"}) {
-    const auto method = attn::make_approximator<TypeParam>(name, test::of_size(15, {.gamma = 0.1}));
-    const auto wide = attn::make_approximator<float>(name, test::of_size(15, {.gamma = 0.1}));
+    const auto method = attn::find_method<TypeParam>(name).make(test::of_size(15, {.gamma = 0.1}));
+    const auto wide = attn::find_method<float>(name).make(test::of_size(15, {.gamma = 0.1}));
     Context context;
     Matrix<TypeParam> out(90, 8), dq(90, 16), dk(90, 16), dv(90, 8);
     Matrix<float> wide_out(90, 8), wide_dq(90, 16), wide_dk(90, 16), wide_dv(90, 8);

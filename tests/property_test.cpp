@@ -22,7 +22,7 @@ double median_error(const std::string& method, const std::string& target, Index 
   std::vector<double> errors;
   for (const std::uint64_t seed : {1U, 2U, 3U, 4U, 5U}) {
     const auto x = test::make_tokens<double>(Family::smooth, {256, 256, 16, 8}, seed);
-    const auto approximation = attn::make_approximator<double>(method, {.num_landmarks = m, .seed = seed});
+    const auto approximation = attn::find_method<double>(method).make({.num_landmarks = m, .seed = seed});
     errors.push_back(test::relative_error(attn::attention(approximation, x.q, x.k, x.v),
                                           attn::attention(attn::make_approximator<double>(target), x.q, x.k, x.v)));
   }

@@ -40,7 +40,7 @@ void expect_oracle(const std::string& name, std::uint64_t seed) {
                std::to_string(*options.num_landmarks));
   Context context = draw_context(random);
   const Inputs<T> in = problem.inputs();
-  attn::make_approximator<T>(name, options).forward(in, problem.out(), context);
+  attn::find_method<T>(name).make(options).forward(in, problem.out(), context);
   const reference::Matrix out = problem.out().template cast<double>();
   EXPECT_LE(test::error_ratio<T>(out, test::expected(name, options, in)), 1);
   EXPECT_TRUE(problem.padding_untouched());

@@ -16,7 +16,7 @@ Matrix<float> matrix_of(const Operator& op, attn::Context& context) {
 }  // namespace
 
 attn::AnyApproximator<float> make_method(std::string_view name, Index m, std::uint64_t seed) {
-  return attn::make_approximator<float>(name, {.num_landmarks = m, .num_near = m, .seed = seed});
+  return attn::find_method<float>(name).make({.num_landmarks = m, .num_near = m, .seed = seed});
 }
 
 Matrix<float> method_matrix(std::string_view name, Index num_landmarks, std::uint64_t seed,

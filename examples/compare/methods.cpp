@@ -80,7 +80,7 @@ std::string with_size(std::string_view method, attn::Index size) {
 attn::AnyApproximator<float> make_method(const MethodFacts& method, attn::Index size, std::uint64_t seed) {
   attn::MethodOptions options{.seed = seed};
   if (size > 0) (has_clusters(method.name) ? options.num_near : options.num_landmarks) = size;
-  return attn::make_approximator<float>(method.name, options);
+  return attn::find_method<float>(method.name).make(options);
 }
 
 AnyOperator matrix_of(const MethodFacts& method, attn::Index size, std::uint64_t seed, const attn::Inputs<float>& in,

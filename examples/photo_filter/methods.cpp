@@ -31,11 +31,11 @@ constexpr attn::Index kLandmarksForANearCluster = 16;
 }  // namespace
 
 attn::AnyApproximator<float> filter_method(std::string_view name, attn::Index num_landmarks, const Options& options) {
-  return attn::make_approximator<float>(name, {.num_landmarks = num_landmarks,
-                                               .num_near = num_landmarks / kLandmarksForANearCluster,
-                                               .gamma = options.gamma,
-                                               .scale = 1.0,
-                                               .bandwidth = kFilterKernel.bandwidth,
-                                               .seed = options.seed,
-                                               .rows = kFilterKernel.rows});
+  return attn::find_method<float>(name).make({.num_landmarks = num_landmarks,
+                                              .num_near = num_landmarks / kLandmarksForANearCluster,
+                                              .gamma = options.gamma,
+                                              .scale = 1.0,
+                                              .bandwidth = kFilterKernel.bandwidth,
+                                              .seed = options.seed,
+                                              .rows = kFilterKernel.rows});
 }

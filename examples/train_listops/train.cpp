@@ -181,8 +181,10 @@ class Training {
   static attn_torch::Attention attention(const Options& options) {
     at::set_num_threads(options.threads);
     torch::manual_seed(options.seed);  // the weights are drawn next, the order of the examples after them
+    const attn::MethodEntry<float>& method = attn::find_method<float>(options.method);
     attn::MethodOptions of_method = options.of_method;
-    of_method.seed = options.seed;
+    if (!method.takes("num_landmarks")) of_method.num_landmarks.reset();
+    if (method.takes("seed")) of_method.seed = options.seed;
     return attn_torch::Attention(options.method, of_method);
   }
 

@@ -1,6 +1,8 @@
 /// Methods chosen at run time, by name.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/exact.hpp>
 #include <attn/lifted_softmax.hpp>
@@ -130,7 +132,7 @@ class AnyApproximator {
   const Calls* calls_;
 };
 
-/// Options of all methods; each takes those that it has, with its own default where one is not set.
+/// Options of all methods. A method has some of them, with its own default where one is not set.
 struct MethodOptions {
   std::optional<Index> num_landmarks{};  ///< of all approximations but multipole
   std::optional<Index> num_clusters{};   ///< of Clusters: multipole
@@ -153,10 +155,39 @@ template <class T>
 struct MethodEntry {
   std::string_view name;                             ///< as make_approximator takes it
   std::string_view description;                      ///< a line
-  AnyApproximator<T> (*make)(const MethodOptions&);  ///< the method with these options
+  std::string_view options;                          ///< the names of those of MethodOptions that it has
+  AnyApproximator<T> (*make)(const MethodOptions&);  ///< the method with these options; others are ignored
+
+  /// Whether the method has that option.
+  bool takes(std::string_view option) const { return options.find(option) != options.npos; }
 };
 
 namespace detail {
+
+/// Throws where an option is set that is not among those named. No option's name is a part of another's.
+inline void check_options(std::string_view method, std::string_view names, const MethodOptions& o) {
+  const auto check = [&](std::string_view option, bool is_set) {
+    if (!is_set || names.find(option) != names.npos) return;
+    const auto length = [](std::string_view text) { return static_cast<int>(text.size()); };
+    refuse("make_approximator", "%.*s has no option %.*s; it has %.*s", length(method), method.data(), length(option),
+           option.data(), length(names), names.data());
+  };
+  constexpr MethodOptions kDefaults{};
+  check("num_landmarks", o.num_landmarks.has_value());
+  check("num_clusters", o.num_clusters.has_value());
+  check("num_groups", o.num_groups.has_value());
+  check("num_near", o.num_near.has_value());
+  check("num_branches", o.num_branches.has_value());
+  check("num_open", o.num_open.has_value());
+  check("iterations", o.iterations.has_value());
+  check("num_probes", o.num_probes.has_value());
+  check("gamma", o.gamma.has_value());
+  check("scale", o.scale.has_value());
+  check("bandwidth", o.bandwidth.has_value());
+  check("seed", o.seed != kDefaults.seed);
+  check("rows", o.rows != kDefaults.rows);
+  check("mode", o.mode != kDefaults.mode);
+}
 
 inline UniformSample uniform_sample(const MethodOptions& o) {
   return {.num_landmarks = o.num_landmarks.value_or(UniformSample{}.num_landmarks), .seed = o.seed};
@@ -176,33 +207,36 @@ inline Clusters clusters(const MethodOptions& o) {
 
 template <class T>
 inline constexpr MethodEntry<T> kMethods[] = {
-    {"softmax", "exact softmax attention",
+    {"softmax", "exact softmax attention", "scale",
      [](const MethodOptions& o) { return AnyApproximator<T>(SoftmaxAttention<T>{SoftmaxKernel{.scale = o.scale}}); }},
-    {"gaussian", "exact Gaussian (kernelized) attention",
+    {"gaussian", "exact Gaussian (kernelized) attention", "bandwidth, rows",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(GaussianAttention<T>{GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
      }},
     {"multipole", "softmax by near keys and by clusters of the others",
+     "num_clusters, num_groups, num_near, num_branches, num_open, scale",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(Multipole<T>{clusters(o), SoftmaxKernel{.scale = o.scale}});
      }},
-    {"nystrom", "softmax through segment means (Nystromformer)",
+    {"nystrom", "softmax through segment means (Nystromformer)", "num_landmarks, iterations, scale",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(Nystrom<T>{segment_means(o), IterativePinv{.iterations = o.iterations.value_or(6)},
                                             SoftmaxKernel{.scale = o.scale}});
      }},
     {"shifted-nystrom", "nystrom plus a shifted identity, for slowly decaying spectra",
+     "num_landmarks, iterations, num_probes, mode, scale",
      [](const MethodOptions& o) {
        const SpectralShift shift{
            .mode = o.mode, .iterations = o.iterations.value_or(6), .num_probes = o.num_probes.value_or(32)};
        return AnyApproximator<T>(ShiftedNystrom<T>{segment_means(o), shift, SoftmaxKernel{.scale = o.scale}});
      }},
     {"skyformer", "Gaussian attention through sampled tokens (Skyformer)",
+     "num_landmarks, seed, gamma, bandwidth, rows",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(Skyformer<T>{uniform_sample(o), RidgeInverse{.gamma = o.gamma.value_or(0.1)},
                                               GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
      }},
-    {"lifted-softmax", "softmax through sampled tokens, lifted as Skyformer is",
+    {"lifted-softmax", "softmax through sampled tokens, lifted as Skyformer is", "num_landmarks, seed, gamma, scale",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(LiftedSoftmax<T>{uniform_sample(o), RidgeInverse{.gamma = o.gamma.value_or(1e-3)},
                                                   SoftmaxKernel{.scale = o.scale}});
@@ -217,16 +251,25 @@ std::span<const MethodEntry<T>> methods() {
   return detail::kMethods<T>;
 }
 
-/// The method of that name. Throws std::invalid_argument with the names that there are.
+/// The entry of the method of that name. Throws std::invalid_argument with the names that there are.
 template <class T>
-AnyApproximator<T> make_approximator(std::string_view name, const MethodOptions& options = {}) {
+const MethodEntry<T>& find_method(std::string_view name) {
   std::string names;
   for (const MethodEntry<T>& method : methods<T>()) {
-    if (method.name == name) return method.make(options);
+    if (method.name == name) return method;
     names.append(names.empty() ? "" : ", ").append(method.name);
   }
   detail::refuse("make_approximator", "no method is called \"%.*s\"; there are %s", static_cast<int>(name.size()),
                  name.data(), names.c_str());
+}
+
+/// The method of that name. Throws std::invalid_argument with the names that there are, or where an option is set that
+/// the method does not have: find_method<T>(name).make(options) ignores it.
+template <class T>
+AnyApproximator<T> make_approximator(std::string_view name, const MethodOptions& options = {}) {
+  const MethodEntry<T>& method = find_method<T>(name);
+  detail::check_options(method.name, method.options, options);
+  return method.make(options);
 }
 
 }  // namespace attn

@@ -1,6 +1,8 @@
 /// The concept that every method models, exact ones included, and the base that the library's own have in common.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/context.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
@@ -8,6 +10,7 @@
 #include <attn/matrix.hpp>
 
 #include <concepts>
+#include <initializer_list>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -116,6 +119,12 @@ class MethodBase {
 };
 
 namespace detail {
+
+/// Nothing converts to it, not even {}. Methods delete their constructor from a list of them, which does no more than
+/// make GCC print the line of the other one for Nystrom<float>{.num_landmarks = 64}, as Clang does.
+struct NoOption {
+  NoOption(const NoOption&, const NoOption&);
+};
 
 /// What error messages call a method: its own name, where it holds another one that one's.
 template <Approximator A>

@@ -1,6 +1,8 @@
 /// Attention matrices as linear operators: known by what they do to a block of columns, never stored.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/wide_copies.hpp>

@@ -2,6 +2,8 @@
 /// extern_templates.hpp where a macro asks for it.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/attention_operator.hpp>

@@ -1,6 +1,8 @@
 /// Where work runs (an executor) and where its scratch memory lives (a grow-only arena).
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <Eigen/Core>
 
 #include <algorithm>
@@ -211,6 +213,9 @@ class Scratch {
   detail::Arena::Mark mark_;
 };
 
+/// The executor of openmp.hpp, incomplete where OpenMP is off. Compilers print this line with what they say of it.
+struct OpenMP;  // attn::OpenMP needs -fopenmp (CMake: link OpenMP::OpenMP_CXX)
+
 /// What a call needs besides its data: an executor for its parallel parts and scratch memory, which grows to the
 /// largest call's need and is kept, so that a second call with the same shapes allocates nothing. One for each calling
 /// thread; move-only. Results are bitwise equal whatever the executor.
@@ -221,7 +226,7 @@ class Context {
 
   /// Runs parallel parts on the executor, which the context keeps: Context{OpenMP{.threads = 2}}.
   template <class E>
-    requires(!std::same_as<E, Context> && Executor<E>)
+    requires(!std::same_as<E, Context> && sizeof(E) > 0 && Executor<E>)  // of an incomplete type nothing more is asked
   explicit Context(E executor) : executor_(new Holder<E>(std::move(executor))) {}
 
   /// Takes the executor and the memory of another.

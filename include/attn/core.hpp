@@ -2,6 +2,8 @@
 /// own matrix.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/context.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/cholesky.hpp>

@@ -1,6 +1,8 @@
 /// Nystromformer's value skip: a convolution of the values along the sequence.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/context.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>

@@ -1,6 +1,8 @@
 /// Exact attention: softmax, and Gaussian ("kernelized"), streamed.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/engine/checks.hpp>
@@ -9,6 +11,7 @@
 #include <attn/kernel_matmul.hpp>
 
 #include <cstddef>
+#include <initializer_list>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -44,7 +47,8 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true, .window = true};  ///< which it takes
 
   /// With its parameter.
-  explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}
+  explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}  // write {{.scale = 0.5}}
+  ExactAttention(std::initializer_list<detail::NoOption>) = delete;
 
   /// That parameter.
   const Kernel& kernel() const { return kernel_; }

@@ -5,6 +5,8 @@
 /// file. All files must be compiled for the same processor.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>

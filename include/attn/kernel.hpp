@@ -1,6 +1,8 @@
 /// Score kernels: what turns a query and a key into a weight.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <Eigen/Core>
 
 #include <cmath>

@@ -1,6 +1,8 @@
 /// The streamed primitive: out = [kappa] v without ever storing [kappa]. Everything else in the library is calls of it.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/context.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>

@@ -1,6 +1,8 @@
 /// Landmarks: the few tokens through which an approximation sees all of them.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/context.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/key_tiles.hpp>

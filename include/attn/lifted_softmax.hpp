@@ -1,6 +1,8 @@
 /// Lifted softmax: Skyformer's Nystrom method applied to softmax attention itself.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/landmark_sums.hpp>
@@ -14,6 +16,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <initializer_list>
 #include <limits>
 #include <span>
 #include <string_view>
@@ -36,9 +39,10 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
   static constexpr detail::MaskSupport kMasks{.key_bias = true};               ///< which it takes
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
-  explicit constexpr LiftedSoftmax(Landmarks landmarks = {}, Inverse inverse = {.gamma = 1e-3},
-                                   SoftmaxKernel kernel = {})
+  explicit constexpr LiftedSoftmax(Landmarks landmarks = {},  // write {{.num_landmarks = 64}}
+                                   Inverse inverse = {.gamma = 1e-3}, SoftmaxKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
+  LiftedSoftmax(std::initializer_list<detail::NoOption>) = delete;
 
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {

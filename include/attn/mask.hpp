@@ -1,6 +1,8 @@
 /// Which query may attend to which key.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <cstddef>
 #include <cstdint>
 #include <span>

@@ -1,12 +1,7 @@
 /// Matrices and views: what every method takes and returns. Row-major, one token a row.
 #pragma once
 
-#if !defined(__cpp_exceptions)
-#error "attn reports wrong arguments and a lack of memory by throwing, and so cannot be compiled with -fno-exceptions"
-#endif
-#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "attn knows NaN and infinity, which -ffinite-math-only (part of -ffast-math) does not: add -fno-finite-math-only"
-#endif
+#include <attn/engine/requirements.hpp>
 
 #include <attn/mask.hpp>
 
@@ -74,6 +69,27 @@ concept WritableRowMajorWithContiguousRows =
       { m.data() } -> std::same_as<T*>;
     };
 
+namespace detail {
+
+/// @{ The reasons why an Eigen object cannot be viewed as rows of T; it has one of them at most.
+template <class M, class T>
+concept OfOtherScalar = !std::same_as<typename EigenType<M>::Scalar, T>;
+
+template <class M, class T>
+concept ExpressionOf =
+    std::same_as<typename EigenType<M>::Scalar, T> && !(EigenType<M>::Flags & Eigen::DirectAccessBit);
+
+template <class M, class T>
+concept WithoutContiguousRows = std::same_as<typename EigenType<M>::Scalar, T> &&
+                                bool(EigenType<M>::Flags & Eigen::DirectAccessBit) && !RowMajorWithContiguousRows<M, T>;
+/// @}
+
+/// An Eigen object that owns its elements, as a Matrix does and a view of one does not.
+template <class M>
+concept OwnsElements = std::derived_from<EigenType<M>, Eigen::PlainObjectBase<EigenType<M>>>;
+
+}  // namespace detail
+
 /// Read-only view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the
 /// data.
 template <class T>
@@ -91,9 +107,14 @@ class ConstMatrixRef : public Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eige
   ConstMatrixRef(const M& m)  // NOLINT: implicit, so that a Matrix can be passed as it is
       : ConstMatrixRef(m.data(), m.rows(), m.cols(), detail::row_stride(m.derived())) {}
 
-  template <class M>
-    requires(requires { typename detail::EigenType<M>; } && !RowMajorWithContiguousRows<M, T>)
-  ConstMatrixRef(const M&) = delete;  // not RowMajorWithContiguousRows: a view of it would be a silent copy
+  /// @{ What cannot be viewed without a copy. Compilers print the line of the function that is refused.
+  template <detail::OfOtherScalar<T> M>
+  ConstMatrixRef(const M&) = delete;  // of another type: attn::Matrix<T> y = x.template cast<T>();
+  template <detail::ExpressionOf<T> M>
+  ConstMatrixRef(const M&) = delete;  // an expression has no memory to view: attn::Matrix<T> y = expression;
+  template <detail::WithoutContiguousRows<T> M>
+  ConstMatrixRef(const M&) = delete;  // not row-major, as Eigen::MatrixXf is not: attn::Matrix<T> y = x;  (a copy)
+  /// @}
 };
 
 /// Writable view of a row-major matrix with an outer stride; an Eigen::Map in every other respect. Does not own the
@@ -115,7 +136,7 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   template <class M>
     requires(requires { typename detail::EigenType<M>; } && !WritableRowMajorWithContiguousRows<M, T> &&
              !std::same_as<std::remove_cvref_t<M>, MatrixRef>)
-  MatrixRef(M&&) = delete;  // not WritableRowMajorWithContiguousRows: const, column-major, or with an inner stride
+  MatrixRef(M&&) = delete;  // results need rows that can be written: an attn::Matrix<T>, not const, or a view of one
 
   /// Writable however the view itself is qualified, as for any pointer.
   T* data() const { return const_cast<T*>(Map::data()); }
@@ -130,12 +151,27 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   }
 };
 
+/// A view that may be kept: of a matrix that has a name, or of what another view views. A ConstMatrixRef in every other
+/// respect.
+template <class T>
+class KeptMatrixRef : public ConstMatrixRef<T> {
+ public:
+  using ConstMatrixRef<T>::ConstMatrixRef;
+
+  /// What view views.
+  KeptMatrixRef(const ConstMatrixRef<T>& view) : ConstMatrixRef<T>(view) {}  // NOLINT: implicit, as every view is
+
+  template <detail::OwnsElements M>
+    requires(!std::is_lvalue_reference_v<M>)
+  KeptMatrixRef(M&&) = delete;  // a temporary ends before the view of it: give the matrix a name first
+};
+
 /// What attention reads. Entry a_j of key_bias multiplies key j's weight by exp(a_j); -infinity removes the key.
 template <class T>
 struct Inputs {
-  ConstMatrixRef<T> q;            ///< queries (n_q, d)
-  ConstMatrixRef<T> k;            ///< keys (n_k, d)
-  ConstMatrixRef<T> v;            ///< values (n_k, d_v)
+  KeptMatrixRef<T> q;             ///< queries (n_q, d)
+  KeptMatrixRef<T> k;             ///< keys (n_k, d)
+  KeptMatrixRef<T> v;             ///< values (n_k, d_v)
   Mask mask{};                    ///< which keys each query sees; all of them unless given
   std::span<const T> key_bias{};  ///< log-weights (n_k), or empty
 };

@@ -1,6 +1,8 @@
 /// How far an approximation is from what it approximates, and the spectra that decide how far it must be.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/attention_operator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/split_mix64.hpp>

@@ -1,6 +1,8 @@
 /// Batches and heads: attention over views of four-dimensional arrays, grouped-query heads included.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/wide_copies.hpp>

@@ -1,6 +1,8 @@
 /// Multipole attention: near keys exactly, far keys by clusters.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/bisection.hpp>
@@ -17,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <initializer_list>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -186,7 +189,10 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
   static constexpr detail::MaskSupport kMasks{.key_bias = true};  ///< which it takes
 
   /// How tokens are cut, and the kernel.
-  explicit constexpr Multipole(Clusters clusters = {}, Kernel kernel = {}) : clusters_(clusters), kernel_(kernel) {}
+  explicit constexpr Multipole(Clusters clusters = {},  // write {{.num_near = 64}}
+                               Kernel kernel = {})
+      : clusters_(clusters), kernel_(kernel) {}
+  Multipole(std::initializer_list<detail::NoOption>) = delete;
 
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {

@@ -1,6 +1,8 @@
 /// Nystromformer: softmax attention through segment means.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/saved.hpp>
@@ -13,6 +15,7 @@
 #include <attn/matrix.hpp>
 
 #include <cstddef>
+#include <initializer_list>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -87,8 +90,10 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
   static constexpr detail::MaskSupport kMasks{};                      ///< which it takes
 
   /// How landmarks are chosen, what stands for A^+, and the kernel.
-  explicit constexpr Nystrom(Landmarks landmarks = {}, Inverse inverse = {}, Kernel kernel = {})
+  explicit constexpr Nystrom(Landmarks landmarks = {},  // write {{.num_landmarks = 64}}
+                             Inverse inverse = {}, Kernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
+  Nystrom(std::initializer_list<detail::NoOption>) = delete;
 
   /// @{ As MethodBase says.
   void check(const detail::Sources<T>& in) const {

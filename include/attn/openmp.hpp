@@ -1,8 +1,11 @@
 /// The OpenMP executor: Context{OpenMP{.threads = 2}}. Needs -fopenmp.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #ifndef _OPENMP
 #error "attn/openmp.hpp needs OpenMP: compile with -fopenmp (CMake: link OpenMP::OpenMP_CXX)"
+#include <the_error_above_says_why>
 #endif
 
 #include <attn/context.hpp>

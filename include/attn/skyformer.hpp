@@ -1,6 +1,8 @@
 /// Skyformer: Gaussian attention through landmarks, by a Nystrom method lifted to a positive semidefinite matrix.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/core.hpp>
 #include <attn/detail/divided_rows.hpp>
@@ -16,6 +18,7 @@
 
 #include <algorithm>
 #include <concepts>
+#include <initializer_list>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -62,8 +65,10 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
   static constexpr detail::MaskSupport kMasks{.key_bias = true};  ///< which it takes
 
   /// How landmarks are chosen, the inverse with its gamma, and the kernel.
-  explicit constexpr Skyformer(Landmarks landmarks = {}, Inverse inverse = {}, GaussianKernel kernel = {})
+  explicit constexpr Skyformer(Landmarks landmarks = {},  // write {{.num_landmarks = 64}}
+                               Inverse inverse = {}, GaussianKernel kernel = {})
       : landmarks_(landmarks), inverse_(inverse), kernel_(kernel) {}
+  Skyformer(std::initializer_list<detail::NoOption>) = delete;
 
   /// The same backward pass, and dbias (n_k), unless empty, <- the gradient by the key bias; of a narrow T in float.
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,

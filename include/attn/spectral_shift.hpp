@@ -1,6 +1,8 @@
 /// Spectral shifting: Nystromformer plus a shifted identity, for spectra that decay slowly.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/approximator.hpp>
 #include <attn/detail/saved.hpp>
 #include <attn/detail/shift.hpp>
@@ -15,6 +17,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <initializer_list>
 #include <span>
 #include <string_view>
 
@@ -82,8 +85,10 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
   static constexpr detail::MaskSupport kMasks{};                ///< which it takes
 
   /// How many landmarks, how the shift is chosen, and the kernel.
-  explicit constexpr ShiftedNystrom(Landmarks landmarks = {}, SpectralShift shift = {}, Kernel kernel = {})
+  explicit constexpr ShiftedNystrom(Landmarks landmarks = {},  // write {{.num_landmarks = 64}}
+                                    SpectralShift shift = {}, Kernel kernel = {})
       : landmarks_(landmarks), shift_(shift), kernel_(kernel) {}
+  ShiftedNystrom(std::initializer_list<detail::NoOption>) = delete;
 
   /// As Approximator says.
   bool supports(const Inputs<T>& in) const {

@@ -25,7 +25,7 @@ inline std::vector<std::string> method_names() {
 template <class T>
 attn::AnyApproximator<T> make_method(const std::string& name, const attn::MethodOptions& options = {}) {
   if (name == MeanPooling<T>::kName) return attn::AnyApproximator<T>(MeanPooling<T>{});
-  return attn::make_approximator<T>(name, options);
+  return attn::find_method<T>(name).make(options);
 }
 
 /// Options by which every approximation is of that size: so many landmarks, or clusters of which a quarter are near.

@@ -1,4 +1,4 @@
-// error: RowMajorWithContiguousRows
+// error: not row-major, as Eigen::MatrixXf is not: attn::Matrix<T> y = x;
 #include <attn/exact.hpp>
 
 attn::Matrix<float> call(const Eigen::MatrixXf& q, const attn::Matrix<float>& k) {

@@ -1,4 +1,4 @@
-// error: RowMajorWithContiguousRows
+// error: not row-major, as Eigen::MatrixXf is not: attn::Matrix<T> y = x;
 #include <attn/matrix.hpp>
 
 attn::ConstMatrixRef<float> view(const Eigen::MatrixXf& q) {

@@ -1,4 +1,4 @@
-// error: WritableRowMajorWithContiguousRows
+// error: results need rows that can be written: an attn::Matrix<T>, not const
 #include <attn/exact.hpp>
 
 void call(const attn::Matrix<float>& q, const attn::Matrix<float>& out, attn::Context& context) {

@@ -1,4 +1,4 @@
-// error: RowMajorWithContiguousRows
+// error: an expression has no memory to view: attn::Matrix<T> y = expression;
 #include <attn/exact.hpp>
 
 void call(const attn::Matrix<float>& q, attn::Matrix<float>& out, attn::Context& context) {

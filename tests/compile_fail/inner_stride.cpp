@@ -1,4 +1,4 @@
-// error: RowMajorWithContiguousRows
+// error: not row-major, as Eigen::MatrixXf is not: attn::Matrix<T> y = x;
 #include <attn/exact.hpp>
 
 using EverySecondColumn = Eigen::Map<const attn::Matrix<float>, Eigen::Unaligned, Eigen::Stride<Eigen::Dynamic, 2>>;

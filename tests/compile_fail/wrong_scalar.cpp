@@ -1,4 +1,4 @@
-// error: RowMajorWithContiguousRows
+// error: of another type: attn::Matrix<T> y = x.template cast<T>
 #include <attn/exact.hpp>
 
 attn::Matrix<float> call(const attn::Matrix<double>& q, const attn::Matrix<float>& k) {

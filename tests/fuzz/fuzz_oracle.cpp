@@ -21,7 +21,7 @@ void compare(fuzz::Source& source, const std::string& name) {
                                     .rows = source.below(2) == 0 ? attn::Rows::raw : attn::Rows::normalized};
   attn::Context context;
   const attn::Inputs<T> in = problem.inputs();
-  attn::make_approximator<T>(name, options).forward(in, problem.out(), context);
+  attn::find_method<T>(name).make(options).forward(in, problem.out(), context);
   const reference::Matrix out = problem.out().template cast<double>();
   const double ratio = test::error_ratio<T>(out, test::expected(name, options, in));
   if (ratio <= 1 && problem.padding_untouched()) return;
