@@ -27,8 +27,8 @@ using Study = std::vector<accuracy::Table> (*)(const accuracy::Settings&);
 const std::vector<std::pair<std::string, Study>> kStudies{
     {"features", accuracy::study_features},     {"shift", accuracy::study_shift},
     {"iterations", accuracy::study_iterations}, {"pareto", accuracy::study_pareto},
-    {"tensors", accuracy::study_tensors},       {"spectrum", accuracy::study_spectrum},
-    {"loewner", accuracy::study_loewner}};
+    {"tensors", accuracy::study_tensors},       {"growth", accuracy::study_growth},
+    {"spectrum", accuracy::study_spectrum},     {"loewner", accuracy::study_loewner}};
 
 struct Options {
   std::vector<std::string> studies;  ///< none: all
@@ -48,8 +48,14 @@ void add_options(CLI::App& app, Options& options) {
       ->capture_default_str();
   app.add_flag("--quick", options.settings.quick, "small tokens and few of them: seconds, to see that it runs");
   app.add_option("--tensors", options.settings.tensors,
-                 "folder of the study tensors: index.json, and files as it names them")
+                 "folders of trained models' heads: index.json, and files as it names them")
       ->check(CLI::ExistingDirectory)
+      ->capture_default_str();
+  app.add_option("--growth", options.settings.growth, "what the study growth measures: families and heads to be tiled")
+      ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--longest", options.settings.longest, "the most tokens of the study growth; 1048576 takes a minute")
+      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   CLI::Option* const json = app.add_option("--json", options.json, "write all figures to this file");
   app.add_flag("--matrices", options.matrices, "run no study; write every method's matrices for 96 tokens to that file")

@@ -15,8 +15,10 @@ using attn::Index;
 
 struct Settings {
   int seeds = 3;
-  bool quick = false;                        ///< small and few, to see that it runs
-  std::string tensors = ATTN_BENCH_TENSORS;  ///< the folder that study_tensors reads
+  bool quick = false;                                    ///< small and few, to see that it runs
+  std::vector<std::string> tensors{ATTN_BENCH_TENSORS};  ///< the folders that heads of trained models are read from
+  std::vector<std::string> growth{"dinov2_l5h4", "words", "smooth"};  ///< what study_growth has: heads and families
+  Index longest = 65536;                                              ///< the most tokens of study_growth
 };
 
 /// A quantity with a sample for each seed.
@@ -50,6 +52,8 @@ std::vector<Table> study_iterations(const Settings& settings);
 std::vector<Table> study_pareto(const Settings& settings);
 /// Error, time and speed-up of every method on queries, keys and values of trained models.
 std::vector<Table> study_tensors(const Settings& settings);
+/// Multipole's time, speed-up and error as the number of tokens grows.
+std::vector<Table> study_growth(const Settings& settings);
 /// Singular values and condition numbers of softmax and Gaussian attention.
 std::vector<Table> study_spectrum(const Settings& settings);
 /// How often Skyformer's theorem holds, against the number of landmarks.

@@ -1,144 +1,158 @@
-#include "accuracy/methods.hpp"
+#include "accuracy/contenders.hpp"
+#include "accuracy/heads.hpp"
 #include "accuracy/study.hpp"
-#include "accuracy/tokens.hpp"
-#include "common/npy.hpp"
 #include "common/samples.hpp"
 
-#include <attn/exact.hpp>
 #include <attn/metrics.hpp>
 
-#include <nlohmann/json.hpp>
-
-#include <filesystem>
-#include <fstream>
-#include <numeric>
+#include <algorithm>
+#include <iterator>
+#include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace accuracy {
 namespace {
 
-/// A head of a trained model.
-struct Head {
-  std::string name;
-  Tokens<float> tokens;
+/// Where Row::figures has them.
+constexpr std::size_t kMs = 0, kSpeedUp = 1, kError = 2;
+
+double median(const Row& row, std::size_t figure) {
+  return bench::quantile(row.figures[figure].samples, 0.5);
+}
+
+/// A contender of a head, and what it needs to run.
+struct Entry {
+  Contender contender;
+  Row row;
+  Forward forward{};
 };
 
-/// The heads of a folder that are not causal; with quick, the short ones.
-std::vector<Head> read_heads(const std::filesystem::path& folder, bool quick) {
-  constexpr Index kShort = 512;
-  std::ifstream file(folder / "index.json");
-  if (!file) throw std::runtime_error((folder / "index.json").string() + ": cannot be opened");
-  std::vector<Head> heads;
-  for (const auto& entry : nlohmann::json::parse(file)) {
-    if (entry.at("causal") || (quick && entry.at("n_k") > kShort)) continue;
-    const std::string name = entry.at("name");
-    const auto read = [&](const char* part) { return npy::read_matrix<float>(folder / (name + part)); };
-    heads.push_back({name, {read("_q.npy"), read("_k.npy"), read("_v.npy")}});
+/// The contenders that take the head's inputs.
+std::vector<Entry> entries_of(const Head& head) {
+  std::vector<Entry> entries;
+  for (Contender& contender : all_contenders()) {
+    if (!make_forward(contender, 0, head.inputs())) continue;
+    Row row{{{"tensor", head.name},
+             {"model", head.model()},
+             {"n", head.tokens.k.rows()},
+             {"method", contender.method},
+             {"m", contender.m}}};
+    entries.push_back({std::move(contender), std::move(row)});
   }
-  return heads;
+  return entries;
 }
 
-/// Attention to m keys drawn without replacement, each of which stands for n / m: a weight that is the same for all and
-/// cancels.
-void attend_to_sample(const Tokens<float>& tokens, Index m, std::uint64_t seed, Matrix<float>& out,
-                      attn::Context& context) {
-  families::Random random(seed);
-  std::vector<Index> order(static_cast<std::size_t>(tokens.k.rows()));
-  std::iota(order.begin(), order.end(), Index{0});
-  m = std::min(m, tokens.k.rows());
-  Matrix<float> k(m, tokens.k.cols()), v(m, tokens.v.cols());
-  for (Index i = 0; i < m; ++i) {
-    const auto at = static_cast<std::size_t>(i);
-    std::swap(order[at], order[static_cast<std::size_t>(i + random.below(tokens.k.rows() - i))]);
-    k.row(i) = tokens.k.row(order[at]);
-    v.row(i) = tokens.v.row(order[at]);
-  }
-  make_method("softmax", 0, seed).forward({tokens.q, k, v}, out, context);
-}
-
-/// A line of the study: a method, and its landmarks, sampled keys or near clusters.
-struct Contender {
-  std::string_view method;
-  Index m;
-};
-
-constexpr std::string_view kMean = "mean(v)", kSample = "sampled keys";
-
-/// out <- the contender's result, and its time in ms. m = 0: an exact method, mean(v), or multipole's own counts.
-double run(const Contender& contender, const Tokens<float>& tokens, std::uint64_t seed, Matrix<float>& out) {
-  constexpr int kCalls = 4;
-  attn::Context context;
-  const auto ms = [&](const auto& call) { return 1e3 * bench::least_seconds(kCalls, call); };
-  if (contender.method == kMean) return ms([&] { out.rowwise() = tokens.v.colwise().mean(); });
-  if (contender.method == kSample) return ms([&] { attend_to_sample(tokens, contender.m, seed, out, context); });
-  const auto method = contender.m == 0 ? attn::make_approximator<float>(contender.method)
-                                       : make_method(contender.method, contender.m, seed);
-  return ms([&] { method.forward({tokens.q, tokens.k, tokens.v}, out, context); });
-}
-
-const std::vector<Contender> kContenders{
-    {"softmax", 0},          {kMean, 0},       {kSample, 64},    {kSample, 128},         {kSample, 256},
-    {"nystrom", 64},         {"nystrom", 128}, {"nystrom", 256}, {"lifted-softmax", 64}, {"lifted-softmax", 128},
-    {"lifted-softmax", 256}, {"multipole", 0}, {"multipole", 4}, {"multipole", 8},       {"multipole", 32},
-    {"multipole", 64}};
-
-/// The rows of one head, a sample for each seed.
-std::vector<Row> rows_of(const Head& head, int seeds) {
-  std::vector<Row> rows;
-  for (const auto& [method, m] : kContenders) {
-    rows.push_back({{{"tensor", head.name}, {"n", head.tokens.k.rows()}, {"method", std::string(method)}, {"m", m}}});
-  }
-  Matrix<float> exact(head.tokens.q.rows(), head.tokens.v.cols()), out = exact;
-  for (int seed = 0; seed < seeds; ++seed) {
-    double exact_ms = 0;
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      const double ms = run(kContenders[i], head.tokens, static_cast<std::uint64_t>(seed), out);
-      if (i == 0) {
-        exact = out;
-        exact_ms = ms;
-      }
-      rows[i].add("ms", ms);
-      rows[i].add("speed-up", exact_ms / ms);
-      rows[i].add("error", attn::relative_frobenius_error(out, exact));
+/// Adds the times of a round, in which each entry runs once, after the exact methods; with first, the errors too, and
+/// no times, for that call also fetches memory.
+void add_round(const Head& head, std::vector<Entry>& entries, bool first) {
+  const attn::Inputs<float> in = head.inputs();
+  Matrix<float> out(in.q.rows(), in.v.cols());
+  std::vector<std::pair<Matrix<float>, double>> exact;
+  const auto exact_of = [&](const Contender& c) -> auto& { return exact[c.target() == "softmax" ? 0 : 1]; };
+  for (Entry& entry : entries) {
+    const double ms = 1e3 * bench::seconds_of(1, [&] { entry.forward(in, out); });
+    if (exact.size() < 2) exact.emplace_back(out, ms);
+    const auto& [result, exact_ms] = exact_of(entry.contender);
+    if (first) {
+      entry.row.add("error", attn::relative_frobenius_error(out, result));
+    } else {
+      entry.row.add("ms", ms);
+      entry.row.add("speed-up", exact_ms / ms);
     }
   }
+}
+
+/// The rows of one head: an error for each seed, and times of some rounds, in which all take turns.
+std::vector<Row> rows_of(const Head& head, const Settings& settings) {
+  const int rounds = settings.quick ? 1 : 4;
+  std::vector<Entry> entries = entries_of(head);
+  for (Entry& entry : entries) entry.row.figures = {{"ms", {}}, {"speed-up", {}}, {"error", {}}};
+  for (int seed = 0; seed < settings.seeds; ++seed) {
+    for (Entry& entry : entries) {
+      entry.forward = make_forward(entry.contender, static_cast<std::uint64_t>(seed), head.inputs());
+    }
+    for (int round = 0; round <= rounds; ++round) add_round(head, entries, round == 0);
+  }
+  std::vector<Row> rows;
+  for (Entry& entry : entries) rows.push_back(std::move(entry.row));
   return rows;
 }
 
+template <class T>
+const T& label(const Row& row, std::string_view name) {
+  return std::get<T>(std::ranges::find(row.labels, name, [](const auto& l) { return l.first; })->second);
+}
+
 /// Of every contender the median and the 90th percentile over heads, of whose samples the medians count.
-Table summary_of(const std::vector<std::vector<Row>>& heads) {
-  Table table{"tensor_summary", "The same over heads: median and 90th percentile of errors, median of speed-ups"};
-  for (std::size_t i = 0; i < kContenders.size(); ++i) {
-    const auto over_heads = [&](std::size_t figure) {
+Table summary_of(const std::vector<std::vector<Row>>& heads, std::string_view name, std::string_view which) {
+  Table table{std::string(name), "The same over the " + std::to_string(heads.size()) + std::string(which) +
+                                     ": median and 90th percentile of errors, medians of times and speed-ups"};
+  for (std::size_t i = 0; !heads.empty() && i < heads[0].size(); ++i) {
+    const auto over_heads = [&](std::size_t figure, double fraction) {
       std::vector<double> values;
-      for (const auto& rows : heads) values.push_back(bench::quantile(rows[i].figures[figure].samples, 0.5));
-      return values;
+      for (const auto& rows : heads) values.push_back(median(rows[i], figure));
+      return bench::quantile(values, fraction);
     };
-    Row row{{{"method", std::string(kContenders[i].method)}, {"m", kContenders[i].m}}};
-    row.add("error", bench::quantile(over_heads(2), 0.5));
-    row.add("error 90 %", bench::quantile(over_heads(2), 0.9));
-    row.add("speed-up", bench::quantile(over_heads(1), 0.5));
+    Row row{{{"method", label<std::string>(heads[0][i], "method")}, {"m", label<Index>(heads[0][i], "m")}}};
+    row.add("error", over_heads(kError, 0.5));
+    row.add("error 90 %", over_heads(kError, 0.9));
+    row.add("ms", over_heads(kMs, 0.5));
+    row.add("speed-up", over_heads(kSpeedUp, 0.5));
     table.rows.push_back(std::move(row));
   }
   return table;
 }
 
+/// Multipole by itself against the least error of a rival that takes no more time.
+std::optional<Row> comparison_of(const std::vector<Row>& rows) {
+  constexpr std::string_view kRivals[] = {"nystrom", "lifted-softmax", kWildCat, kBinnedWildCat};
+  const auto method = [](const Row& row) -> const std::string& { return label<std::string>(row, "method"); };
+  const auto own = std::ranges::find_if(
+      rows, [&](const Row& row) { return method(row) == "multipole" && label<Index>(row, "m") == 0; });
+  const Row* best = nullptr;
+  for (const Row& row : rows) {
+    if (std::ranges::find(kRivals, method(row)) == std::end(kRivals)) continue;
+    if (median(row, kMs) > median(*own, kMs)) continue;
+    if (best == nullptr || median(row, kError) < median(*best, kError)) best = &row;
+  }
+  if (best == nullptr) return std::nullopt;
+  Row row{{own->labels[0], own->labels[2], {"best", method(*best)}, {"m", label<Index>(*best, "m")}}};
+  row.add("its ms", median(*best, kMs));
+  row.add("multipole's ms", median(*own, kMs));
+  row.add("its error", median(*best, kError));
+  row.add("multipole's error", median(*own, kError));
+  row.add("quotient", median(*own, kError) / median(*best, kError));
+  return row;
+}
+
 }  // namespace
 
 std::vector<Table> study_tensors(const Settings& settings) {
+  constexpr Index kShort = 512;
   Table table{"tensors",
               "Trained models' tokens: time of a forward pass on one core, speed-up over exact attention, and relative "
               "error; m landmarks, sampled keys or near clusters (0: multipole's own choice)"};
-  std::vector<std::vector<Row>> heads;
-  for (const Head& head : read_heads(settings.tensors, settings.quick)) {
-    heads.push_back(rows_of(head, settings.seeds));
-    table.rows.insert(table.rows.end(), heads.back().begin(), heads.back().end());
+  Table comparison{"tensor_comparison",
+                   "Multipole by itself beside the best of nystrom, lifted-softmax and wildcat that takes no more "
+                   "time, and the quotient of their errors"};
+  std::vector<std::vector<Row>> whole, causal;
+  for (const Head& head : read_heads(settings.tensors, settings.quick ? kShort : std::numeric_limits<Index>::max())) {
+    if (!make_forward({"multipole"}, 0, head.inputs())) continue;
+    std::vector<Row> rows = rows_of(head, settings);
+    table.rows.insert(table.rows.end(), rows.begin(), rows.end());
+    if (std::optional<Row> row = comparison_of(rows)) comparison.rows.push_back(*std::move(row));
+    (head.causal ? causal : whole).push_back(std::move(rows));
   }
-  if (heads.empty()) throw std::runtime_error(settings.tensors + ": no head is listed that is not causal");
-  return {table, summary_of(heads)};
+  std::vector<Table> tables{std::move(table), summary_of(whole, "tensor_summary", " heads that see all keys"),
+                            summary_of(causal, "tensor_causal", " causal heads"), std::move(comparison)};
+  std::erase_if(tables, [](const Table& found) { return found.rows.empty(); });
+  if (tables.empty()) throw std::runtime_error("no head of the study tensors can be measured");
+  return tables;
 }
 
 }  // namespace accuracy
