@@ -197,18 +197,34 @@ decltype(auto) wide_method(const A& a) {
 
 }  // namespace detail
 
-/// out = attention of q (n_q, d) to k (n_k, d) and v (n_k, d_v) by method a, in one line: allocates its result, runs
-/// serially. Throws std::invalid_argument as a.forward does.
+/// out = attention of q (n_q, d) to k (n_k, d) and v (n_k, d_v) by method a, in one line: allocates its result, and
+/// takes scratch memory and threads from the context. Throws std::invalid_argument as a.forward does.
+template <Approximator A>
+Matrix<typename A::Scalar> attention(const A& a, ConstMatrixRef<typename A::Scalar> q,
+                                     ConstMatrixRef<typename A::Scalar> k, ConstMatrixRef<typename A::Scalar> v,
+                                     const Mask& mask, Context& context) {
+  const Inputs<typename A::Scalar> in{.q = q, .k = k, .v = v, .mask = mask};
+  detail::check_inputs(detail::method_name(a), in);
+  Matrix<typename A::Scalar> out(q.rows(), v.cols());
+  a.forward(in, out, context);
+  return out;
+}
+
+/// The same without a mask.
+template <Approximator A>
+Matrix<typename A::Scalar> attention(const A& a, ConstMatrixRef<typename A::Scalar> q,
+                                     ConstMatrixRef<typename A::Scalar> k, ConstMatrixRef<typename A::Scalar> v,
+                                     Context& context) {
+  return attention(a, q, k, v, {}, context);
+}
+
+/// The same on the calling thread, with scratch memory of its own.
 template <Approximator A>
 Matrix<typename A::Scalar> attention(const A& a, ConstMatrixRef<typename A::Scalar> q,
                                      ConstMatrixRef<typename A::Scalar> k, ConstMatrixRef<typename A::Scalar> v,
                                      const Mask& mask = {}) {
-  const Inputs<typename A::Scalar> in{.q = q, .k = k, .v = v, .mask = mask};
-  detail::check_inputs(detail::method_name(a), in);
-  Matrix<typename A::Scalar> out(q.rows(), v.cols());
   Context context;
-  a.forward(in, out, context);
-  return out;
+  return attention(a, q, k, v, mask, context);
 }
 
 }  // namespace attn

@@ -12,6 +12,7 @@
 #include <attn/depthwise_conv.hpp>
 #include <attn/error_estimate.hpp>
 #include <attn/exact.hpp>
+#include <attn/heads.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>

@@ -67,7 +67,9 @@ namespace attn {
                                            MatrixRef<T>, Context&);
 #define ATTN_METHOD(Method, T)                                                                                 \
   ATTN_TEMPLATE Matrix<T> attention(const Method<T>&, ConstMatrixRef<T>, ConstMatrixRef<T>, ConstMatrixRef<T>, \
-                                    const Mask&);
+                                    const Mask&);                                                              \
+  ATTN_TEMPLATE Matrix<T> attention(const Method<T>&, ConstMatrixRef<T>, ConstMatrixRef<T>, ConstMatrixRef<T>, \
+                                    const Mask&, Context&);
 #define ATTN_REGISTRY(T)                                   \
   ATTN_TEMPLATE std::span<const MethodEntry<T>> methods(); \
   ATTN_TEMPLATE AnyApproximator<T> make_approximator(std::string_view, const MethodOptions&);

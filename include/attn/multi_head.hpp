@@ -1,4 +1,4 @@
-/// Batches and heads: attention over views of four-dimensional arrays, grouped-query heads included.
+/// Attention of all heads of a batch, grouped-query heads included.
 #pragma once
 
 #include <attn/engine/requirements.hpp>
@@ -10,6 +10,7 @@
 #include <attn/engine/problem.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/tokens.hpp>
+#include <attn/heads.hpp>
 #include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
@@ -17,6 +18,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -24,48 +26,6 @@
 #include <vector>
 
 namespace attn {
-
-/// The heads of a batch in any array whose features lie side by side: entry (b, h, i, c) is at
-///   data[b batch_stride + h head_stride + i row_stride + c]     b < batch, h < heads, i < length, c < dim
-/// HeadsView<const T> is read-only. Does not own the data. Where an input repeats its heads or batch items, their
-/// stride is 0.
-template <class T>
-struct HeadsView {
-  T* data;             ///< entry (0, 0, 0, 0)
-  Index batch;         ///< items
-  Index heads;         ///< of an item
-  Index length;        ///< tokens of a head
-  Index dim;           ///< features of a token
-  Index batch_stride;  ///< elements from item to item
-  Index head_stride;   ///< elements from head to head
-  Index row_stride;    ///< elements from token to token
-
-  /// One head, (length, dim).
-  auto operator()(Index b, Index h) const {
-    using Ref = std::conditional_t<std::is_const_v<T>, ConstMatrixRef<std::remove_const_t<T>>, MatrixRef<T>>;
-    return Ref(data + b * batch_stride + h * head_stride, length, dim, row_stride);
-  }
-
-  /// What can be written can be read.
-  template <class U>
-    requires(std::same_as<U, const T> && !std::is_const_v<T>)
-  operator HeadsView<U>() const {  // NOLINT: implicit, as from T* to const T*
-    return {data, batch, heads, length, dim, batch_stride, head_stride, row_stride};
-  }
-};
-
-/// View of a contiguous array [batch, heads, length, dim]: the tokens of a head follow one another.
-template <class T>
-constexpr HeadsView<T> head_major(T* data, Index batch, Index heads, Index length, Index dim) {
-  return {data, batch, heads, length, dim, heads * length * dim, length * dim, dim};
-}
-
-/// View of a contiguous array [batch, length, heads, dim]: the heads of a token follow one another, as a projection
-/// writes them.
-template <class T>
-constexpr HeadsView<T> token_major(T* data, Index batch, Index length, Index heads, Index dim) {
-  return {data, batch, heads, length, dim, length * heads * dim, dim, heads * dim};
-}
 
 /// Where multi_head_backward writes; overwritten. Must not overlap one another or the inputs.
 template <class T>
@@ -236,6 +196,10 @@ Index multiply_adds(const HeadInputs<T>& in) {
   return std::max(in.q.length, kFewQueries) * in.k.length * (in.k.dim + in.v.dim);
 }
 
+/// One of A's saved for each head.
+template <class S, class A>
+concept SavedHeadsOf = std::same_as<S, std::vector<typename A::Saved>>;
+
 /// All that is refused before anything is written.
 template <Approximator A>
 void check_call(const A& a, const HeadInputs<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out) {
@@ -398,6 +362,29 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
   });
 }
 
+/// @{ Without a mask, with one for all batch items, and with a list in braces; saved: of a training step, or nothing.
+template <Approximator A, detail::SavedHeadsOf<A>... Training>
+void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
+                const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
+                Context& context, Training&... saved) {
+  multi_head(a, q, k, v, out, std::span<const Mask>{}, context, saved...);
+}
+
+template <Approximator A, detail::SavedHeadsOf<A>... Training>
+void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
+                const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
+                const Mask& mask, Context& context, Training&... saved) {
+  multi_head(a, q, k, v, out, std::span<const Mask>(&mask, 1), context, saved...);
+}
+
+template <Approximator A, detail::SavedHeadsOf<A>... Training>
+void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const HeadsView<const typename A::Scalar>& k,
+                const HeadsView<const typename A::Scalar>& v, const HeadsView<typename A::Scalar>& out,
+                std::initializer_list<Mask> masks, Context& context, Training&... saved) {
+  multi_head(a, q, k, v, out, std::span<const Mask>(masks.begin(), masks.size()), context, saved...);
+}
+/// @}
+
 /// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same
 /// arguments and the out and saved of multi_head. Query heads that share a key head add up in their order, of narrow
 /// types in float. Throws std::invalid_argument before anything is written when shapes disagree, saved is of another
@@ -425,5 +412,37 @@ void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& 
         detail::run_group_backward(a, inputs, out, dout, b, first, saved.data() + b * q.heads + first, gradients, on);
       });
 }
+
+/// @{ The same without a mask, with one for all batch items, and with a list in braces.
+template <Approximator A>
+void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q,
+                         const HeadsView<const typename A::Scalar>& k, const HeadsView<const typename A::Scalar>& v,
+                         const HeadsView<const typename A::Scalar>& out,
+                         const HeadsView<const typename A::Scalar>& dout, const std::vector<typename A::Saved>& saved,
+                         const HeadGradients<typename A::Scalar>& gradients, Context& context) {
+  multi_head_backward(a, q, k, v, out, dout, std::span<const Mask>{}, saved, gradients, context);
+}
+
+template <Approximator A>
+void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q,
+                         const HeadsView<const typename A::Scalar>& k, const HeadsView<const typename A::Scalar>& v,
+                         const HeadsView<const typename A::Scalar>& out,
+                         const HeadsView<const typename A::Scalar>& dout, const Mask& mask,
+                         const std::vector<typename A::Saved>& saved,
+                         const HeadGradients<typename A::Scalar>& gradients, Context& context) {
+  multi_head_backward(a, q, k, v, out, dout, std::span<const Mask>(&mask, 1), saved, gradients, context);
+}
+
+template <Approximator A>
+void multi_head_backward(const A& a, const HeadsView<const typename A::Scalar>& q,
+                         const HeadsView<const typename A::Scalar>& k, const HeadsView<const typename A::Scalar>& v,
+                         const HeadsView<const typename A::Scalar>& out,
+                         const HeadsView<const typename A::Scalar>& dout, std::initializer_list<Mask> masks,
+                         const std::vector<typename A::Saved>& saved,
+                         const HeadGradients<typename A::Scalar>& gradients, Context& context) {
+  multi_head_backward(a, q, k, v, out, dout, std::span<const Mask>(masks.begin(), masks.size()), saved, gradients,
+                      context);
+}
+/// @}
 
 }  // namespace attn
