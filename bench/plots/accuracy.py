@@ -1,8 +1,10 @@
 """The pictures of docs/accuracy.md, from what bench_accuracy --json wrote: one for each study."""
 
 import json
+import statistics
 
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 
 from . import _figure
 
@@ -120,28 +122,62 @@ def draw_pareto(table, path):
     save(figure, path, 4, x, "relative error, Frobenius norm")
 
 
+MODELS = {"whisper": "Whisper tiny.en", "dinov2": "DINOv2 ViT-S", "lightglue": "LightGlue", "minilm": "MiniLM-L6",
+          "smollm2": "SmolLM2-135M"}
+OF_TENSORS = {
+    "multipole": STYLES["multipole"],
+    "nystrom": STYLES["nystrom"],
+    "shifted-nystrom": STYLES["shifted-nystrom"],
+    "lifted-softmax": STYLES["lifted-softmax"],
+    "skyformer": STYLES["skyformer"],
+    "wildcat": ("tab:brown", "v-", "WildCat"),
+    "wildcat, 8 bins": ("tab:brown", "v--", "WildCat, 8 bins"),
+    "sampled keys": ("0.5", "x-", "sampled keys"),
+}
+SMALLEST_ERROR = 1e-3  # smaller ones are left out
+
+
+def median_of(rows, figure):
+    """Over heads, of their medians."""
+    return statistics.median(row[figure]["median"] for row in rows)
+
+
+def draw_model(panel, rows):
+    """Lines over the numbers m of each method, medians over the heads; multipole's own choice is marked."""
+    for method, (color, style, label) in OF_TENSORS.items():
+        by_number = {m: [row for row in rows if row["method"] == method and row["m"] == m]
+                     for m in sorted({row["m"] for row in rows if row["method"] == method})}
+        points = {m: (median_of(own, "ms"), median_of(own, "error")) for m, own in by_number.items()}
+        line = [point for m, point in points.items() if m > 0 and SMALLEST_ERROR < point[1] < LARGEST_ERROR]
+        if line:
+            panel.plot(*zip(*line), style, color=color, label=label, markersize=4, linewidth=1.2, fillstyle="none" if "bins" in method else None)
+        if 0 in points:
+            at, error = points[0]
+            exact = error < SMALLEST_ERROR
+            panel.plot(at, SMALLEST_ERROR if exact else error, "v" if exact else "o", color=color, markersize=10,
+                       fillstyle="none", markeredgewidth=1.6, label="multipole by default", clip_on=False)
+
+
 def draw_tensors(table, path):
-    names = list(dict.fromkeys(row["tensor"] for row in table["rows"]))
-    figure, axes = panels(4, -(-len(names) // 4), 3.0, 2.8)
-    for panel in axes.flat[len(names):]:
+    """A panel for each model and length."""
+    panels_of = {}
+    for row in table["rows"]:
+        panels_of.setdefault((row["model"], row["n"]), []).append(row)
+    columns = 2 if len(panels_of) <= 4 else 3
+    figure, axes = panels(columns, -(-len(panels_of) // columns), 8.6 / columns, 3.3)
+    for panel in axes.flat[len(panels_of):]:
         panel.set_axis_off()
-    for panel, name in zip(axes.flat, names):
-        rows = [row for row in table["rows"] if row["tensor"] == name]
-        for method, (color, style, label) in (STYLES | {"sampled keys": ("0.5", "x-", "sampled keys")}).items():
-            points = [(row["ms"]["median"], min(row["error"]["median"], LARGEST_ERROR), row["m"] == 0)
-                      for row in rows if row["method"] == method]
-            if not points:
-                continue
-            x, y, _ = zip(*sorted(points))
-            panel.plot(x, y, style, color=color, label=label, markersize=4, linewidth=1.2)
-            for at, error, by_default in points:
-                if by_default:
-                    panel.plot(at, error, "o", color=color, markersize=9, fillstyle="none", label="by default")
-        exact, mean = ([row for row in rows if row["method"] == method][0] for method in ("softmax", "mean(v)"))
-        panel.axhline(mean["error"]["median"], color="0.5", linestyle=":", label="mean(v)")
-        panel.axvline(exact["ms"]["median"], color="0.5", linestyle="--", label="time of exact attention")
-        panel.set(xscale="log", yscale="log", ylim=(1e-3, 2), title=f"{name}, n = {rows[0]['n']}")
-        panel.title.set_fontsize(9)
+    for panel, ((model, n), rows) in zip(axes.flat, panels_of.items()):
+        draw_model(panel, rows)
+        for method, style, label in (("mean(v)", ":", "mean(v)"), ("softmax", "--", "time of exact attention")):
+            own = [row for row in rows if row["method"] == method]
+            line = panel.axhline if method == "mean(v)" else panel.axvline
+            line(median_of(own, "error" if method == "mean(v)" else "ms"), color="0.5", linestyle=style, label=label)
+        heads = len({row["tensor"] for row in rows})
+        panel.set(xscale="log", yscale="log", ylim=(SMALLEST_ERROR, 2))
+        panel.set_title(f"{MODELS.get(model, model)}, n = {n}, {heads} head{'s' if heads > 1 else ''}", fontsize=10)
+        panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     save(figure, path, 4, "ms of a forward pass, one core", "relative error, Frobenius norm")
 
 
