@@ -427,7 +427,9 @@ TEST(Compare, TriesEveryNumberOfNearClusters) {
                 attn::attention(attn::Multipole<float>({.num_near = 2}), s.inputs(0).q, s.inputs(0).k, s.inputs(0).v),
                 attn::attention(attn::SoftmaxAttention<float>(), s.inputs(0).q, s.inputs(0).k, s.inputs(0).v)));
   EXPECT_EQ(row_of(comparison, "multipole", 300).error, 0);
-  const auto json = nlohmann::json::parse(json_report(comparison, s, 1, std::nullopt));
+  const Recommendation any{recommend(comparison.rows, {.target = Target::softmax, .budget_ms = {}, .max_error = 1}),
+                           ""};
+  const auto json = nlohmann::json::parse(json_report(comparison, s, 1, any));
   EXPECT_TRUE(json["rows"][2]["near"].is_null());
   EXPECT_EQ(json["rows"][3]["near"], 2);
   EXPECT_TRUE(json["rows"][3]["landmarks"].is_null());
@@ -452,7 +454,69 @@ TEST(Report, WritesTheRowsAsJson) {
   EXPECT_EQ(json["rows"][2]["error"], comparison.rows[2].error);
   EXPECT_EQ(json["recommendation"]["method"], "softmax");
   EXPECT_EQ(json["recommendation"]["line"], "line");
-  EXPECT_TRUE(nlohmann::json::parse(json_report(comparison, s, 1, std::nullopt))["recommendation"].is_null());
+  EXPECT_EQ(json["recommendation"]["fits"], true);
+}
+
+TEST(Compare, TimesHeadsAsMultiHeadRunsThemAndNamesTheWorstRow) {
+  const NpyFile q = float_file("(2, 2, 60, 4)", numbers(960, 0)), k = float_file("(2, 1, 60, 4)", numbers(480, 1));
+  const NpyFile v = float_file("(2, 1, 60, 3)", numbers(360, 2));
+  Options options = options_for(q, k, v);
+  options.methods = {"nystrom"};
+  options.threads = 2;
+  const Sequences s = load(options);
+  ASSERT_EQ(s.masks().size(), 2U);
+  const Row row = row_of(compare(options, s), "nystrom", 4);
+  double worst = 0;
+  Index worst_head = 0, worst_token = 0;
+  for (Index head = 0; head < 4; ++head) {
+    const attn::Inputs<float> in = s.inputs(head);
+    const Matrix<float> exact = attn::attention(attn::SoftmaxAttention<float>{}, in.q, in.k, in.v);
+    const Matrix<float> out = attn::attention(make_method(facts_of("nystrom"), 4, 0), in.q, in.k, in.v);
+    const double of_head = attn::worst_row_error(out, exact);
+    if (of_head <= worst) continue;
+    worst = of_head;
+    worst_head = head;
+    (out - exact).rowwise().norm().maxCoeff(&worst_token);
+  }
+  EXPECT_EQ(row.worst_row, worst);
+  EXPECT_EQ(row.head_of_worst_row, worst_head);
+  EXPECT_EQ(row.token_of_worst_row, worst_token);
+  EXPECT_GE(row.spread, 1);
+  EXPECT_NE(text_report(compare(options, s), s).find("\nms: all heads by multi_head, "), std::string::npos);
+}
+
+TEST(Sequences, OfMoreTokensThanFitAreRefusedInASentence) {
+  Options options;
+  options.n = options.d = 10'000'000;
+  const std::string error = error_of(options);
+  EXPECT_EQ(error.find("--n: 10000000 tokens of 10000000 features take "), 0U) << error;
+  EXPECT_NE(error.find("; try a smaller --n"), std::string::npos) << error;
+}
+
+TEST(Report, SaysWhereTimesVaryWidely) {
+  const auto note = [](double spread) {
+    Options options;
+    options.n = 50;
+    options.d = 4;
+    const Sequences s = load(options);
+    return text_report({{{.method = "nystrom", .size = 32, .milliseconds = 1, .speed_up = 1, .spread = spread}}, {}},
+                       s);
+  };
+  EXPECT_NE(note(2.34).find("\nTimes vary: the slowest run of nystrom with 32 landmarks took 2.3 times as long as the "
+                            "fastest."),
+            std::string::npos);
+  EXPECT_EQ(note(1.1).find("Times vary"), std::string::npos);
+}
+
+TEST(Recommend, SaysWhatToLookAtBeforeTheErrorIsRelied) {
+  const Row row{.method = "nystrom", .size = 4, .worst_row = 0.5, .head_of_worst_row = 2, .token_of_worst_row = 7};
+  EXPECT_EQ(before_trusting(row, true, false)
+                .find("Its worst row is query 7 of head 2, off by 0.5000 of an ordinary "
+                      "row. Before you rely on the error, measure other inputs"),
+            0U);
+  EXPECT_NE(before_trusting(row, false, true).find("is query 7, off by"), std::string::npos);
+  EXPECT_NE(before_trusting(row, false, true).find("These tokens are made"), std::string::npos);
+  EXPECT_EQ(before_trusting({.method = "softmax", .exact = true}, true, false), "");
 }
 
 /// Rows as compare gives them, of these figures.
@@ -476,7 +540,7 @@ std::vector<Row> some_rows() {
 
 std::string advised(const Wish& wish) {
   const Advice advice = recommend(some_rows(), wish);
-  return advice.row ? advice.row->method + " " + std::to_string(advice.row->size) : "none";
+  return (advice.fits ? "" : "nearest: ") + advice.row.method + " " + std::to_string(advice.row.size);
 }
 
 TEST(Recommend, TheFastestWithinAnErrorOrTheMostAccurateWithinABudget) {
@@ -487,7 +551,8 @@ TEST(Recommend, TheFastestWithinAnErrorOrTheMostAccurateWithinABudget) {
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 50, .max_error = {}}), "shifted-nystrom 32");
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 1000, .max_error = {}}), "softmax 0");
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 5.5, .max_error = 0.5}), "nystrom 32");
-  EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 5.5, .max_error = 0.2}), "none");
+  EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 5.5, .max_error = 0.2}),
+            "nearest: shifted-nystrom 32");  // 6 ms of 5.5, where nystrom 32 has an error of 0.3 of 0.2
   EXPECT_EQ(advised({.target = Target::gaussian, .budget_ms = {}, .max_error = 0.5}), "skyformer 32");
 }
 
@@ -495,7 +560,7 @@ TEST(Recommend, TheExactMethodRatherThanOneThatIsTheSame) {
   std::vector<Row> rows = some_rows();
   rows.push_back({.method = "multipole", .milliseconds = 99, .error = 0, .worst_head = 0});
   const Advice advice = recommend(rows, {.target = Target::softmax, .budget_ms = {}, .max_error = 1e-3});
-  EXPECT_EQ(advice.row->method, "softmax");
+  EXPECT_EQ(advice.row.method, "softmax");
 }
 
 TEST(Recommend, SaysWhatASizeCounts) {
@@ -512,11 +577,10 @@ TEST(Recommend, SaysWhatASizeCounts) {
 
 TEST(Recommend, NothingThatMeanOfValuesBeats) {
   // lifted-softmax is within both limits, with an error above that of mean(v), or none at all
-  EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 2.5, .max_error = {}}), "none");
+  EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = 2.5, .max_error = {}}), "nearest: nystrom 32");
   EXPECT_EQ(advised({.target = Target::softmax, .budget_ms = {}, .max_error = 0.95}), "nystrom 32");
   EXPECT_EQ(recommend(some_rows(), {.target = Target::softmax, .budget_ms = 2.5, .max_error = {}}).reason,
-            "No method that beats mean(v) has a time of at most 2.5 ms; the fastest that does: nystrom with 32 "
-            "landmarks, error "
+            "No method that beats mean(v) has a time of at most 2.5 ms; the nearest: nystrom with 32 landmarks, error "
             "0.3000, 5.00 ms");
   EXPECT_EQ(recommend(some_rows(), {.target = Target::softmax, .budget_ms = {}, .max_error = 0.95}).reason,
             "The fastest with an error of at most 0.95: nystrom with 32 landmarks, error 0.3000, 5.00 ms\n"

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <fstream>
 #include <optional>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -28,13 +29,16 @@ void write(std::optional<std::ofstream>& file, const std::optional<std::string>&
   if (file && !(*file << text << std::flush)) throw std::runtime_error(*path + ": cannot be written");
 }
 
-std::optional<Recommendation> recommendation(const Options& options, const Comparison& comparison, const Sequences& s) {
-  if (!options.budget_ms && !options.max_error) return std::nullopt;
-  Recommendation result{recommend(comparison.rows, {options.target, options.budget_ms, options.max_error}), ""};
-  if (const std::optional<Row>& row = result.advice.row) {
-    const MaskUse mask{.causal = s.causal, .keep_key = !s.keep.empty(), .keep_query = s.masks_queries()};
-    result.line = line_of_cpp(facts_of(row->method), row->size, options.seed, mask);
-  }
+/// By the limits given; without any, by an error that many models bear.
+Recommendation recommendation(const Options& options, const Comparison& comparison, const Sequences& s) {
+  constexpr double kUsualError = 0.1;
+  Wish wish{options.target, options.budget_ms, options.max_error};
+  const bool without_limits = !wish.budget_ms && !wish.max_error;
+  if (without_limits) wish.max_error = kUsualError;
+  Recommendation result{recommend(comparison.rows, wish), ""};
+  if (without_limits) result.advice.reason = "Without --max-error and --budget-ms: " + result.advice.reason;
+  const MaskUse mask{.causal = s.causal, .keep_key = !s.keep.empty(), .keep_query = s.masks_queries()};
+  result.line = line_of_cpp(facts_of(result.advice.row.method), result.advice.row.size, options.seed, mask);
   return result;
 }
 
@@ -46,10 +50,12 @@ void run(const Options& options) {
   std::fflush(stdout);
   const Comparison comparison = compare(options, sequences);
   std::fputs(text_report(comparison, sequences).c_str(), stdout);
-  const std::optional<Recommendation> advised = recommendation(options, comparison, sequences);
-  if (advised) std::printf("\n%s\n", advised->advice.reason.c_str());
-  if (advised && advised->advice.row)
-    std::printf("%s%s\n", sequences.num_heads() > 1 ? "For each head:\n" : "", advised->line.c_str());
+  const Recommendation advised = recommendation(options, comparison, sequences);
+  const bool several_heads = sequences.num_heads() > 1;
+  std::printf("\n%s\n%s%s\n", advised.advice.reason.c_str(),
+              several_heads ? "For each head, or for all by attn::multi_head:\n" : "", advised.line.c_str());
+  const std::string warning = before_trusting(advised.advice.row, several_heads, !options.q);
+  if (!warning.empty()) std::printf("%s\n", warning.c_str());
   write(json, options.json, json_report(comparison, sequences, threads, advised));
   write(csv, options.csv, csv_report(comparison));
 }

@@ -6,51 +6,95 @@
 #include "compare/spectral.hpp"
 
 #include <attn/metrics.hpp>
+#include <attn/multi_head.hpp>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace {
 
 using attn::Index;
-using Outputs = std::vector<attn::Matrix<float>>;  // one a head
 
-double milliseconds_of(const attn::AnyApproximator<float>& method, const Sequences& s, Outputs& out,
-                       attn::Context& context) {
-  const auto start = std::chrono::steady_clock::now();
-  for (Index head = 0; head < s.num_heads(); ++head)
-    method.forward(s.inputs(head), out[static_cast<std::size_t>(head)], context);
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+/// Results of all heads, one after another (heads n_q, d_v).
+struct Outputs {
+  explicit Outputs(const Sequences& s) : length(s.n_q), rows(s.num_heads() * s.n_q, s.d_v) {}
+
+  auto head(Index i) const { return rows.middleRows(i * length, length); }
+  auto head(Index i) { return rows.middleRows(i * length, length); }
+
+  Index length;
+  attn::Matrix<float> rows;
+};
+
+/// Runs the method on all heads. Exact methods run as their own type, which knows heads that share their keys.
+void run_heads(const MethodFacts& method, const attn::AnyApproximator<float>& made, const Sequences& s,
+               const std::vector<attn::Mask>& masks, Outputs& out, attn::Context& context) {
+  const auto to = attn::head_major(out.rows.data(), s.batch, s.heads, s.n_q, s.d_v);
+  const auto run = [&](const auto& a) { attn::multi_head(a, s.all_q(), s.all_k(), s.all_v(), to, masks, context); };
+  if (!method.exact) return run(made);
+  if (method.target == Target::softmax) return run(attn::SoftmaxAttention<float>{});
+  run(attn::GaussianAttention<float>{});
 }
 
-/// The median of some runs; no more of them once they have taken kEnough together. The first run also grows the context
-/// and touches its pages, which weighs nothing in a median and little in a long run.
-double median_milliseconds(const attn::AnyApproximator<float>& method, const Sequences& s, int repetitions,
-                           Outputs& out, attn::Context& context) {
-  constexpr double kEnough = 2000.0;
+/// The median of some times, and the slowest over the fastest.
+struct Timing {
+  double milliseconds, spread;
+};
+
+/// Times calls after one that grows the context, touches its pages and wakes its threads: so many of them, more where
+/// they are over at once, and none but the first where that took long. A busy machine interrupts some calls and not
+/// others, which a median of several bears.
+template <class Call>
+Timing timing_of(int repetitions, const Call& call) {
+  constexpr double kEnough = 2000, kLeast = 50;
+  constexpr std::size_t kMost = 100;
+  const auto milliseconds = [&] {
+    const auto start = std::chrono::steady_clock::now();
+    call();
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  };
+  const double first = milliseconds();
+  if (first > kEnough) return {first, 1};
   std::vector<double> times;
-  for (double total = 0; static_cast<int>(times.size()) < repetitions && total < kEnough; total += times.back()) {
-    times.push_back(milliseconds_of(method, s, out, context));
+  const auto at_least = static_cast<std::size_t>(repetitions);
+  for (double total = 0; total < kEnough && (times.size() < at_least || (total < kLeast && times.size() < kMost));) {
+    times.push_back(milliseconds());
+    total += times.back();
   }
   std::ranges::sort(times);
-  return times[times.size() / 2];
+  return {times[times.size() / 2], times.back() / times.front()};
+}
+
+/// The row of a result that is furthest from the target's.
+Index worst_row_of(const auto& out, const auto& target) {
+  Index worst = 0;
+  (out - target).rowwise().squaredNorm().maxCoeff(&worst);
+  return worst;
 }
 
 void add_errors(Row& row, const Outputs& out, const Outputs& target, const Outputs& softmax) {
-  row.error = row.softmax_error = row.worst_head = row.worst_row = 0;
-  const auto heads = static_cast<double>(out.size());
+  row.error = row.softmax_error = row.worst_head = 0;
+  row.worst_row = -1;
+  const Index heads = out.rows.rows() / out.length;
   const auto largest = [](double a, double b) { return a >= b ? a : b; };  // NaN if b is
-  for (std::size_t head = 0; head < out.size(); ++head) {
-    const double error = attn::relative_frobenius_error(out[head], target[head]);
-    row.error += error / heads;
+  for (Index head = 0; head < heads; ++head) {
+    const double error = attn::relative_frobenius_error(out.head(head), target.head(head));
+    row.error += error / static_cast<double>(heads);
     row.worst_head = largest(row.worst_head, error);
-    row.worst_row = largest(row.worst_row, attn::worst_row_error(out[head], target[head]));
-    row.softmax_error += attn::relative_frobenius_error(out[head], softmax[head]) / heads;
+    row.softmax_error +=
+        attn::relative_frobenius_error(out.head(head), softmax.head(head)) / static_cast<double>(heads);
+    const double worst = attn::worst_row_error(out.head(head), target.head(head));
+    if (std::isnan(row.worst_row) || row.worst_row >= worst) continue;
+    row.worst_row = worst;
+    row.head_of_worst_row = head;
+    row.token_of_worst_row = worst_row_of(out.head(head), target.head(head));
   }
 }
 
@@ -89,7 +133,8 @@ const std::vector<Index>& sizes(const Options& options, std::string_view method)
 
 class Comparer {
  public:
-  Comparer(const Options& options, const Sequences& sequences) : options_(options), s_(sequences) {
+  Comparer(const Options& options, const Sequences& sequences)
+      : options_(options), s_(sequences), masks_(sequences.masks()) {
     const auto softmax = chosen(options, Target::softmax), gaussian = chosen(options, Target::gaussian);
     const bool named = std::ranges::find(options.methods, target_name(Target::gaussian)) != options.methods.end();
     uses_gaussian_ = options.methods.empty() || named || !gaussian.empty() || options.target == Target::gaussian;
@@ -108,13 +153,9 @@ class Comparer {
   }
 
  private:
-  Outputs outputs() const {
-    return Outputs(static_cast<std::size_t>(s_.num_heads()), attn::Matrix<float>(s_.n_q, s_.d_v));
-  }
-
   void compare_target(Target target) {
     const MethodFacts& exact = exact_method(target);
-    exact_.emplace(target, outputs());
+    exact_.emplace(target, Outputs(s_));
     result_.rows.push_back(measure(exact, 0, exact_.at(target)));
     add_mean(target);
     for (const std::string_view name : chosen(options_, target)) {
@@ -125,7 +166,7 @@ class Comparer {
         continue;
       }
       for (const Index size : sizes(options_, name)) {
-        Outputs out = outputs();
+        Outputs out(s_);
         result_.rows.push_back(measure(method, size, out));
       }
     }
@@ -137,7 +178,9 @@ class Comparer {
     attn::Context context = make_context(options_.threads);
     const auto made = make_method(method, size, options_.seed);
     Row row{.method = std::string(method.name), .target = method.target, .exact = method.exact, .size = size};
-    row.milliseconds = median_milliseconds(made, s_, options_.repetitions, out, context);
+    const Timing timing = timing_of(options_.repetitions, [&] { run_heads(method, made, s_, masks_, out, context); });
+    row.milliseconds = timing.milliseconds;
+    row.spread = timing.spread;
     if (method.exact) {
       exact_ms_ = row.milliseconds;
       spectral_->set_target(method.target, exact_ms_);
@@ -150,8 +193,8 @@ class Comparer {
   }
 
   void add_mean(Target target) {
-    Outputs out;
-    for (Index head = 0; head < s_.num_heads(); ++head) out.push_back(mean_of_values(s_.inputs(head)));
+    Outputs out(s_);
+    for (Index head = 0; head < s_.num_heads(); ++head) out.head(head) = mean_of_values(s_.inputs(head));
     Row row{.method = std::string(kMeanOfValues), .target = target};
     add_errors(row, out, exact_.at(target), exact_.at(Target::softmax));
     row.spectral = spectral_->of_mean();
@@ -160,6 +203,7 @@ class Comparer {
 
   const Options& options_;
   const Sequences& s_;
+  std::vector<attn::Mask> masks_;
   bool uses_gaussian_ = false;
   Index step_ = 0, steps_ = 0;
   std::map<Target, Outputs> exact_;

@@ -20,12 +20,14 @@ struct Row {
   Target target = Target::softmax;
   bool exact = false;
   attn::Index size = 0;                           // landmarks or near clusters, as make_method takes it
-  double milliseconds = kNone, speed_up = kNone;  // for all heads, one after the other; over the target's exact method
+  double milliseconds = kNone, speed_up = kNone;  // for all heads by multi_head; over the exact method of the target
+  double spread = kNone;                          // the slowest run's time over the fastest's
   double error = kNone, worst_head = kNone;       // |out - target|_F / |target|_F: mean and maximum over heads
   double worst_row = kNone;                       // attn::worst_row_error, its maximum over heads
-  double spectral = kNone;                        // |A~ - A|_2 / |A|_2 of the operators: its maximum over heads
-  double softmax_error = kNone;                   // error against softmax whatever the target is
-  std::size_t scratch_bytes = 0;                  // that the context grew to
+  attn::Index head_of_worst_row = 0, token_of_worst_row = 0;
+  double spectral = kNone;        // |A~ - A|_2 / |A|_2 of the operators, estimated: maximum over heads
+  double softmax_error = kNone;   // error against softmax whatever the target is
+  std::size_t scratch_bytes = 0;  // that the context grew to
 };
 
 inline constexpr std::string_view kMeanOfValues = "mean(v)";

@@ -25,6 +25,17 @@ const std::map<std::string, Causal> kCausalNames{{"upper_left", Causal::upper_le
                                                  {"lower_right", Causal::lower_right}};
 const std::map<std::string, Target> kTargetNames{{"softmax", Target::softmax}, {"gaussian", Target::gaussian}};
 
+constexpr const char* kExamples = R"(Examples:
+  attn_compare                                                      made tokens: how the table looks
+  attn_compare --q q.npy --k k.npy --v v.npy                        which method for these, within an error of 0.1
+  attn_compare --q q.npy --k k.npy --v v.npy --max-error 0.02       within another error
+  attn_compare --q q.npy --k k.npy --v v.npy --budget-ms 5          the most accurate within a time
+  attn_compare --q q.npy --k k.npy --v v.npy --mask mask.npy --causal
+  attn_compare --n 8192 --methods multipole,nystrom --threads 1     without files, only these
+
+Files are NumPy's, in C or Fortran order, little-endian: of float16, float32 or float64, and masks of bool, uint8,
+int32 or int64 too. From PyTorch:  numpy.save("q.npy", q.detach().float().cpu().numpy()))";
+
 /// An option whose value is one of the names.
 template <class T>
 CLI::Option* add_name(CLI::App& app, const char* option, T& value, const std::map<std::string, T>& names,
@@ -40,7 +51,7 @@ CLI::Option* add_name(CLI::App& app, const char* option, T& value, const std::ma
 void add_inputs(CLI::App& app, Options& options) {
   const auto file = [&](const char* name, std::optional<std::string>& path, const char* what) {
     return app.add_option(name, path,
-                          std::string(what) + ", a .npy file: (n, d), (heads, n, d) or (batch, heads, n, d)");
+                          std::string(what) + ", a .npy file of shape (n, d), (heads, n, d) or (batch, heads, n, d)");
   };
   CLI::Option* q = file("--q", options.q, "queries");
   CLI::Option* k = file("--k", options.k, "keys");
@@ -90,7 +101,8 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--budget-ms", options.budget_ms,
                  "recommend the most accurate method that takes no longer, all heads together")
       ->check(check_positive);
-  app.add_option("--max-error", options.max_error, "recommend the fastest method whose error is no larger in any head")
+  app.add_option("--max-error", options.max_error,
+                 "recommend the fastest method whose error is no larger in any head; 0.1 where neither is given")
       ->check(check_positive);
   app.add_option("--spectral-seconds", options.spectral_seconds,
                  "time for the errors in the spectral norm, which are left out where it is too short; 0: none")
@@ -99,7 +111,9 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--threads", options.threads, "OpenMP threads; 0: as many as OpenMP would use")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
-  app.add_option("--repetitions", options.repetitions, "runs of each method, fewer of slow ones; the median counts")
+  app.add_option("--repetitions", options.repetitions,
+                 "timed runs of each method, more of quick ones and fewer of slow ones, after one that warms up; the "
+                 "median counts")
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
   app.add_option("--json", options.json, "write the table to this file as JSON");
@@ -118,5 +132,5 @@ attn::Causal wanted_causal(const Options& options) {
 
 Options read_options(int argc, char** argv) {
   return parse_options("Compares exact attention with every approximation of it, on tokens from files or on made ones.",
-                       add_options, argc, argv);
+                       add_options, argc, argv, kExamples);
 }

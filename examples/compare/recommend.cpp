@@ -40,6 +40,13 @@ std::string figures(const Row& row) {
          error_text(row.worst_head) + ", " + milliseconds_text(row.milliseconds) + " ms";
 }
 
+/// By which factor a line exceeds the limits; at most 1 within them.
+double excess(const Row& row, const Wish& wish) {
+  const double of_error = wish.max_error ? row.worst_head / *wish.max_error : 0;
+  const double of_time = wish.budget_ms ? row.milliseconds / *wish.budget_ms : 0;
+  return std::max(of_error, of_time);
+}
+
 }  // namespace
 
 Advice recommend(const std::vector<Row>& rows, const Wish& wish) {
@@ -47,14 +54,11 @@ Advice recommend(const std::vector<Row>& rows, const Wish& wish) {
   const auto by_time = [](const Row& row) { return std::tuple(row.milliseconds, row.worst_head); };
   const auto by_error = [](const Row& row) { return std::tuple(row.worst_head, row.milliseconds); };
   std::vector<Row> fits;
-  std::ranges::copy_if(worth, std::back_inserter(fits), [&](const Row& row) {
-    return !(wish.max_error && row.worst_head > *wish.max_error) &&
-           !(wish.budget_ms && row.milliseconds > *wish.budget_ms);
-  });
+  std::ranges::copy_if(worth, std::back_inserter(fits), [&](const Row& row) { return excess(row, wish) <= 1; });
   if (fits.empty()) {
-    const Row& nearest = *std::ranges::min_element(worth, {}, by_time);
-    return {std::nullopt,
-            "No method that beats mean(v) has " + limits(wish) + "; the fastest that does: " + figures(nearest)};
+    const Row& nearest = *std::ranges::min_element(
+        worth, {}, [&](const Row& row) { return std::tuple(excess(row, wish), by_time(row)); });
+    return {nearest, "No method that beats mean(v) has " + limits(wish) + "; the nearest: " + figures(nearest), false};
   }
   const Row& best =
       wish.max_error ? *std::ranges::min_element(fits, {}, by_time) : *std::ranges::min_element(fits, {}, by_error);
@@ -64,5 +68,15 @@ Advice recommend(const std::vector<Row>& rows, const Wish& wish) {
   if (wish.max_error && baseline <= *wish.max_error) {
     reason += "\nmean(v), which costs next to nothing, is within that error too: " + error_text(baseline);
   }
-  return {best, reason};
+  return {best, reason, true};
+}
+
+std::string before_trusting(const Row& row, bool several_heads, bool made) {
+  if (row.exact) return "";
+  const std::string where = "query " + std::to_string(row.token_of_worst_row) +
+                            (several_heads ? " of head " + std::to_string(row.head_of_worst_row) : "");
+  return "Its worst row is " + where + ", off by " + error_text(row.worst_row) + " of an ordinary row." +
+         (made ? " These tokens are made: measure your model's with --q, --k and --v."
+               : " Before you rely on the error, measure other inputs of the model, the longest among them, and the "
+                 "model's own loss with the method in place.");
 }

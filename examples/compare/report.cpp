@@ -49,7 +49,7 @@ Cells cells(const Row& row, const Columns& columns) {
   line.push_back(timed ? number("%.1f", row.speed_up) : "");
   line.push_back(error_text(row.error));
   if (columns.worst_head) line.push_back(error_text(row.worst_head));
-  if (columns.spectral) line.push_back(std::isnan(row.spectral) ? "" : error_text(row.spectral));
+  if (columns.spectral) line.push_back(std::isnan(row.spectral) ? "" : number("%.1g", row.spectral));
   line.push_back(error_text(row.worst_row));
   line.push_back(row.target == Target::softmax ? "" : error_text(row.softmax_error));
   line.push_back(timed ? bytes_text(row.scratch_bytes) : "");
@@ -59,8 +59,19 @@ Cells cells(const Row& row, const Columns& columns) {
 std::string spectral_note(const Columns& columns, const Sequences& s) {
   if (s.causal != attn::Causal::none) return "";
   if (!columns.spectral) return "spectral: left out, --spectral-seconds is too short for it\n";
-  return "spectral: |A - T|_2 / |T|_2 of the method's matrix A and its target's T, by power iteration, from below" +
-         std::string(columns.worst_head ? "; of the worst head\n" : "\n");
+  return "spectral: |A - T|_2 / |T|_2 of the method's matrix A and its target's T, estimated by power iteration" +
+         std::string(columns.worst_head ? ", of the worst head\n" : "\n");
+}
+
+/// Which times are not to be trusted, if any.
+std::string spread_note(const Comparison& comparison) {
+  constexpr double kWide = 1.5;
+  const auto timed = [](const Row& row) { return std::isnan(row.spread) ? 0 : row.spread; };
+  const Row& widest = *std::ranges::max_element(comparison.rows, {}, timed);
+  if (!(widest.spread > kWide)) return "";
+  return "Times vary: the slowest run of " + widest.method + with_size(widest.method, widest.size) + " took " +
+         number("%.1f", widest.spread) +
+         " times as long as the fastest. Measure again when the machine is idle, or with more --repetitions.\n";
 }
 
 nlohmann::ordered_json json_row(const Row& row) {
@@ -69,6 +80,7 @@ nlohmann::ordered_json json_row(const Row& row) {
   if (landmarks(row) > 0) json["landmarks"] = landmarks(row);
   if (near(row) > 0) json["near"] = near(row);
   json["ms"] = row.milliseconds;  // null where it is NaN, as for all that follow
+  json["spread"] = row.spread;
   json["speed_up"] = row.speed_up;
   json["error"] = row.error;
   json["worst_head"] = row.worst_head;
@@ -122,14 +134,15 @@ std::string text_report(const Comparison& comparison, const Sequences& s) {
   text += columns.worst_head ? ", averaged over heads; worst head: its maximum\n" : "\n";
   text += spectral_note(columns, s);
   text += "worst row: the largest error of an output row, relative to the root mean square row of the target\n";
-  if (columns.worst_head) text += "ms: all heads, one after the other\n";
+  text += "ms: " + std::string(columns.worst_head ? "all heads by multi_head, " : "") +
+          "the median of several runs; speed-up: over exact attention of the method's own target\n";
   for (const NotSupported& method : comparison.not_supported)
     text += "not run: " + method.method + " (" + method.reason + ")\n";
-  return text;
+  return text + spread_note(comparison);
 }
 
 std::string json_report(const Comparison& comparison, const Sequences& s, int threads,
-                        const std::optional<Recommendation>& recommendation) {
+                        const Recommendation& recommendation) {
   std::ostringstream version;
   version << ATTN_VERSION_MAJOR << '.' << ATTN_VERSION_MINOR << '.' << ATTN_VERSION_PATCH;
   nlohmann::ordered_json json{{"attn_version", version.str()}, {"inputs", json_inputs(s)}, {"threads", threads}};
@@ -137,11 +150,9 @@ std::string json_report(const Comparison& comparison, const Sequences& s, int th
   for (const Row& row : comparison.rows) json["rows"].push_back(json_row(row));
   json["not_supported"] = nlohmann::ordered_json::object();
   for (const NotSupported& method : comparison.not_supported) json["not_supported"][method.method] = method.reason;
-  json["recommendation"] = nullptr;
-  if (recommendation && recommendation->advice.row) {
-    json["recommendation"] = json_row(*recommendation->advice.row);
-    json["recommendation"]["line"] = recommendation->line;
-  }
+  json["recommendation"] = json_row(recommendation.advice.row);
+  json["recommendation"]["fits"] = recommendation.advice.fits;
+  json["recommendation"]["line"] = recommendation.line;
   return json.dump(2) + "\n";
 }
 

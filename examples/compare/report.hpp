@@ -4,10 +4,9 @@
 #include "compare/measure.hpp"
 #include "compare/recommend.hpp"
 
-#include <optional>
 #include <string>
 
-/// What was recommended, and the C++ of it; an empty line where nothing was.
+/// What was recommended, and the C++ of it.
 struct Recommendation {
   Advice advice;
   std::string line;
@@ -20,6 +19,6 @@ std::string heading(const Sequences& sequences, int threads);
 std::string text_report(const Comparison& comparison, const Sequences& sequences);
 
 std::string json_report(const Comparison& comparison, const Sequences& sequences, int threads,
-                        const std::optional<Recommendation>& recommendation);
+                        const Recommendation& recommendation);
 
 std::string csv_report(const Comparison& comparison);

@@ -1,12 +1,14 @@
 #include "compare/sequences.hpp"
 
 #include "common/npy.hpp"
+#include "common/number.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <span>
 #include <sstream>
 #include <stdexcept>
+#include <unistd.h>
 #include <utility>
 
 namespace {
@@ -153,7 +155,21 @@ Sequences read_files(const Options& options) {
   return s;
 }
 
+/// Refuses more tokens than fit: queries, keys and values twice, as they are made and as they are kept, and results of
+/// both targets, of a method and of the mean.
+void check_memory(const Options& options) {
+  constexpr double kArrays = 2 * 3 + 4, kGiB = 1 << 30;
+  const double needed =
+      kArrays * sizeof(float) * static_cast<double>(options.n) * static_cast<double>(options.d) / kGiB;
+  const double here = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)) / kGiB;
+  if (needed <= here) return;
+  throw std::runtime_error("--n: " + std::to_string(options.n) + " tokens of " + std::to_string(options.d) +
+                           " features take " + number("%.0f", needed) + " GiB, this machine has " +
+                           number("%.0f", here) + "; try a smaller --n");
+}
+
 Sequences make_sequences(const Options& options) {
+  check_memory(options);
   const auto tokens =
       families::make_tokens<float>(options.family, {options.n, options.n, options.d, options.d}, options.seed);
   const auto values = [](const attn::Matrix<float>& m) { return std::vector<float>(m.data(), m.data() + m.size()); };
@@ -182,6 +198,12 @@ attn::Inputs<float> Sequences::inputs(Index head) const {
   in.mask.keep_key = std::span(keep).subspan(static_cast<std::size_t>(item * n_k), static_cast<std::size_t>(n_k));
   if (masks_queries()) in.mask.keep_query = in.mask.keep_key;
   return in;
+}
+
+std::vector<attn::Mask> Sequences::masks() const {
+  std::vector<attn::Mask> of_items;
+  for (Index item = 0; item < batch; ++item) of_items.push_back(inputs(item * heads).mask);
+  return of_items;
 }
 
 Sequences load(const Options& options) {

@@ -12,9 +12,9 @@
 #include <vector>
 
 /// |A~ - A|_2 / |A|_2 of operators: A~ of a method, A of exact attention, by power iteration through products with both
-/// and with their transposes, from below; no n x n matrix is stored. Of several heads the largest counts. All rows
-/// together take no longer than options.spectral_seconds, and one for which fewer steps than kFewest are left is not
-/// measured.
+/// and with their transposes; no n x n matrix is stored. An estimate: both norms are approached from below. Of several
+/// heads the largest counts. All rows together take no longer than options.spectral_seconds, and one for which fewer
+/// steps than kFewest are left is not measured.
 class SpectralErrors {
  public:
   static constexpr int kFewest = 4;
