@@ -35,10 +35,27 @@ Image read_photo(const Options& options) {
   return fit_within(photo, size.width, size.height);
 }
 
+/// How far a pixel looks for others, in pixels.
+double reach(const Options& options, const Image& image) {
+  return options.s.value_or(static_cast<double>(std::max(image.width, image.height)) / 16.0);
+}
+
+/// What is computed, and every option that is not a method's default.
+void print_settings(const Options& options, const Image& image, int threads) {
+  std::printf("%td x %td pixels, %td tokens, %d thread%s\n\n", image.width, image.height, image.rgb.rows(), threads,
+              threads == 1 ? "" : "s");
+  std::printf(
+      "Every pixel becomes a mean of all, weighted by exp(-|place - place'|^2 / (2 s^2) - |colour - colour'|^2 /\n"
+      "(2 t^2)): s = %g pixels is how far it looks, t = %g how different a colour may be, of a range of 1.\n"
+      "The photo has noise of standard deviation %g, and seed %llu draws that and the landmarks.\n"
+      "Options that are no defaults: softmax of scale 1, Gaussian kernel of bandwidth 1 with normalized rows;\n"
+      "skyformer and lifted-softmax with gamma = %g; multipole with a 16th as many near clusters as landmarks.\n\n",
+      reach(options, image), options.t, options.noise, static_cast<unsigned long long>(options.seed), options.gamma);
+}
+
 /// Every chosen method's result, the exact ones first, then the others for one number of landmarks after the other.
 std::vector<Result> run_all(const Options& options, const Image& noisy, attn::Context& context) {
-  const double s = options.s.value_or(static_cast<double>(std::max(noisy.width, noisy.height)) / 16.0);
-  const attn::Matrix<float> features = pixel_features(noisy, s, options.t);
+  const attn::Matrix<float> features = pixel_features(noisy, reach(options, noisy), options.t);
   const SoftmaxFeatures augmented = softmax_features(features);
   const attn::Inputs<float> plain{.q = features, .k = features, .v = noisy.rgb};
   const attn::Inputs<float> for_softmax{.q = augmented.q, .k = augmented.k, .v = noisy.rgb};
@@ -71,12 +88,19 @@ struct Report {
   std::vector<std::string> cells;
 };
 
-/// reference: the exact Gaussian filter's result, which the others are compared with, or null where it was not wanted.
-Report report(const Result& result, const Result* reference, const Image& clean) {
+/// The result of that exact method, or null where it was not wanted.
+const Result* find_exact(const std::vector<Result>& results, std::string_view method) {
+  const auto found = std::ranges::find(results, method, &Result::method);
+  return found == results.end() ? nullptr : &*found;
+}
+
+/// target: exact attention of the method's own kernel, which its time is compared with; reference: the exact Gaussian
+/// filter, which its colours are; null where not wanted.
+Report report(const Result& result, const Result* target, const Result* reference, const Image& clean) {
   const std::string m = result.num_landmarks > 0 ? std::to_string(result.num_landmarks) : "";
   const std::string ms = milliseconds_text(result.milliseconds);
   const std::string decibels = number("%.2f", psnr(result.rgb, clean.rgb));
-  const std::string speedup = reference == nullptr ? "" : number("%.1f", reference->milliseconds / result.milliseconds);
+  const std::string speedup = target == nullptr ? "" : number("%.1f", target->milliseconds / result.milliseconds);
   const std::string name = m.empty() ? "exact (" + result.method + ")" : result.method;
   const std::string file = !m.empty()                   ? result.method + "-" + m
                            : is_gaussian(result.method) ? "exact"
@@ -112,23 +136,24 @@ void run(const Options& options) {
   const Image clean = read_photo(options);
   make_folder(options.output);
   const Image noisy(clean.width, clean.height, with_noise(clean.rgb, options.noise, options.seed));
-  const int threads = context.workers();
-  std::printf("%td x %td pixels, %td tokens, %d thread%s\n\n", clean.width, clean.height, clean.rgb.rows(), threads,
-              threads == 1 ? "" : "s");
-
+  print_settings(options, clean, context.workers());
   const std::vector<Result> results = run_all(options, noisy, context);
-  const auto found = std::ranges::find(results, attn::GaussianAttention<float>::kName, &Result::method);
-  const Result* reference = found == results.end() ? nullptr : &*found;
+  const Result* const gaussian = find_exact(results, attn::GaussianAttention<float>::kName);
+  const Result* const softmax = find_exact(results, attn::SoftmaxAttention<float>::kName);
   const std::string decibels = number("%.2f", psnr(noisy.rgb, clean.rgb));
   std::vector<Report> reports{{{clean, "clean", ""}, "clean", {}},
                               {{noisy, "noisy", decibels + " dB"},
                                "noisy",
-                               {"noisy", "", "", "", decibels, error_against(noisy.rgb, reference)}}};
-  for (const Result& result : results) reports.push_back(report(result, reference, clean));
+                               {"noisy", "", "", "", decibels, error_against(noisy.rgb, gaussian)}}};
+  for (const Result& result : results)
+    reports.push_back(report(result, is_gaussian(result.method) ? gaussian : softmax, gaussian, clean));
 
   std::vector<std::vector<std::string>> lines{{"method", "landmarks", "ms", "speed-up", "PSNR dB", "relative error"}};
   for (std::size_t i = 1; i < reports.size(); ++i) lines.push_back(reports[i].cells);
   std::fputs(table(lines).c_str(), stdout);
+  std::fputs(
+      "\nspeed-up: over exact attention of the method's own kernel; relative error: to exact Gaussian attention\n",
+      stdout);
 
   const std::filesystem::path folder = options.output;
   for (const Report& each : reports) write_png(folder / (each.file + ".png"), each.picture.image);

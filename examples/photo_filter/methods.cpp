@@ -24,15 +24,9 @@ std::vector<std::string_view> chosen_methods(const Options& options) {
   return names;
 }
 
-namespace {
-
-constexpr attn::Index kLandmarksForANearCluster = 16;
-
-}  // namespace
-
 attn::AnyApproximator<float> filter_method(std::string_view name, attn::Index num_landmarks, const Options& options) {
   return attn::find_method<float>(name).make({.num_landmarks = num_landmarks,
-                                              .num_near = num_landmarks / kLandmarksForANearCluster,
+                                              .num_near = near_clusters(num_landmarks),
                                               .gamma = options.gamma,
                                               .scale = 1.0,
                                               .bandwidth = kFilterKernel.bandwidth,

@@ -8,6 +8,11 @@
 #include <string_view>
 #include <vector>
 
+/// Near clusters of multipole, for so many landmarks of the others.
+constexpr attn::Index near_clusters(attn::Index num_landmarks) {
+  return num_landmarks / 16;
+}
+
 /// An exact method needs no landmarks. All others take their number.
 bool is_exact(std::string_view name);
 
@@ -19,5 +24,5 @@ bool is_gaussian(std::string_view name);
 std::vector<std::string_view> chosen_methods(const Options& options);
 
 /// The method of that name, set up to compute the filter, with num_landmarks landmarks where it takes any; multipole
-/// with a 16th of that number of near clusters.
+/// with near_clusters of them.
 attn::AnyApproximator<float> filter_method(std::string_view name, attn::Index num_landmarks, const Options& options);
