@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <string>
 
-/// What the command line asks for, of the options that add_options tells app of. Where it asks for help, which ends with
-/// the examples, or is wrong, prints so and ends the program.
+/// What the command line asks for, of the options that add_options tells app of. Where it asks for help, which ends
+/// with the examples, or is wrong, prints so and ends the program.
 template <class Options>
 Options parse_options(const std::string& description, void (&add_options)(CLI::App& app, Options& options), int argc,
                       char** argv, const std::string& examples = "") {
