@@ -1,4 +1,5 @@
-/// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs.
+/// half and bfloat16 in memory: against float and the double oracle on the same, already rounded inputs. Where results
+/// are compared bit by bit with those of float, products are of float, see bfloat16_units_test.cpp.
 #include <attn/attn.hpp>
 
 #include "common/methods.hpp"
@@ -70,7 +71,7 @@ TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
   const auto keep = test::random_keep(120, 0.8, 2);
   const typename TestFixture::Pair x({120, 120, 24, 10}, 3);
   for (const auto& entry : attn::methods<TypeParam>()) {
-    const auto method = entry.make(test::of_size(20));
+    const auto method = entry.make(test::of_size(20, {.products = attn::Products::float32}));
     const auto wide = attn::find_method<float>(entry.name).make(test::of_size(20));
     for (const Mask& mask : {Mask{}, Mask{.keep_key = keep, .keep_query = keep}}) {
       Context context;
@@ -162,7 +163,8 @@ TYPED_TEST(Narrow, EveryPathIsThatOfFloatRoundedOnce) {
         Matrix<TypeParam> out(n_q, 10);
         Matrix<float> expected(n_q, 10);
         const attn::GaussianKernel kernel{.rows = rows};
-        attn::GaussianAttention<TypeParam>{kernel}.forward(x.inputs(mask), out, context);
+        const attn::GaussianAttention<TypeParam> method{attn::Products::float32, kernel};
+        method.forward(x.inputs(mask), out, context);
         attn::GaussianAttention<float>{kernel}.forward(x.wide_inputs(mask), expected, context);
         EXPECT_TRUE(out == expected.template cast<TypeParam>()) << n_q << " " << n_k;
       }
@@ -389,8 +391,9 @@ TYPED_TEST(Narrow, KeyBiasesOfEveryMethodAreThoseOfFloat) {
   in.key_bias = bias;
   wide_in.key_bias = wide_bias;
   for (const std::string name : {"softmax", "gaussian", "multipole", "skyformer", "lifted-softmax"}) {
-    const auto method = attn::find_method<TypeParam>(name).make(test::of_size(15, {.gamma = 0.1}));
-    const auto wide = attn::find_method<float>(name).make(test::of_size(15, {.gamma = 0.1}));
+    const attn::MethodOptions options{.gamma = 0.1, .products = attn::Products::float32};
+    const auto method = attn::find_method<TypeParam>(name).make(test::of_size(15, options));
+    const auto wide = attn::find_method<float>(name).make(test::of_size(15, options));
     Context context;
     Matrix<TypeParam> out(90, 8), dq(90, 16), dk(90, 16), dv(90, 8);
     Matrix<float> wide_out(90, 8), wide_dq(90, 16), wide_dk(90, 16), wide_dv(90, 8);

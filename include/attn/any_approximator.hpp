@@ -134,20 +134,21 @@ class AnyApproximator {
 
 /// Options of all methods. A method has some of them, with its own default where one is not set.
 struct MethodOptions {
-  std::optional<Index> num_landmarks{};  ///< of all approximations but multipole
-  std::optional<Index> num_clusters{};   ///< of Clusters: multipole
-  std::optional<Index> num_groups{};     ///< of Clusters
-  std::optional<Index> num_near{};       ///< of Clusters
-  std::optional<Index> num_branches{};   ///< of Clusters
-  std::optional<Index> num_open{};       ///< of Clusters
-  std::optional<int> iterations{};       ///< of the inverse: nystrom, shifted-nystrom
-  std::optional<int> num_probes{};       ///< of SpectralShift
-  std::optional<double> gamma{};         ///< of RidgeInverse: skyformer, lifted-softmax
-  std::optional<double> scale{};         ///< of SoftmaxKernel
-  std::optional<double> bandwidth{};     ///< of GaussianKernel
-  std::uint64_t seed = 0;                ///< of UniformSample: skyformer, lifted-softmax
-  Rows rows = Rows::raw;                 ///< of GaussianKernel
-  ShiftMode mode = ShiftMode::row;       ///< of SpectralShift
+  std::optional<Index> num_landmarks{};   ///< of all approximations but multipole
+  std::optional<Index> num_clusters{};    ///< of Clusters: multipole
+  std::optional<Index> num_groups{};      ///< of Clusters
+  std::optional<Index> num_near{};        ///< of Clusters
+  std::optional<Index> num_branches{};    ///< of Clusters
+  std::optional<Index> num_open{};        ///< of Clusters
+  std::optional<int> iterations{};        ///< of the inverse: nystrom, shifted-nystrom
+  std::optional<int> num_probes{};        ///< of SpectralShift
+  std::optional<double> gamma{};          ///< of RidgeInverse: skyformer, lifted-softmax
+  std::optional<double> scale{};          ///< of SoftmaxKernel
+  std::optional<double> bandwidth{};      ///< of GaussianKernel
+  std::uint64_t seed = 0;                 ///< of UniformSample: skyformer, lifted-softmax
+  Rows rows = Rows::raw;                  ///< of GaussianKernel
+  ShiftMode mode = ShiftMode::row;        ///< of SpectralShift
+  Products products = Products::fastest;  ///< of softmax and gaussian
 };
 
 /// A method that programs can choose: its name, a line for their help texts, and how it is made.
@@ -187,6 +188,7 @@ inline void check_options(std::string_view method, std::string_view names, const
   check("seed", o.seed != kDefaults.seed);
   check("rows", o.rows != kDefaults.rows);
   check("mode", o.mode != kDefaults.mode);
+  check("products", o.products != kDefaults.products);
 }
 
 inline UniformSample uniform_sample(const MethodOptions& o) {
@@ -207,11 +209,14 @@ inline Clusters clusters(const MethodOptions& o) {
 
 template <class T>
 inline constexpr MethodEntry<T> kMethods[] = {
-    {"softmax", "exact softmax attention", "scale",
-     [](const MethodOptions& o) { return AnyApproximator<T>(SoftmaxAttention<T>{SoftmaxKernel{.scale = o.scale}}); }},
-    {"gaussian", "exact Gaussian (kernelized) attention", "bandwidth, rows",
+    {"softmax", "exact softmax attention", "scale, products",
      [](const MethodOptions& o) {
-       return AnyApproximator<T>(GaussianAttention<T>{GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
+       return AnyApproximator<T>(SoftmaxAttention<T>{o.products, SoftmaxKernel{.scale = o.scale}});
+     }},
+    {"gaussian", "exact Gaussian (kernelized) attention", "bandwidth, rows, products",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(
+           GaussianAttention<T>{o.products, GaussianKernel{.bandwidth = o.bandwidth, .rows = o.rows}});
      }},
     {"multipole", "softmax by near keys and by clusters of the others",
      "num_clusters, num_groups, num_near, num_branches, num_open, scale",

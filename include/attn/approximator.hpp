@@ -55,6 +55,7 @@ concept Approximator =
 ///   m.pass(in)                          what backward relies on of a forward pass of in, kept as saved.pass
 ///   m.differentiate(in, out, dout, saved, gradients, context)      the backward pass, likewise
 ///   m.wide()                            of a narrow T: the same method of float
+///   m.choose_products(in, saves, scratch)      optional, of a narrow T: how products of its tokens are computed
 template <class Method, class T, class SavedOfMethod>
 class MethodBase {
  public:
@@ -100,12 +101,17 @@ class MethodBase {
     Scratch scratch = context.scratch();
     const auto& method = in_arithmetic();
     using SomeMask = std::conditional_t<Method::kMasks.causal, Mask, detail::RowMask>;
-    const auto from = detail::arithmetic_sources<SomeMask>(in, scratch);
+    auto from = detail::arithmetic_sources<SomeMask>(in, scratch);
     Method::kMasks.check(Method::kName, in);
     method.check(from);
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass = {};  // none, should attend throw
+    constexpr bool kSaves = !std::is_null_pointer_v<SavedPointer>;
+    const auto& self = static_cast<const Method&>(*this);
+    if constexpr (requires { self.choose_products(from, kSaves, scratch); }) {
+      self.choose_products(from, kSaves, scratch);
+    }
+    if constexpr (kSaves) saved->pass = {};  // none, should attend throw
     method.attend(from, detail::ResultRows<detail::Arithmetic<T>>(out), context, saved);
-    if constexpr (!std::is_null_pointer_v<SavedPointer>) saved->pass = method.pass(from);
+    if constexpr (kSaves) saved->pass = method.pass(from);
   }
 
   decltype(auto) in_arithmetic() const {

@@ -5,6 +5,7 @@
 
 #include <attn/approximator.hpp>
 #include <attn/detail/saved.hpp>
+#include <attn/engine/bfloat16_strip.hpp>
 #include <attn/engine/checks.hpp>
 #include <attn/engine/few_queries.hpp>
 #include <attn/kernel.hpp>
@@ -18,6 +19,12 @@
 #include <vector>
 
 namespace attn {
+
+/// How a method multiplies tokens of a narrow type: as fast as the processor can, or in float. It makes a difference to
+/// Eigen::bfloat16 where programs are compiled for AVX512_BF16, whose units add products of bfloat16 numbers to floats:
+/// weights are then rounded to bfloat16 too, and rows divided by the sums of the rounded ones.
+enum class Products { fastest, float32 };
+
 namespace detail {
 
 /// The log-sums of the rows (n_q), each counted from an origin of its own, which keeps digits; raw rows need none.
@@ -48,6 +55,8 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
 
   /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}  // write {{.scale = 0.5}}
+  /// With both.
+  explicit constexpr ExactAttention(Products products, Kernel kernel = {}) : kernel_(kernel), products_(products) {}
   ExactAttention(std::initializer_list<detail::NoOption>) = delete;
 
   /// That parameter.
@@ -85,6 +94,14 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   {
     return ExactAttention<float, Kernel>(kernel_);
   }
+
+  void choose_products(detail::Sources<float>& in, bool saves, Scratch& scratch) const
+    requires std::is_same_v<T, Eigen::bfloat16>
+  {
+    if (products_ == Products::float32) return;
+    const ScoreParameters parameters = score_parameters(kernel_, in.q.cols());
+    detail::use_bfloat16_units(parameters, saves && parameters.rows == Rows::normalized, in, scratch);
+  }
   /// @}
 
  private:
@@ -93,6 +110,7 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   }
 
   Kernel kernel_;
+  Products products_ = Products::fastest;
 };
 
 /// softmax(s q k^T) v.

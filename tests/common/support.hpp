@@ -142,7 +142,7 @@ std::vector<std::pair<std::string, Context>> contexts();
 template <class A>
 Matrix<typename A::Scalar> forward(const A& method, const Inputs<typename A::Scalar>& in, Context& context) {
   using T = typename A::Scalar;
-  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), kNaN<T>);
+  Matrix<T> out = Matrix<T>::Constant(in.q.rows(), in.v.cols(), static_cast<T>(kNaN<float>));
   method.forward(in, out, context);
   return out;
 }

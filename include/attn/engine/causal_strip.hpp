@@ -26,8 +26,10 @@ namespace attn::detail {
 
 /// The StripKernel of causal masks.
 template <class T>
-class CausalStripKernel final : public StripKernel<T> {
+class CausalStripKernel : public StripKernel<T> {
   using Base = StripKernel<T>;
+
+ protected:
   using Base::panel_;
   using Base::tile_maximum_;
 
@@ -35,9 +37,9 @@ class CausalStripKernel final : public StripKernel<T> {
   CausalStripKernel(const Product<T>& product, const FarPairs<T>* far_pairs, Scratch& scratch)
       : Base(product.in, product.maximum, far_pairs, scratch),
         limits_(product.limits),
+        finite_values_(scratch.elements<T>(kTileKeys<T> * product.in.v.cols())),
         shift_(scratch.elements<T>(kTileWidth<T>)),
-        shifted_maximum_(scratch.elements<T>(kTileWidth<T>)),
-        finite_values_(scratch.elements<T>(kTileKeys<T> * product.in.v.cols())) {}
+        shifted_maximum_(scratch.elements<T>(kTileWidth<T>)) {}
 
   void add(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index limit,
            const std::array<Prefetch, 2>& prefetch) const override {
@@ -74,10 +76,10 @@ class CausalStripKernel final : public StripKernel<T> {
     const bool shifts = own_origins && !adds_bias;
     if (!shifts) this->raise_maximum(strip, state, tile_maximum_);
     this->weigh_keys(strip, state, seen.count, shifts ? raise_shifted(strip, state, tile.bias_origin) : state.maximum);
-    if (seen.partly() && !tile.values().finite_keys(seen.first_hidden(), seen.count, this->d_v_)) {
+    if (seen.partly() && !finite_values(tile, seen.first_hidden(), seen.count)) {
       return add_seen_values(strip, state, tile, seen.count, limit);
     }
-    this->add_weighted(strip, state, tile.v, tile.v_stride, seen.count, prefetch[1]);
+    this->add_weighted(strip, state, tile, seen.count, prefetch[1]);
   }
 
   void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
@@ -107,10 +109,16 @@ class CausalStripKernel final : public StripKernel<T> {
     return shifted_maximum_;
   }
 
-  /// add_values where 0 times a value may be NaN: the finite values for all queries, then the others for those that see
-  /// them. A query that sees only finite ones gets the bits that it would get from add_values.
-  [[gnu::noinline]] void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
-                                         Index count, Index limit) const {
+ protected:
+  /// Whether the values of keys [first, last) of a tile are finite.
+  virtual bool finite_values(const KeyTile<T>& tile, Index first, Index last) const {
+    return tile.values().finite_keys(first, last, this->d_v_);
+  }
+
+  /// add_weighted where 0 times a value may be NaN: the finite values for all queries, then the others for those that
+  /// see them. A query that sees only finite ones gets the bits that it would get from add_weighted.
+  [[gnu::noinline]] virtual void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state,
+                                                 const KeyTile<T>& tile, Index count, Index limit) const {
     const Index d_v = this->d_v_, lanes = strip.lanes();
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v; ++c) {
@@ -118,7 +126,10 @@ class CausalStripKernel final : public StripKernel<T> {
         finite_values_[j * d_v + c] = is_finite(x) ? x : T(0);
       }
     }
-    this->add_weighted(strip, state, finite_values_, d_v, count, {});
+    KeyTile<T> finite = tile;
+    finite.v = finite_values_;
+    finite.v_stride = d_v;
+    this->add_weighted(strip, state, finite, count, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
@@ -132,7 +143,10 @@ class CausalStripKernel final : public StripKernel<T> {
   }
 
   CausalLimits limits_;
-  T *shift_, *shifted_maximum_, *finite_values_;
+  T* finite_values_;  ///< kTileKeys rows of d_v elements
+
+ private:
+  T *shift_, *shifted_maximum_;
 };
 
 template <class T>

@@ -56,8 +56,9 @@ struct KeyTile {
   Index first, count;
   const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
   T bias_origin = 0;
-  bool finite = false;  ///< whether all keys and values are known to be
-  bool whole = true;    ///< whether it has all keys that bias_origin is of
+  bool finite = false;   ///< whether all keys and values are known to be
+  bool whole = true;     ///< whether it has all keys that bias_origin is of
+  Index keys_a_row = 1;  ///< keys whose values share a row of v
 
   T key_part_of(Index j) const { return key_part == nullptr ? T(0) : key_part[j]; }
 
@@ -99,13 +100,14 @@ struct KeyTile {
     return seen;
   }
 
-  /// The tile without the keys at its beginning that the windows of all queries leave behind, of which the first sees
-  /// row numbers up to limit.
+  /// The tile without the keys at its beginning that the windows of all queries leave behind, as far as these fill rows
+  /// of v; the first query sees row numbers up to limit.
   [[gnu::noinline]] KeyTile without_past(const CausalLimits& limits, Index limit) const {
-    const Index past = row(0) < limits.sinks ? 0 : std::min(visible(limit - limits.window), count);
+    const Index behind = row(0) < limits.sinks ? 0 : std::min(visible(limit - limits.window), count),
+                past = behind - behind % keys_a_row;
     KeyTile tile = *this;
     tile.k += past * k_stride;
-    tile.v += past * v_stride;
+    tile.v += past / keys_a_row * v_stride;
     for (const T** const values : {&tile.bias, &tile.norm_bias, &tile.key_part, &tile.key_bias}) {
       if (*values != nullptr) *values += past;
     }
@@ -158,7 +160,7 @@ class KeyReader {
         rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
   /// The kept keys among rows [first, last), at most kTileKeys of them.
-  KeyTile<T> read(Index first, Index last) const {
+  virtual KeyTile<T> read(Index first, Index last) const {
     KeyTile<T> tile{.k = in_.k.row_or_null(first),
                     .v = in_.v.row_or_null(first),
                     .bias = nullptr,
@@ -183,27 +185,12 @@ class KeyReader {
     return tile;
   }
 
- private:
+ protected:
   void list_kept(KeyTile<T>& tile, Index last) const {
     tile.count = 0;
     for (Index j = tile.first; j < last; ++j) {
       if (keeps_key(in_, j)) rows_[tile.count++] = j;
     }
-  }
-
-  /// to <- the rows of from that a tile has, relative to center unless that is null.
-  [[gnu::noinline]] static void copy(const TokenRows<T>& from, const KeyTile<T>& tile, const T* center, T* to) {
-    for (Index j = 0; j < tile.count; ++j, to += from.cols()) {
-      from.copy_row(tile.row(j), to);
-      if (center != nullptr) add_row(T(-1), center, to, from.cols());
-    }
-  }
-
-  void set_norm_bias(KeyTile<T>& tile) const {
-    for (Index j = 0; j < tile.count; ++j) {
-      norm_bias_[j] = -kernel_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
-    }
-    tile.bias = tile.norm_bias = norm_bias_;
   }
 
   /// Biases are counted from the common origin, or where each query has its own, from the largest one of the tile.
@@ -226,6 +213,22 @@ class KeyReader {
   bool drops_keys_;
   T *k_, *v_, *norm_bias_, *key_bias_;
   Index* rows_;
+
+ private:
+  /// to <- the rows of from that a tile has, relative to center unless that is null.
+  [[gnu::noinline]] static void copy(const TokenRows<T>& from, const KeyTile<T>& tile, const T* center, T* to) {
+    for (Index j = 0; j < tile.count; ++j, to += from.cols()) {
+      from.copy_row(tile.row(j), to);
+      if (center != nullptr) add_row(T(-1), center, to, from.cols());
+    }
+  }
+
+  void set_norm_bias(KeyTile<T>& tile) const {
+    for (Index j = 0; j < tile.count; ++j) {
+      norm_bias_[j] = -kernel_.bias * squared_norm(tile.k + j * tile.k_stride, in_.k.cols());
+    }
+    tile.bias = tile.norm_bias = norm_bias_;
+  }
 };
 
 }  // namespace attn::detail

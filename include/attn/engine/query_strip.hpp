@@ -76,6 +76,14 @@ struct QueryStrip {
     for (Index p = 0; p < lanes(); p += kLanes<T>) {
       store(norm + p, broadcast(kernel.bias) * pack(product, p, buffer, kernel.center, kernel.scale, panel + p));
     }
+    note_norms(product);
+    if (!far || tokens == nullptr) return;
+    for (Index p = 0; p < lanes(); p += kLanes<T>) pack(product, p, buffer, nullptr, T(1), tokens + p);
+  }
+
+  /// Sets what follows from the norms, and the origins of key biases.
+  void note_norms(const Product<T>& product) {
+    const LogKernel<T>& kernel = product.kernel;
     far = false;
     finite = true;
     for (Index i = 0; i < lanes(); ++i) {
@@ -86,8 +94,6 @@ struct QueryStrip {
       if (bias_origin == nullptr) continue;
       bias_origin[i] = held ? kernel.bias_origins.of(first + i) : std::numeric_limits<T>::infinity();
     }
-    if (!far || tokens == nullptr) return;
-    for (Index p = 0; p < lanes(); p += kLanes<T>) pack(product, p, buffer, nullptr, T(1), tokens + p);
   }
 
  private:

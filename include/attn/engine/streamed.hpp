@@ -25,8 +25,8 @@ class BlockRunner {
  public:
   BlockRunner(const Product<T>& product, Scratch& scratch)
       : product_(product),
-        reader_(product.in, product.kernel, scratch),
         kernel_(product.in.mask.make_kernel(product, scratch)),
+        reader_(kernel_.reader(product, scratch)),
         rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))),
         strips_(scratch.elements<Lanes>(product.partition.most_strips_a_block())) {
     for (Index s = 0; s < product.partition.most_strips_a_block(); ++s) {
@@ -112,7 +112,7 @@ class BlockRunner {
     for (Index s = 0; s < count_; ++s) {
       if (totals != nullptr) strips_[s].total = totals[strips.first + s];
       strips_[s].queries.open(product_, strips.first + s);
-      strips_[s].queries.load(product_, rows_);
+      kernel_.load_queries(strips_[s].queries, product_, rows_);
       far_ = far_ || strips_[s].queries.far;
     }
   }
@@ -204,8 +204,8 @@ class BlockRunner {
   }
 
   const Product<T>& product_;
-  KeyReader<T> reader_;
   const StripKernel<T>& kernel_;
+  const KeyReader<T>& reader_;
   T* rows_;  ///< kLanes rows of q or of the results, where they are not in place
   Lanes* strips_;
   Index count_ = 0;   ///< strips of the current block

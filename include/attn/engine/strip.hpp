@@ -88,9 +88,9 @@ inline constexpr Index kFeaturesAtOnce = 256;
 
 /// The products of a tile's keys, rows of them real, with the queries' features: sums of kFeaturesAtOnce at a time, all
 /// but the last by way of the panel.
-template <int kPackets, class T>
-[[gnu::always_inline]] inline void multiply_features(const T* k, Index rows, Index k_stride, const T* queries, Index d,
-                                                     T* panel,
+template <int kPackets, class Feature, class T>
+[[gnu::always_inline]] inline void multiply_features(const Feature* k, Index rows, Index k_stride,
+                                                     const Feature* queries, Index d, T* panel,
                                                      Packet<T> (&score)[array_size(kTileRows)][array_size(kPackets)]) {
   for (Index first = 0;; first += kFeaturesAtOnce) {
     const Index count = std::min(d - first, kFeaturesAtOnce);
@@ -106,6 +106,22 @@ template <int kPackets, class T>
   }
 }
 
+/// panel <- the scores of a register tile; maximum follows.
+template <int kPackets, class T>
+[[gnu::always_inline]] inline void keep_scores(const Packet<T> (&score)[array_size(kTileRows)][array_size(kPackets)],
+                                               T* panel, T* maximum) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kPackets; ++p) {
+    auto top = load(maximum + p * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      top = max(top, score[r][p]);
+      store(panel + (r * kPackets + p) * kLanes<T>, score[r][p]);
+    }
+    store(maximum + p * kLanes<T>, top);
+  }
+}
+
 /// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum. What keys have
 /// as a bias is added to the products at last, for a sum that began with it would be rounded at its size all along.
 template <int kPackets, class T>
@@ -117,16 +133,7 @@ template <int kPackets, class T>
     Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
     multiply_features<kPackets>(tile.k + j * tile.k_stride, count - j, tile.k_stride, queries, d, panel, score);
     if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
-#pragma GCC unroll 4
-    for (int p = 0; p < kPackets; ++p) {
-      auto top = load(maximum + p * kLanes<T>);
-#pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r) {
-        top = max(top, score[r][p]);
-        store(panel + (r * kPackets + p) * kLanes<T>, score[r][p]);
-      }
-      store(maximum + p * kLanes<T>, top);
-    }
+    keep_scores<kPackets>(score, panel, maximum);
   }
 }
 
@@ -178,9 +185,9 @@ template <class T>
   }
 }
 
-/// weighted <- correction weighted + v^T weights, over count keys. weighted has room for whole tiles.
-template <int kPackets, class T>
-[[gnu::noinline]] void add_values(const T* v, Index v_stride, Index d_v, const T* weights, Index count,
+/// weighted <- correction weighted + v^T weights, over count keys, or pairs of them. weighted has room for whole tiles.
+template <int kPackets, class Value, class T>
+[[gnu::noinline]] void add_values(const Value* v, Index v_stride, Index d_v, const Value* weights, Index count,
                                   const T* correction, T* weighted, const Prefetch& prefetch) {
   for (Index c = 0; c < d_v; c += kTileRows) {
     prefetch.fetch(c, kTileRows, d_v);
@@ -216,6 +223,16 @@ class StripKernel {
     add_keys(strip, state, tile, tile.count, prefetch);
   }
 
+  /// Loads the queries of a strip, as QueryStrip::load does.
+  virtual void load_queries(QueryStrip<T>& strip, const Product<T>& product, T* buffer) const {
+    strip.load(product, buffer);
+  }
+
+  /// What reads the tiles to be added.
+  virtual const KeyReader<T>& reader(const Product<T>& product, Scratch& scratch) const {
+    return *scratch.make<KeyReader<T>>(1, product.in, product.kernel, scratch);
+  }
+
   /// maximum <- at least the largest score of a tile's keys, which are to be added, but for rounding: what is as
   /// nothing beside them is passed over from the beginning. For strips that are far from the center.
   void expect(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile) const {
@@ -233,10 +250,11 @@ class StripKernel {
     if (strip.far) refine(strip, state, tile, count);
     raise_maximum(strip, state, tile_maximum_);
     weigh_keys(strip, state, count, state.maximum);
-    add_weighted(strip, state, tile.v, tile.v_stride, count, prefetch[1]);
+    add_weighted(strip, state, tile, count, prefetch[1]);
   }
 
-  void score(const QueryStrip<T>& strip, const KeyTile<T>& tile, Index count, const Prefetch& prefetch) const {
+  /// panel_ <- scores, tile_maximum_ <- their maximum.
+  virtual void score(const QueryStrip<T>& strip, const KeyTile<T>& tile, Index count, const Prefetch& prefetch) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
       score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, prefetch);
     });
@@ -272,14 +290,15 @@ class StripKernel {
   }
 
   /// Turns scores into weights relative to top.
-  void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, Index count, const T* top) const {
+  virtual void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, Index count, const T* top) const {
     weigh(panel_, count, strip.lanes(), top, highest_exponent<T>(maximum_), state.sum);
   }
 
-  void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const T* v, Index v_stride, Index count,
-                    const Prefetch& prefetch) const {
+  /// Adds the values of a tile's count first keys with these weights.
+  virtual void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
+                            const Prefetch& prefetch) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      add_values<packets>(v, v_stride, d_v_, panel_, count, correction_, state.weighted, prefetch);
+      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, state.weighted, prefetch);
     });
   }
 

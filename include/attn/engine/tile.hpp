@@ -34,10 +34,10 @@ consteval std::size_t array_size(Index n) {
 /// Element (r, l) of a is at a + r row_step + l step. b is a panel: row l holds kPackets packets, aligned, one row
 /// after another. Where a has fewer rows than the tile, its last one stands for those that are missing: one kernel
 /// serves the end of a matrix too. All loops over the tile are unrolled, here and where it is used, so that it lives in
-/// registers.
-template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+/// registers. T may be a pair of numbers, whose products are of type Sum.
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
 [[gnu::always_inline]] inline void add_product(const T* a, Index rows, Index row_step, Index step, const T* b,
-                                               Index depth, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+                                               Index depth, Packet<Sum> (&tile)[kRowExtent][kPacketExtent]) {
   constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
   const T* row[kRowExtent];
 #pragma GCC unroll 8
@@ -57,12 +57,12 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 }
 
 /// tile = the product of add_product.
-template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
 [[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b,
-                                                 Index depth, Packet<T> (&tile)[kRowExtent][kPacketExtent]) {
+                                                 Index depth, Packet<Sum> (&tile)[kRowExtent][kPacketExtent]) {
 #pragma GCC unroll 32
   for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i)
-    tile[i / kPacketExtent][i % kPacketExtent] = broadcast(T(0));
+    tile[i / kPacketExtent][i % kPacketExtent] = broadcast(Sum(0));
   add_product(a, rows, row_step, step, b, depth, tile);
 }
 
