@@ -387,7 +387,8 @@ std::vector<std::pair<std::string, attn::MethodOptions>> every_option() {
           {"bandwidth", {.bandwidth = 1.3}},
           {"seed", {.seed = 4}},
           {"rows", {.rows = attn::Rows::normalized}},
-          {"mode", {.mode = attn::ShiftMode::scalar}}};
+          {"mode", {.mode = attn::ShiftMode::scalar}},
+          {"products", {.products = attn::Products::float32}}};
 }
 
 TEST(MethodList, OptionsThatAMethodDoesNotHaveAreRefused) {

@@ -246,6 +246,7 @@ inline void use_bfloat16_units(const ScoreParameters& kernel, bool saves_sums, S
   const bool has_center = kernel.bias != 0;
   if (has_center && (saves_sums || !is_near_zero(kernel, in, scratch))) return;
   in.mask.make_kernel = &make_bfloat_strip_kernel;
+  in.mask.own_products = true;
 }
 
 }  // namespace attn::detail

@@ -38,7 +38,7 @@ struct FewKeys {
   static bool suits(const Product<T>& product) {
     const Index n_q = product.in.q.rows(), n_k = product.in.k.rows();
     return product.in.mask.causal == Causal::none && n_k <= kTileKeys<T> && n_k <= n_q / 4 &&
-           product.partition.splits == 1;
+           product.partition.splits == 1 && !product.in.mask.own_products;
   }
 
   static FewKeys pack(const Product<T>& product, Scratch& scratch) {

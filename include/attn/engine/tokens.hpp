@@ -188,6 +188,7 @@ struct SourceMask : Mask {
       : Mask(mask), make_kernel(&make_strip_kernel<T>) {}
 
   const StripKernel<T>& (*make_kernel)(const Product<T>&, Scratch&);
+  bool own_products = false;  ///< whether that kernel has faster ones than T's
   void (*run_few)(const Product<T>&, const ResultRows<T>&, const LogSums<T>&, Context&, Scratch&) = nullptr;
   void (*run_few_partial)(const Product<T>&, const RowStates<T>&, Context&, Scratch&) = nullptr;
 };
