@@ -1,4 +1,4 @@
-/// Exact attention of bfloat16 tokens on units for products of pairs (bfloat16_tile.hpp), at nearly twice float's speed:
+/// Exact attention of bfloat16 tokens on units for products of pairs (bfloat16_tile.hpp), at nearly twice the speed:
 ///
 ///   score  = scale (q_0 k_0 + q_1 k_1) + ...       pairs of features; products are exact, sums are float
 ///   weight = 2^(score - maximum)                   rounded to bfloat16; sums are of the rounded ones

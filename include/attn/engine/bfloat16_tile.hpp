@@ -1,5 +1,5 @@
-/// Pairs of bfloat16 numbers, and what the units that multiply them do: c + a_0 b_0 + a_1 b_1 in every lane of floats, in
-/// the time of one multiply-add.
+/// Pairs of bfloat16 numbers, and what the units that multiply them do: c + a_0 b_0 + a_1 b_1 in every lane of floats,
+/// in the time of one multiply-add.
 #pragma once
 
 #include <attn/engine/exp2.hpp>
@@ -53,8 +53,8 @@ inline void store_pairs(BfloatPair* to, Index count, Packet<BfloatPair> x) {
   _mm512_mask_storeu_epi32(to, mask, std::bit_cast<__m512i>(x));
 }
 
-/// panel[c] <- pair c of row_i, with signs flipped by flip, in lane i, for kLanes rows of d numbers; null rows are zeros.
-/// stride: pairs between two rows of the panel. Returns |row_i|^2 in lane i.
+/// panel[c] <- pair c of row_i, with signs flipped by flip, in lane i, for kLanes rows of d numbers; null rows are
+/// zeros. stride: pairs between two rows of the panel. Returns |row_i|^2 in lane i.
 [[gnu::noinline]] inline Packet<float> pack_pairs(const char* const (&rows)[kLanes<float>], Index d, BfloatPair flip,
                                                   BfloatPair* panel, Index stride) {
   auto squares = broadcast(0.0F);
