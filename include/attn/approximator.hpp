@@ -132,6 +132,10 @@ struct NoOption {
   NoOption(const NoOption&, const NoOption&);
 };
 
+/// A method whose tokens are spread over the ranks of MPI, see mpi.hpp.
+template <class Method>
+struct Distributed;
+
 /// What error messages call a method: its own name, where it holds another one that one's.
 template <Approximator A>
 std::string_view method_name(const A& a) {

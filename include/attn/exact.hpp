@@ -105,6 +105,9 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
   /// @}
 
  private:
+  template <class>
+  friend struct detail::Distributed;
+
   bool normalized(const detail::Sources<T>& in) const {
     return score_parameters(kernel_, in.q.cols()).rows == Rows::normalized;
   }

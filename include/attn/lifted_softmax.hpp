@@ -86,6 +86,9 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
   /// @}
 
  private:
+  template <class>
+  friend struct detail::Distributed;
+
   double scale(Index d) const { return score_parameters(kernel_, d).scale; }
 
   Skyformer<T, Landmarks, Inverse> skyformer(Index d) const {

@@ -175,6 +175,9 @@ class Nystrom : public MethodBase<Nystrom<T, Landmarks, Inverse, Kernel>, T,
   }
 
  private:
+  template <class>
+  friend struct detail::Distributed;
+
   /// dbv: the gradient by Z B v -> that by B v; dq_land and dk_land <- those by the landmarks within A. A = A I, and so
   /// its gradients are those of any streamed product.
   void differentiate_core(const detail::NystromState<T>& f, MatrixRef<T> dbv, MatrixRef<T> dq_land,

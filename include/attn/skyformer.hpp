@@ -141,6 +141,9 @@ class Skyformer : public MethodBase<Skyformer<T, Landmarks, Inverse>, T,
   /// @}
 
  private:
+  template <class>
+  friend struct detail::Distributed;
+
   using WideScalar = detail::WideScalar<T, Inverse>;
 
   /// What the backward pass reads.

@@ -154,6 +154,9 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
   /// @}
 
  private:
+  template <class>
+  friend struct detail::Distributed;
+
   /// The paper mode: out <- F (Z - delta Z Z) (B v) + delta v.
   void shift_by_trace(const detail::Sources<T>& in, const detail::NystromFactors<T>& f,
                       const detail::ResultRows<T>& out, Saved* saved, Context& context) const {

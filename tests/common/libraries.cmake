@@ -70,3 +70,15 @@ function(attn_precompiled_headers)
     target_precompile_headers(${target} REUSE_FROM attn_own_headers)
   endforeach()
 endfunction()
+
+# attn_add_mpi_test(name ranks program argument...): a program on so many ranks of MPI, more than the machine has cores
+# included, and by any user, which Open MPI refuses unless told.
+set(attn_mpi_environment
+  OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+  OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_hwloc_base_binding_policy=none
+  PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe)
+function(attn_add_mpi_test name ranks program)
+  add_test(NAME ${name} COMMAND ${MPIEXEC_EXECUTABLE} ${MPIEXEC_NUMPROC_FLAG} ${ranks} ${MPIEXEC_PREFLAGS}
+                                $<TARGET_FILE:${program}> ${MPIEXEC_POSTFLAGS} ${ARGN})
+  set_tests_properties(${name} PROPERTIES ENVIRONMENT "${attn_mpi_environment}" PROCESSORS 2 TIMEOUT 120)
+endfunction()

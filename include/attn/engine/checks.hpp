@@ -206,8 +206,9 @@ struct InputShapes {
 }
 
 /// Shapes of inputs agree with one another.
-[[gnu::noinline]] inline void check_inputs(std::string_view who, const InputShapes& in, Index fewest_keys = 1) {
-  check_not_empty(who, "q", in.q);
+[[gnu::noinline]] inline void check_inputs(std::string_view who, const InputShapes& in, Index fewest_keys = 1,
+                                           Index fewest_queries = 1) {
+  check_not_empty(who, "q", in.q, fewest_queries);
   check_not_empty(who, "k", in.k, fewest_keys);
   check_not_empty(who, "v", in.v, fewest_keys);
   if (in.q.cols != in.k.cols) refuse(who, "q has %td columns, k has %td", in.q.cols, in.k.cols);
@@ -272,13 +273,12 @@ std::array<Memory, 6> memory_of(const Inputs<T>& in) {
           Memory::of("keep_query", in.mask.keep_query)};
 }
 
-/// Shapes of a backward pass agree with those of its inputs, and what it writes, dbias included, overlaps nothing. lse
-/// and dbias may be empty; where T is narrow, lse is float and dbias may be.
+/// Shapes of a backward pass agree with those of its inputs, which are checked, and what it writes, dbias included,
+/// overlaps nothing. lse and dbias may be empty; where T is narrow, lse is float and dbias may be.
 template <class T, class Bias = T>
-void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out,
-                    const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
-                    std::span<const Arithmetic<T>> lse = {}, std::span<Bias> dbias = {}) {
-  check_inputs(who, in);
+void check_gradients(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out,
+                     const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
+                     std::span<const Arithmetic<T>> lse = {}, std::span<Bias> dbias = {}) {
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
   check_shape(who, "dout", dout, in.q.rows(), in.v.cols());
   check_shape(who, "dq", gradients.dq, in.q.rows(), in.q.cols());
@@ -293,15 +293,30 @@ void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrix
   check_apart_from(who, results, of_forward);
 }
 
-/// Shapes of inputs agree with one another, out has the shape of the result, lse is empty or has an entry for each of
-/// its rows, and both overlap nothing.
-template <class T, class LogSum = T>
-void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
+/// check_inputs and check_gradients.
+template <class T, class Bias = T>
+void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrixRef<T>& out,
+                    const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
+                    std::span<const Arithmetic<T>> lse = {}, std::span<Bias> dbias = {}) {
   check_inputs(who, in);
+  check_gradients(who, in, out, dout, gradients, lse, dbias);
+}
+
+/// Of inputs that are checked, out has the shape of the result, lse is empty or has an entry for each of its rows, and
+/// both overlap nothing.
+template <class T, class LogSum = T>
+void check_results(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
   check_length(who, "lse", lse.size(), "q", in.q.rows());
   const Memory results[] = {Memory::of("out", out), Memory::of("lse", lse)};
   check_apart(who, results, memory_of(in));
+}
+
+/// check_inputs and check_results.
+template <class T, class LogSum = T>
+void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
+  check_inputs(who, in);
+  check_results(who, in, out, lse);
 }
 
 /// What a forward pass saved is of inputs like those of the backward pass: of as many of its rows or columns.

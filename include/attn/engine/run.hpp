@@ -180,20 +180,28 @@ void subtract_norm_gradient(const Product<T>& product, std::span<const T> dbias,
   }
 }
 
+/// gradients and dbias <- those of a product, from what is known of its rows.
+template <ScoreKernel Kernel, class T>
+void multiply_rows_backward(const Kernel& kernel, const Inputs<T>& in, const RowGradients<T>& rows,
+                            const Gradients<T>& gradients, Context& context, std::span<T> dbias) {
+  Scratch scratch = context.scratch();
+  const Sources<T> sources = detail::sources(in);
+  const Product<T> product = make_product(kernel, sources, Maximum::running, context.workers(), scratch);
+  if (product.kernel.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
+  run_backward(product, rows, gradients, dbias, context, scratch);
+  if (product.kernel.bias != 0) subtract_norm_gradient<T>(product, dbias, gradients.dk);
+}
+
 /// kernel_matmul_backward, once its arguments are checked; lse is LogSums::relative, empty where rows are raw.
 template <ScoreKernel Kernel, class T>
 void multiply_backward(const Kernel& kernel, const Inputs<T>& in, const ConstMatrixRef<T>& out,
                        std::span<const RowLog<T>> lse, const ConstMatrixRef<T>& dout, const Gradients<T>& gradients,
                        Context& context, std::span<T> dbias = {}) {
   Scratch scratch = context.scratch();
-  const Sources<T> sources = detail::sources(in);
-  const Product<T> product = make_product(kernel, sources, Maximum::running, context.workers(), scratch);
-  const bool normalized = product.rows == Rows::normalized;
+  const bool normalized = score_parameters(kernel, in.q.cols()).rows == Rows::normalized;
   const RowGradients<T> rows{dout, normalized ? lse : std::span<const RowLog<T>>{},
                              normalized ? row_dots<T>(out, dout, scratch) : std::span<const T>{}};
-  if (product.kernel.bias != 0 && dbias.empty()) dbias = scratch.array<T>(in.k.rows());
-  run_backward(product, rows, gradients, dbias, context, scratch);
-  if (product.kernel.bias != 0) subtract_norm_gradient<T>(product, dbias, gradients.dk);
+  multiply_rows_backward(kernel, in, rows, gradients, context, dbias);
 }
 
 /// What absolute log-sums have beyond relative ones, Product::origin in units of log, for each query; 0 for dropped
