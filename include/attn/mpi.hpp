@@ -66,6 +66,7 @@ template <class Method, class T>
 void check_share(const Method& method, const Inputs<T>& in, Context& context) {
   check_inputs(Method::kName, in, 0, 0);
   Method::kMasks.check(Method::kName, in);
+  if (in.mask.window != 0) refuse(Method::kName, "windows are not supported over MPI");
   Scratch scratch = context.scratch();
   wide_method(method).check(arithmetic_sources(in, scratch));
 }
@@ -114,7 +115,7 @@ void run_distributed_forward(const Method& method, const Inputs<T>& in, const Ma
 /// communicator passes its own share, a contiguous part of the sequence, in the order of ranks: q (n_q, d), k (n_k, d),
 /// v (n_k, d_v), its entries of the masks and key biases, and out (n_q, d_v). Shares may be of any size, 0 included, and
 /// those of q of other sizes than those of k; masks and biases that a rank leaves out keep its rows, and are 0. Causal
-/// limits count all ranks' rows. Results are a single process's to rounding, and the same to the bit at every run with
+/// limits count all ranks' rows; windows are refused. Results are a single process's to rounding, and the same to the bit at every run with
 /// the same shares on the same machines. Where any rank fails, all throw the same: std::invalid_argument when shapes
 /// disagree, on a rank or between ranks, an option is out of range or differs between ranks, or inputs are not
 /// supported, with the rank in its text; std::bad_alloc. MPI must be initialised, with MPI_THREAD_FUNNELED where the
