@@ -113,14 +113,14 @@ void run_distributed_forward(const Method& method, const Inputs<T>& in, const Ma
 
 /// out <- this rank's rows of attention by a method over the tokens of all ranks. A collective call: each rank of the
 /// communicator passes its own share, a contiguous part of the sequence, in the order of ranks: q (n_q, d), k (n_k, d),
-/// v (n_k, d_v), its entries of the masks and key biases, and out (n_q, d_v). Shares may be of any size, 0 included, and
-/// those of q of other sizes than those of k; masks and biases that a rank leaves out keep its rows, and are 0. Causal
-/// limits count all ranks' rows; windows are refused. Results are a single process's to rounding, and the same to the bit at every run with
-/// the same shares on the same machines. Where any rank fails, all throw the same: std::invalid_argument when shapes
-/// disagree, on a rank or between ranks, an option is out of range or differs between ranks, or inputs are not
-/// supported, with the rank in its text; std::bad_alloc. MPI must be initialised, with MPI_THREAD_FUNNELED where the
-/// context has threads; messages of tags 0x61 to 0x64 on this communicator are the call's own. What is sent:
-/// docs/distributed.md.
+/// v (n_k, d_v), its entries of the masks and key biases, and out (n_q, d_v). Shares may be of any size, 0 included,
+/// and those of q of other sizes than those of k; masks and biases that a rank leaves out keep its rows, and are 0.
+/// Causal limits count all ranks' rows; windows are refused. Results are a single process's to rounding, and the same
+/// to the bit at every run with the same shares on the same machines. Where any rank fails, all throw the same:
+/// std::invalid_argument when shapes disagree, on a rank or between ranks, an option is out of range or differs between
+/// ranks, or inputs are not supported, with the rank in its text; std::bad_alloc. MPI must be initialised, with
+/// MPI_THREAD_FUNNELED where the context has threads; messages of tags 0x61 to 0x64 on this communicator are the call's
+/// own. What is sent: docs/distributed.md.
 template <DistributedMethod Method>
 void distributed_forward(const Method& method, const Inputs<typename Method::Scalar>& in,
                          MatrixRef<typename Method::Scalar> out, MPI_Comm communicator, Context& context) {
@@ -135,8 +135,8 @@ void distributed_forward(const Method& method, const Inputs<typename Method::Sca
   detail::run_distributed_forward(method, in, out, communicator, context, &saved);
 }
 
-/// gradients <- those by this rank's q, k and v, for its rows of dout (n_q, d_v), the gradient of a loss by out: for the
-/// inputs, the out and the saved of that distributed_forward. A collective call, with errors as there.
+/// gradients <- those by this rank's q, k and v, for its rows of dout (n_q, d_v), the gradient of a loss by out: for
+/// the inputs, the out and the saved of that distributed_forward. A collective call, with errors as there.
 template <DistributedTraining Method>
 void distributed_backward(const Method& method, const Inputs<typename Method::Scalar>& in,
                           ConstMatrixRef<typename Method::Scalar> out, ConstMatrixRef<typename Method::Scalar> dout,

@@ -55,7 +55,8 @@ class FailingMemory {
   FailingMemory& operator=(const FailingMemory&) = delete;
 };
 
-/// How rows are cut: as evenly as they go, for causal masks, unevenly with nothing on the first rank, or all on the last.
+/// How rows are cut: as evenly as they go, for causal masks, unevenly with nothing on the first rank, or all on the
+/// last.
 enum class Cut { even, causal, uneven, last };
 
 inline Share cut(Index n, Cut how, int rank) {

@@ -94,8 +94,8 @@ class Parcel {
 };
 
 /// Errors that ranks share: what may throw on one of them runs in guard, and settle, which all call, throws on all what
-/// the first rank has that failed. What is between the two goes on as if nothing had happened, so that no rank waits for
-/// a message that another one does not send.
+/// the first rank has that failed. What is between the two goes on as if nothing had happened, so that no rank waits
+/// for a message that another one does not send.
 class Agreement {
  public:
   explicit Agreement(const Ranks& ranks) : ranks_(ranks) {}
@@ -159,8 +159,8 @@ class Agreement {
   std::exception_ptr exception_{};
 };
 
-/// own, on every rank, <- what all of them combine to: combine() is to add received to own. A binary tree, in which each
-/// rank but the first sends its own once; then the first one's goes to all.
+/// own, on every rank, <- what all of them combine to: combine() is to add received to own. A binary tree, in which
+/// each rank but the first sends its own once; then the first one's goes to all.
 template <class Combine>
 void reduce(const Ranks& ranks, std::span<Line> own, std::span<Line> received, const Combine& combine) {
   constexpr int kTag = 0x61;

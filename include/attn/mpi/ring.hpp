@@ -90,9 +90,9 @@ struct TravelMemory {
   Line *own, *spare;
 };
 
-/// visit(step, lines of the share that this rank has, progress) for each share that it gets to see, its own first, while
-/// that one is sent on and the next one arrives; progress() is to be called now and then. Errors of visit wait until all
-/// is over; leave(step) follows it whether or not it has thrown. lines(rank): of its share.
+/// visit(step, lines of the share that this rank has, progress) for each share that it gets to see, its own first,
+/// while that one is sent on and the next one arrives; progress() is to be called now and then. Errors of visit wait
+/// until all is over; leave(step) follows it whether or not it has thrown. lines(rank): of its share.
 template <class Needs, class Lines, class Visit, class Leave>
 void travel(const Route<Needs>& route, TravelMemory memory, Agreement& agreement, const Lines& lines,
             const Visit& visit, const Leave& leave) {
