@@ -6,6 +6,8 @@
 #include <attn/approximator.hpp>
 #include <attn/context.hpp>
 #include <attn/detail/bisection.hpp>
+#include <attn/detail/causal_multipole.hpp>
+#include <attn/detail/causal_nodes.hpp>
 #include <attn/detail/multipole_backward.hpp>
 #include <attn/detail/multipole_fields.hpp>
 #include <attn/detail/saved.hpp>
@@ -14,6 +16,8 @@
 #include <attn/engine/run.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
+#include <attn/kernel_matmul.hpp>
+#include <attn/mask.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
@@ -133,6 +137,48 @@ struct FieldCounts {
   }
 };
 
+/// Counts of Multipole for the nodes of causal attention. Those that are set count for each node, clusters and branches
+/// for each chunk.
+struct CausalCounts {
+  const Clusters& options;
+
+  /// size: chunks of a node.
+  NodeCounts operator()(Index size) const {
+    const bool has_branches =
+        options.num_branches.has_value() || options.num_open.has_value() || !options.num_clusters.has_value();
+    NodeCounts counts = usual(size);
+    if (options.num_clusters || options.num_branches) {
+      const Index clusters = std::min(options.num_clusters.value_or(kUsualClusters), kMostClusters),
+                  branches =
+                      std::min(clusters, options.num_branches.value_or(std::min<Index>(clusters, kUsualBranches)));
+      counts.clusters_in_a_branch = clusters / branches;
+      counts.clusters = branches * counts.clusters_in_a_branch;
+    }
+    if (options.num_groups) counts.landmarks = *options.num_groups;
+    if (options.num_groups) counts.landmarks_in_a_region = 1;
+    counts.open = has_branches ? options.num_open.value_or(counts.open) : size * counts.branches();
+    counts.near = options.num_near.value_or(counts.near);
+    return counts;
+  }
+
+  /// Whether every key is a cluster.
+  bool exact() const { return options.num_clusters.value_or(0) >= kMostClusters; }
+
+ private:
+  static constexpr Index kUsualClusters = 64, kUsualBranches = 8, kMostClusters = kChunkKeys - kSinkKeys;
+
+  static NodeCounts usual(Index size) {
+    return {.clusters = kUsualClusters,
+            .clusters_in_a_branch = kUsualClusters / kUsualBranches,
+            .landmarks = std::clamp<Index>(8 * size, 8, 64),
+            .landmarks_in_a_region = 4,
+            .open = 8,
+            .near = size == 1   ? 8
+                    : size == 2 ? 12
+                                : 16};
+  }
+};
+
 /// What a backward pass needs of a forward pass: which tokens are in which cluster and group, which branches are open
 /// to each group and which clusters are near to each block, at most most_near side by side, and the log-sums of the
 /// rows (n_q). exact: the method was exact attention, and lse are its log-sums.
@@ -184,9 +230,9 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSaved<T, Kernel>> {
  public:
-  using Saved = detail::MultipoleSaved<T, Kernel>;                ///< what backward needs
-  static constexpr std::string_view kName = "multipole";          ///< in tables and error messages
-  static constexpr detail::MaskSupport kMasks{.key_bias = true};  ///< which it takes
+  using Saved = detail::MultipoleSaved<T, Kernel>;                                ///< what backward needs
+  static constexpr std::string_view kName = "multipole";                          ///< in tables and error messages
+  static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true};  ///< which it takes
 
   /// How tokens are cut, and the kernel.
   explicit constexpr Multipole(Clusters clusters = {},  // write {{.num_near = 64}}
@@ -201,6 +247,7 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
   }
 
   void attend(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    if (in.mask.causal != Causal::none) return attend_causal(in, out, context, saved);
     const Index n_q = detail::count_kept(in.q.rows(), detail::kept_queries(in));
     const Index n_k = detail::count_kept(in.k.rows(), detail::kept_keys(in));
     const auto counts = detail::FieldCounts::of(clusters_, n_q, n_k);
@@ -210,7 +257,7 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
       saved->lse.resize(static_cast<std::size_t>(in.q.rows()));
     }
     if (!exact) return attend_fields(in, counts, out, context, saved);
-    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved == nullptr ? nullptr : saved->lse.data()}, context);
+    attend_exactly(in, out, context, saved);
   }
 
   auto pass(const detail::Sources<T>& in) const {
@@ -241,6 +288,29 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     detail::Product<T> product = detail::make_product(kernel_, in, detail::Maximum::running, 1, scratch);
     product.bounded = false;
     return product;
+  }
+
+  void attend_exactly(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context,
+                      Saved* saved) const {
+    detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved == nullptr ? nullptr : saved->lse.data()}, context);
+  }
+
+  /// Exact attention where nothing is set and no query has a complete chunk before it.
+  void attend_causal(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context,
+                     Saved* saved) const {
+    using namespace detail;
+    Scratch scratch = context.scratch();
+    const Product<T> product = product_of(in, scratch);
+    const CausalCounts counts{clusters_};
+    CausalMultipole<T, CausalCounts> method(product, counts, context, scratch);
+    const bool exact = counts.exact() || (clusters_ == Clusters{} && !method.has_nodes());
+    if (saved != nullptr) {
+      if (!exact) refuse(kName, "causal masks are not supported by the backward pass");
+      saved->exact = exact;
+      saved->lse.resize(static_cast<std::size_t>(in.q.rows()));
+    }
+    if (exact) return attend_exactly(in, out, context, saved);
+    method.attend(out, nullptr);
   }
 
   void attend_fields(const detail::Sources<T>& in, const detail::FieldCounts& counts, const detail::ResultRows<T>& out,

@@ -251,6 +251,17 @@ class Bisection {
   T* memory_;
 };
 
+/// clusters <- some rows, ascending, in as many parts as clusters has starts for, at most the rows, each of in_a_set
+/// neighbouring ones a set.
+template <class T>
+void cut_rows(const TokenRows<T>& x, std::span<const Index> rows, const ClusteredRows& clusters, Index in_a_set,
+              Context& context) {
+  Scratch scratch = context.scratch();
+  for (Index i = 0; i < static_cast<Index>(rows.size()); ++i) clusters.rows.data()[i] = i;
+  Bisection<T>::run(principal_coordinates(x, rows, context, scratch), clusters, in_a_set, context);
+  for (Index& row : clusters.rows) row = rows.data()[row];
+}
+
 /// The rows that keeps keeps, in so many parts, at most the rows, each of in_a_set neighbouring ones a set.
 template <class T, class Keeps>
 NestedRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, Index in_a_set, Context& context,
@@ -262,9 +273,7 @@ NestedRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, 
   for (Index row = 0, i = 0; row < x.rows(); ++row) {
     if (keeps(row)) rows.data()[i++] = row;
   }
-  for (Index i = 0; i < kept; ++i) clusters.rows.data()[i] = i;
-  Bisection<T>::run(principal_coordinates(x, rows, context, own), clusters, in_a_set, context);
-  for (Index& row : clusters.rows) row = rows.data()[row];
+  cut_rows(x, std::span<const Index>(rows), clusters, in_a_set, context);
   return {clusters, in_a_set};
 }
 

@@ -81,6 +81,8 @@ struct Summaries {
     return {scratch.matrix<T>(count, width), scratch.elements<T>(count)};
   }
 
+  static Summaries none() { return {{nullptr, 0, 0, 0}, nullptr}; }
+
   Summaries part(Index first, Index count) const {
     return {{row_of(tokens, first), count, tokens.cols(), tokens.outerStride()}, bias + first};
   }

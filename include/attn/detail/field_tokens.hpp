@@ -34,6 +34,12 @@ struct KeySpreads {
   static KeySpreads make(Index m, Index d, Scratch& scratch) {
     return {scratch.matrix<T>(m, padded<T>(d)), scratch.elements<T>(m)};
   }
+
+  /// Those of clusters from the given one on.
+  KeySpreads from(Index c) const {
+    return {{row_of(key_variance, c), key_variance.rows() - c, key_variance.cols(), key_variance.outerStride()},
+            value_spread + c};
+  }
 };
 
 /// Keys and values in the order of their clusters, side by side, each padded. Branches, of neighbouring
@@ -63,26 +69,61 @@ struct KeyClusters {
 
   static KeyClusters make(const Sources<T>& in, const LogKernel<T>& kernel, const NestedRows& tree, bool all_open,
                           Context& context, Scratch& scratch) {
-    const Index d = in.k.cols(), d_v = in.v.cols();
-    const Index n = static_cast<Index>(tree.parts.rows.size()), m = tree.parts.count();
+    const KeyClusters keys = make_tokens(in, kernel, tree, context, scratch);
+    return keys.in_clusters(tree, all_open, context, scratch);
+  }
+
+  /// All but spreads.
+  static KeyClusters make_tokens(const Sources<T>& in, const LogKernel<T>& kernel, const NestedRows& tree,
+                                 Context& context, Scratch& scratch) {
+    const Index d = in.k.cols(), d_v = in.v.cols(), n = static_cast<Index>(tree.parts.rows.size());
     const bool has_bias = kernel.bias != 0 || !in.key_bias.empty();
+    const KeySpreads<T> none{{nullptr, 0, 0, 0}, nullptr};
     const KeyClusters keys{tree,
                            scratch.matrix<T>(n, padded<T>(d) + padded<T>(d_v)),
                            has_bias ? scratch.elements<T>(n) : nullptr,
-                           KeySpreads<T>::make(m, d, scratch),
-                           KeySpreads<T>::make(all_open ? 0 : tree.sets(), d, scratch),
+                           none,
+                           none,
                            d,
                            d_v};
-    T* const buffers = scratch.elements<T>(context.workers() * 2 * keys.tokens.cols());
-    context.for_each(tree.sets(), [&](Index b, int worker) {
-      T* const buffer = buffers + worker * 2 * keys.tokens.cols();
+    context.for_each(tree.sets(), [&](Index b, int) {
       for (Index j = tree.range(b).first; j < tree.range(b).last; ++j) keys.set_key(in, kernel, j);
-      for (Index c = tree.parts_of(b).first; c < tree.parts_of(b).last; ++c) {
-        keys.set_spreads(tree.parts.range(c), c, keys.of_clusters, buffer);
-      }
-      if (!all_open) keys.set_spreads(tree.range(b), b, keys.of_branches, buffer);
     });
     return keys;
+  }
+
+  /// The same tokens in other clusters, neighbours of each other still, and what is known of these.
+  KeyClusters in_clusters(const NestedRows& clusters, bool all_open, Context& context, Scratch& scratch) const {
+    const KeyClusters keys{clusters,
+                           tokens,
+                           bias,
+                           KeySpreads<T>::make(clusters.parts.count(), d, scratch),
+                           KeySpreads<T>::make(all_open ? 0 : clusters.sets(), d, scratch),
+                           d,
+                           d_v};
+    T* const buffers = scratch.elements<T>(context.workers() * 2 * tokens.cols());
+    context.for_each(clusters.sets(), [&](Index b, int worker) {
+      T* const buffer = buffers + worker * 2 * tokens.cols();
+      for (Index c = clusters.parts_of(b).first; c < clusters.parts_of(b).last; ++c) {
+        keys.set_spreads(clusters.parts.range(c), c, keys.of_clusters, buffer);
+      }
+      if (!all_open) keys.set_spreads(clusters.range(b), b, keys.of_branches, buffer);
+    });
+    return keys;
+  }
+
+  /// Some branches, in the place of all.
+  KeyClusters some_branches(Range branches) const {
+    const Index clusters = branches.first * tree.parts_in_a_set;
+    const ClusteredRows parts{tree.parts.rows, part_of(tree.parts.starts, clusters,
+                                                       (branches.last - branches.first) * tree.parts_in_a_set + 1)};
+    return {{parts, tree.parts_in_a_set},
+            tokens,
+            bias,
+            of_clusters.from(clusters),
+            of_branches.key_variance.rows() == 0 ? of_branches : of_branches.from(branches.first),
+            d,
+            d_v};
   }
 
  private:

@@ -1,0 +1,251 @@
+/// States of causal queries, and what adds to them: recent keys as they are, and nodes of the past as landmarks see them.
+#pragma once
+
+#include <attn/context.hpp>
+#include <attn/detail/causal_layout.hpp>
+#include <attn/detail/causal_nodes.hpp>
+#include <attn/detail/field_choice.hpp>
+#include <attn/detail/field_tokens.hpp>
+#include <attn/engine/exp2.hpp>
+#include <attn/engine/key_tiles.hpp>
+#include <attn/engine/packed.hpp>
+#include <attn/engine/problem.hpp>
+#include <attn/engine/query_strip.hpp>
+#include <attn/engine/rows.hpp>
+#include <attn/engine/simd.hpp>
+#include <attn/engine/strip.hpp>
+#include <attn/engine/tile.hpp>
+#include <attn/engine/tokens.hpp>
+#include <attn/matrix.hpp>
+
+#include <algorithm>
+#include <limits>
+#include <numbers>
+#include <span>
+
+namespace attn::detail {
+
+/// What all queries have added up so far, by row number: weights are relative to 2^maximum, and to the origin of key
+/// biases that each query has.
+template <class T>
+struct CausalRows {
+  T *maximum, *sum;
+  MatrixRef<T> weighted;  ///< (n_q, d_v)
+
+  static CausalRows make(Index n_q, Index d_v, Scratch& scratch) {
+    const CausalRows made{scratch.elements<T>(n_q), scratch.elements<T>(n_q), scratch.matrix<T>(n_q, d_v)};
+    std::fill_n(made.maximum, n_q, kNoMaximum<T>);
+    std::fill_n(made.sum, n_q, T(0));
+    set_zero(made.weighted);
+    return made;
+  }
+
+  /// Adds the state of a strip, row(i) the row number of lane i, or negative where it does not count; shift(row): what
+  /// its maxima lack to those of the row. buffer: kLanes rows of d_v.
+  template <class Row, class Shift>
+  void add(const LaneState<T>& state, Index lanes, const Row& row, const Shift& shift, T* buffer) const {
+    const Index d_v = weighted.cols();
+    for (Index p = 0; p < lanes; p += kLanes<T>) {
+      alignas(64) T before[array_size(kLanes<T>)], more[array_size(kLanes<T>)], sums[array_size(kLanes<T>)];
+      T* rows[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        const Index at = row(p + i);
+        rows[i] = at < 0 ? nullptr : buffer + i * d_v;
+        before[i] = at < 0 ? kNoMaximum<T> : maximum[at];
+        sums[i] = at < 0 ? T(0) : sum[at];
+        more[i] = at < 0 ? kNoMaximum<T> : state.maximum[p + i] + shift(at);
+      }
+      const auto top = max(load(before), load(more));
+      const auto of_row = exp2_bounded(load(before) - top), of_strip = exp2_bounded(load(more) - top);
+      store(sums, multiply_add(load(state.sum + p), of_strip, load(sums) * of_row));
+      store(before, of_row);
+      store(more, top);
+      unpack_rows(state.weighted + p, lanes, d_v, of_strip, rows);
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        if (rows[i] == nullptr) continue;
+        const Index at = row(p + i);
+        maximum[at] = more[i];
+        sum[at] = sums[i];
+        add_row(before[i], row_of(weighted, at), rows[i], d_v);
+        std::copy_n(rows[i], d_v, row_of(weighted, at));
+      }
+    }
+  }
+};
+
+/// Queries in a row of which the first sees recent keys from the given one on.
+struct RecentBlock {
+  Range rows;  ///< row numbers, some of which masks may drop
+  Range keys;  ///< from the first recent one up to the last that any query sees, among those that masks keep
+  bool sinks;  ///< whether the first keys of all are not among these
+};
+
+/// Adds recent keys to rows. One for each worker.
+template <class T>
+class RecentRunner {
+ public:
+  static constexpr Index kStrips = 4, kRows = kStrips * kTileWidth<T>;
+
+  RecentRunner(const Product<T>& product, Scratch& scratch)
+      : product_(product),
+        reader_(product.in, product.kernel, scratch),
+        kernel_(product.in.mask.make_kernel(product, scratch)),
+        rows_(scratch.elements<T>(kLanes<T> * std::max(product.in.q.cols(), product.in.v.cols()))) {
+    for (Lanes& strip : strips_) {
+      strip.queries = QueryStrip<T>::make(product, scratch);
+      strip.state = LaneState<T>::make(product.in.v.cols(), scratch);
+    }
+  }
+
+  void attend(const CausalTokens& tokens, const RecentBlock& block, const CausalRows<T>& to) {
+    count_ = 0;
+    for (Index row = block.rows.first; row < block.rows.last; row += kTileWidth<T>) {
+      open(strips_[count_++], {row, std::min(block.rows.last, row + kTileWidth<T>)});
+    }
+    if (block.sinks) add(tokens, {0, kSinkKeys});
+    for (Range some = block.keys; some.first < block.keys.last; some.first = some.last) {
+      some.last = std::min(static_cast<Index>(tokens.keys.size()), some.first + kTileKeys<T>);  // a whole tile
+      add(tokens, some);
+    }
+    for (Index s = 0; s < count_; ++s) {
+      const QueryStrip<T>& queries = strips_[s].queries;
+      to.add(
+          strips_[s].state, queries.lanes(),
+          [&](Index i) { return queries.holds(product_, i) ? queries.first + i : -1; }, [](Index) { return T(0); },
+          rows_);
+    }
+  }
+
+ private:
+  struct Lanes {
+    QueryStrip<T> queries;
+    LaneState<T> state;
+  };
+
+  void open(Lanes& strip, Range rows) {
+    QueryStrip<T>& queries = strip.queries;
+    queries.first = rows.first;
+    queries.count = rows.last - rows.first;
+    queries.packets = static_cast<int>(packet_count<T>(queries.count));
+    queries.load(product_, rows_);
+    queries.far = false;
+    const Index lanes = queries.lanes();
+    std::fill_n(strip.state.maximum, lanes, kNoMaximum<T>);
+    std::fill_n(strip.state.sum, lanes, T(0));
+    std::fill_n(strip.state.base, lanes, T(0));
+    std::fill_n(strip.state.weighted, lanes * round_up_to_tiles(product_.in.v.cols()), T(0));
+  }
+
+  void add(const CausalTokens& tokens, Range some) {
+    const Index* const keys = tokens.keys.data();
+    const KeyTile<T> tile = reader_.read(keys[some.first], keys[some.last - 1] + 1);
+    for (Index s = 0; s < count_; ++s) {
+      const QueryStrip<T>& queries = strips_[s].queries;
+      kernel_.add(queries, strips_[s].state, tile, product_.limits.of(queries.first), {});
+    }
+  }
+
+  const Product<T>& product_;
+  KeyReader<T> reader_;
+  const StripKernel<T>& kernel_;
+  T* rows_;
+  Lanes strips_[kStrips];
+  Index count_ = 0;
+};
+
+/// Adds nodes of one size to rows. One for each worker.
+template <class T>
+class NodeRunner {
+ public:
+  NodeRunner(const Product<T>& product, const KeyClusters<T>& node, Scratch& scratch)
+      : product_(product),
+        keys_(node),
+        near_keys_(node, scratch),
+        kernel_(product.in, Maximum::running, nullptr, scratch),
+        rows_(scratch.elements<T>(kLanes<T> * std::max(node.d, node.d_v))),
+        strips_(scratch.make<FieldStrip<T>>(kStrips, node.d, node.d_v, kNoBranches, scratch)) {}
+
+  /// Rows of those numbers, which all have the same landmark. shift(row): as in CausalRows::add.
+  template <class Shift>
+  void attend(const NodeView<T>& view, std::span<const Index> rows, const Shift& shift, const CausalRows<T>& to) {
+    constexpr auto kRows = static_cast<std::size_t>(kStrips * kTileWidth<T>);
+    for (; !rows.empty(); rows = rows.subspan(std::min(rows.size(), kRows))) {
+      load(rows.first(std::min(rows.size(), kRows)));
+      for (Index c = 0; c < view.far.tokens.rows(); c += kTileKeys<T>) {
+        add(view.far.tile({c, std::min(view.far.tokens.rows(), c + kTileKeys<T>)}, keys_.value_offset()));
+      }
+      near_keys_.for_each_tile(view.near, [&](const KeyTile<T>& tile) { add(tile); });
+      for (Index s = 0; s < count_; ++s) {
+        const FieldStrip<T>& strip = strips_[s];
+        const Index* const of_strip = rows.data() + s * kTileWidth<T>;
+        to.add(
+            strip.state, strip.lanes(), [&](Index i) { return i < strip.queries.count ? of_strip[i] : -1; }, shift,
+            rows_);
+      }
+    }
+  }
+
+ private:
+  static constexpr Index kStrips = 8, kNoBranches = 0;
+
+  void load(std::span<const Index> rows) {
+    count_ = 0;
+    for (Index first = 0, n = static_cast<Index>(rows.size()); first < n; first += kTileWidth<T>) {
+      FieldStrip<T>& strip = strips_[count_++];
+      strip.load(product_, rows.data() + first, std::min(n - first, kTileWidth<T>), rows_);
+      strip.clear(keys_.d_v);
+    }
+  }
+
+  void add(const KeyTile<T>& tile) const {
+    for (Index s = 0; s < count_; ++s) kernel_.add(strips_[s].queries, strips_[s].state, tile, CausalLimits::kNone, {});
+  }
+
+  const Product<T>& product_;
+  const KeyClusters<T>& keys_;
+  NearKeys<T> near_keys_;
+  StripKernel<T> kernel_;
+  T* rows_;
+  FieldStrip<T>* strips_;
+  Index count_ = 0;
+};
+
+/// Which landmark of a node is nearest to each query. One for each worker.
+template <class T>
+class NearestLandmarks {
+ public:
+  NearestLandmarks(const Product<T>& product, Index most, Scratch& scratch)
+      : product_(product),
+        strip_(product.in.q.cols(), product.in.v.cols(), most, scratch),
+        maximum_(scratch.elements<T>(kTileWidth<T>)),
+        rows_(scratch.elements<T>(kLanes<T> * product.in.q.cols())) {}
+
+  /// nearest (count, at most a strip) <- those of rows of the given numbers; ties go to the lower number.
+  void find(const NodeLandmarks<T>& landmarks, const Index* rows, Index count, Index* nearest) {
+    strip_.load(product_, rows, count, rows_);
+    const Index n = landmarks.count(), lanes = strip_.lanes();
+    for (Index l = 0; l < n; l += kTileKeys<T>) {
+      const KeyTile<T> tile = landmarks.means.tile({l, std::min(n, l + kTileKeys<T>)}, 0);
+      with_packets<kTilePackets>(strip_.queries.packets, [&](auto packets) {
+        score_keys<packets>(tile, tile.count, strip_.queries.panel, product_.in.q.cols(), strip_.weights + l * lanes,
+                            maximum_, {});
+      });
+    }
+    std::copy_n(strip_.weights, lanes, maximum_);
+    std::fill_n(nearest, count, Index{0});
+    for (Index l = 1; l < n; ++l) {
+      for (Index i = 0; i < count; ++i) {
+        if (!(strip_.weights[l * lanes + i] > maximum_[i])) continue;
+        maximum_[i] = strip_.weights[l * lanes + i];
+        nearest[i] = l;
+      }
+    }
+  }
+
+ private:
+  const Product<T>& product_;
+  FieldStrip<T> strip_;
+  T *maximum_, *rows_;
+};
+
+}  // namespace attn::detail
