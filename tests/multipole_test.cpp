@@ -887,8 +887,8 @@ TYPED_TEST(MultipoleOf, NeedsNoCounts) {
 
 TEST(Multipole, RefusesWhatItCannotDo) {
   const Matrix<float> x = Matrix<float>::Zero(6, 4);
-  const auto error = [&](const Clusters& counts, double scale = 1, const Mask& mask = {}) {
-    return test::error_of([&] { attn::attention(Multipole<float>(counts, {.scale = scale}), x, x, x, mask); });
+  const auto error = [&](const Clusters& counts, double scale = 1) {
+    return test::error_of([&] { attn::attention(Multipole<float>(counts, {.scale = scale}), x, x, x); });
   };
   EXPECT_EQ(error({}), "no error");
   EXPECT_EQ(error({.num_clusters = 1, .num_groups = 1, .num_near = 0}), "no error");
@@ -896,8 +896,6 @@ TEST(Multipole, RefusesWhatItCannotDo) {
   EXPECT_EQ(error({.num_groups = -2}), "multipole: num_groups is -2, should be at least 1");
   EXPECT_EQ(error({.num_near = -1}), "multipole: num_near is -1, should be at least 0");
   EXPECT_EQ(error({}, test::kNaN<double>), "multipole: scale is nan, should be finite");
-  for (const auto causal : {attn::Causal::upper_left, attn::Causal::lower_right})
-    EXPECT_EQ(error({}, 1, {.causal = causal}), "multipole: causal masks are not supported");
 }
 
 TEST(Multipole, BackwardRefusesWhatWasSavedOfOtherInputsOrOptions) {

@@ -32,7 +32,8 @@
 
 namespace attn {
 
-/// How Multipole cuts tokens. What is not set follows from the counts of kept tokens, n_q and n_k: see
+/// How Multipole cuts tokens; under a causal mask, how it cuts each node of the past, or each chunk, as
+/// docs/multipole.md says. What is not set follows from the counts of kept tokens, n_q and n_k: see
 /// docs/multipole.md. Where nothing is set and exact attention costs no more, as up to some 1000 tokens, Multipole is
 /// exact attention.
 struct Clusters {
@@ -224,7 +225,9 @@ using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, 
 /// terms are small, are one far cluster each, summed up at the mean of a region of groups.
 /// Clusters and groups come of balanced bisection along principal directions. All weights are positive: a row of out
 /// lies within the range of the values.
-/// Not causal. With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory,
+/// Under a causal mask the same fields come of nodes of the past, each built from its own tokens alone, and recent keys
+/// are seen as they are: see docs/multipole.md, and causal_multipole.hpp. No row depends on what comes after it.
+/// With the default counts O((sqrt n_k + sqrt n_q) (n_q + n_k) (d + d_v)) time; O(n_k (d + d_v)) memory,
 /// for keys and values in the order of their clusters, and 16 regions' summaries of all branches. The backward pass
 /// takes clusters, groups, open branches and near clusters as constants.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>

@@ -254,11 +254,11 @@ class Bisection {
 /// clusters <- some rows, ascending, in as many parts as clusters has starts for, at most the rows, each of in_a_set
 /// neighbouring ones a set.
 template <class T>
-void cut_rows(const TokenRows<T>& x, std::span<const Index> rows, const ClusteredRows& clusters, Index in_a_set,
-              Context& context) {
+void cut_rows(const TokenRows<T>& x, std::span<const Index> rows, Axes axes, const ClusteredRows& clusters,
+              Index in_a_set, Context& context) {
   Scratch scratch = context.scratch();
   for (Index i = 0; i < static_cast<Index>(rows.size()); ++i) clusters.rows.data()[i] = i;
-  Bisection<T>::run(principal_coordinates(x, rows, context, scratch), clusters, in_a_set, context);
+  Bisection<T>::run(coordinates_of(x, rows, axes, context, scratch), clusters, in_a_set, context);
   for (Index& row : clusters.rows) row = rows.data()[row];
 }
 
@@ -273,7 +273,7 @@ NestedRows cluster_rows(const TokenRows<T>& x, const Keeps& keeps, Index parts, 
   for (Index row = 0, i = 0; row < x.rows(); ++row) {
     if (keeps(row)) rows.data()[i++] = row;
   }
-  cut_rows(x, std::span<const Index>(rows), clusters, in_a_set, context);
+  cut_rows(x, std::span<const Index>(rows), Axes::principal, clusters, in_a_set, context);
   return {clusters, in_a_set};
 }
 

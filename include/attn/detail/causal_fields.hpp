@@ -25,49 +25,75 @@
 
 namespace attn::detail {
 
+/// row_i[c] <- factor_i row_i[c] + of_lanes panel[c] of lane i. Null rows are skipped.
+template <class T>
+void merge_rows(const T* panel, Index stride, Index d, Packet<T> of_lanes, const T* factor,
+                T* const (&rows)[kLanes<T>]) {
+  for (Index first = 0; first < d; first += kLanes<T>) {
+    Packet<T> block[kLanes<T>];
+    for (Index c = 0; c < kLanes<T>; ++c) {
+      block[c] = first + c < d ? load(panel + (first + c) * stride) * of_lanes : broadcast(T(0));
+    }
+    transpose(block);
+    for (Index i = 0; i < kLanes<T>; ++i) {
+      if (rows[i] == nullptr) continue;
+      store_row(rows[i], first, d, multiply_add(load_row(rows[i], first, d), broadcast(factor[i]), block[i]));
+    }
+  }
+}
+
 /// What all queries have added up so far, by row number: weights are relative to 2^maximum, and to the origin of key
 /// biases that each query has.
 template <class T>
 struct CausalRows {
   T *maximum, *sum;
-  MatrixRef<T> weighted;  ///< (n_q, d_v)
+  MatrixRef<T> weighted;  ///< (n_q, d_v), not set where a sum is 0
 
   static CausalRows make(Index n_q, Index d_v, Scratch& scratch) {
     const CausalRows made{scratch.elements<T>(n_q), scratch.elements<T>(n_q), scratch.matrix<T>(n_q, d_v)};
     std::fill_n(made.maximum, n_q, kNoMaximum<T>);
     std::fill_n(made.sum, n_q, T(0));
-    set_zero(made.weighted);
     return made;
   }
 
-  /// Adds the state of a strip, row(i) the row number of lane i, or negative where it does not count; shift(row): what
-  /// its maxima lack to those of the row. buffer: kLanes rows of d_v.
-  template <class Row, class Shift>
-  void add(const LaneState<T>& state, Index lanes, const Row& row, const Shift& shift, T* buffer) const {
-    const Index d_v = weighted.cols();
+  /// The state of a strip, the first one of its rows. row(i): the row number of lane i, or negative where there is none.
+  template <class Row>
+  void set(const LaneState<T>& state, Index lanes, const Row& row) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {
-      alignas(64) T before[array_size(kLanes<T>)], more[array_size(kLanes<T>)], sums[array_size(kLanes<T>)];
       T* rows[kLanes<T>];
       for (Index i = 0; i < kLanes<T>; ++i) {
         const Index at = row(p + i);
-        rows[i] = at < 0 ? nullptr : buffer + i * d_v;
-        before[i] = at < 0 ? kNoMaximum<T> : maximum[at];
-        sums[i] = at < 0 ? T(0) : sum[at];
-        more[i] = at < 0 ? kNoMaximum<T> : state.maximum[p + i] + shift(at);
+        rows[i] = at < 0 ? nullptr : row_of(weighted, at);
+        if (at < 0) continue;
+        maximum[at] = state.maximum[p + i];
+        sum[at] = state.sum[p + i];
+      }
+      unpack_rows(state.weighted + p, lanes, weighted.cols(), broadcast(T(1)), rows);
+    }
+  }
+
+  /// Adds the state of a strip with the given rows, count of them; shift(row): what its maxima lack to those of a row.
+  template <class Shift>
+  void add(const LaneState<T>& state, Index lanes, const Index* numbers, Index count, const Shift& shift) const {
+    for (Index p = 0; p < count; p += kLanes<T>) {
+      alignas(64) T before[array_size(kLanes<T>)], more[array_size(kLanes<T>)], sums[array_size(kLanes<T>)];
+      T* rows[kLanes<T>];
+      for (Index i = 0; i < kLanes<T>; ++i) {
+        const Index at = numbers[std::min(p + i, count - 1)];
+        rows[i] = p + i < count ? row_of(weighted, at) : nullptr;
+        before[i] = maximum[at];
+        sums[i] = sum[at];
+        more[i] = state.maximum[p + i] + shift(at);
       }
       const auto top = max(load(before), load(more));
       const auto of_row = exp2_bounded(load(before) - top), of_strip = exp2_bounded(load(more) - top);
       store(sums, multiply_add(load(state.sum + p), of_strip, load(sums) * of_row));
       store(before, of_row);
       store(more, top);
-      unpack_rows(state.weighted + p, lanes, d_v, of_strip, rows);
-      for (Index i = 0; i < kLanes<T>; ++i) {
-        if (rows[i] == nullptr) continue;
-        const Index at = row(p + i);
-        maximum[at] = more[i];
-        sum[at] = sums[i];
-        add_row(before[i], row_of(weighted, at), rows[i], d_v);
-        std::copy_n(rows[i], d_v, row_of(weighted, at));
+      merge_rows(state.weighted + p, lanes, weighted.cols(), of_strip, before, rows);
+      for (Index i = 0; i < kLanes<T> && p + i < count; ++i) {
+        maximum[numbers[p + i]] = more[i];
+        sum[numbers[p + i]] = sums[i];
       }
     }
   }
@@ -109,10 +135,8 @@ class RecentRunner {
     }
     for (Index s = 0; s < count_; ++s) {
       const QueryStrip<T>& queries = strips_[s].queries;
-      to.add(
-          strips_[s].state, queries.lanes(),
-          [&](Index i) { return queries.holds(product_, i) ? queries.first + i : -1; }, [](Index) { return T(0); },
-          rows_);
+      to.set(strips_[s].state, queries.lanes(),
+             [&](Index i) { return queries.holds(product_, i) ? queries.first + i : -1; });
     }
   }
 
@@ -177,10 +201,7 @@ class NodeRunner {
       near_keys_.for_each_tile(view.near, [&](const KeyTile<T>& tile) { add(tile); });
       for (Index s = 0; s < count_; ++s) {
         const FieldStrip<T>& strip = strips_[s];
-        const Index* const of_strip = rows.data() + s * kTileWidth<T>;
-        to.add(
-            strip.state, strip.lanes(), [&](Index i) { return i < strip.queries.count ? of_strip[i] : -1; }, shift,
-            rows_);
+        to.add(strip.state, strip.lanes(), rows.data() + s * kTileWidth<T>, strip.queries.count, shift);
       }
     }
   }

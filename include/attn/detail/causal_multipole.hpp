@@ -136,7 +136,11 @@ class CausalMultipole {
     }
     const RowScale<T> scale = row_scale(product_.rows, of_kernel, sum);
     T* const to = out.row(i, buffer + product_.in.q.cols());
-    scale_row(scale.first, row_of(rows_.weighted, i), to, out.cols());
+    if (sum == 0) {
+      std::fill_n(to, out.cols(), T(0));
+    } else {
+      scale_row(scale.first, row_of(rows_.weighted, i), to, out.cols());
+    }
     if (scale.second != 1) scale_row(scale.second, to, to, out.cols());
     out.finish_row(i, to);
   }

@@ -49,7 +49,7 @@ ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Index
     Scratch temporary = own.scratch();
     const ClusteredRows part{part_of(all.rows, first, static_cast<Index>(rows.size())),
                              temporary.array<Index>(clusters + 1)};
-    cut_rows(in.k, rows, part, in_a_branch, own);
+    cut_rows(in.k, rows, Axes::features, part, in_a_branch, own);
     for (Index i = 0; i < clusters; ++i) all.starts.data()[c * clusters + i] = first + part.starts.data()[i];
   });
   all.starts.back() = static_cast<Index>(all.rows.size());
@@ -60,7 +60,7 @@ ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Index
 /// few queries have none.
 template <class T>
 struct ChunkQueries {
-  static constexpr Index kGroup = 64, kFirstGroups = 8;
+  static constexpr Index kGroup = 64, kFirstGroups = 32;
 
   QueryGroups<T> groups;
   std::span<Index> starts;  ///< the first group of each chunk, and the end
@@ -102,7 +102,7 @@ struct ChunkQueries {
     if (count == 0) return;
     Scratch scratch = context.scratch();
     const ClusteredRows part{part_of(all.rows, first, n), scratch.array<Index>(count + 1)};
-    cut_rows(q, part_of(std::span<const Index>(tokens.queries), queries.first, n), part, 1, context);
+    cut_rows(q, part_of(std::span<const Index>(tokens.queries), queries.first, n), Axes::features, part, 1, context);
     for (Index i = 0; i < count; ++i) all.starts.data()[groups.first + i] = first + part.starts.data()[i];
   }
 };
@@ -128,7 +128,8 @@ struct NodeLandmarks {
     Scratch temporary = context.scratch();
     const std::span<Index> rows = temporary.array<Index>(n);
     for (Index i = 0; i < n; ++i) rows.data()[i] = groups.first + i;
-    cut_rows(TokenRows<T>(queries.groups.means), std::span<const Index>(rows), made.parts.parts, in_a_region, context);
+    cut_rows(TokenRows<T>(queries.groups.means), std::span<const Index>(rows), Axes::features, made.parts.parts,
+             in_a_region, context);
     for (Index l = 0; l < count; ++l) {
       T* const mean = row_of(made.means.tokens, l);
       set_mean(queries, made.parts.parts, made.parts.parts.range(l), mean);

@@ -1,4 +1,4 @@
-/// Tokens in few coordinates: along the principal axes of a sample of them.
+/// Tokens in few coordinates: along the principal axes of a sample of them, or those of their features that vary most.
 #pragma once
 
 #include <attn/context.hpp>
@@ -17,35 +17,47 @@ namespace attn::detail {
 /// Coordinates of each token. Where tokens have no more features than that, coordinates are the features.
 inline constexpr Index kCoordinates = 16;
 
-/// The kCoordinates principal axes of a sample of rows, by orthogonal iteration from the features of largest variance.
+/// Which axes: the principal ones are the better, features take a fraction of the time.
+enum class Axes { principal, features };
+
+/// The kCoordinates principal axes of a sample of rows, by orthogonal iteration from the features of largest variance;
+/// or these features themselves.
 ///   y_i  = (x_i - mean) / largest        of at most kSample rows, those that are not finite left out
 ///   axes = orthonormal rows of axes y^T y, some times over
 template <class T>
 class PrincipalAxes {
  public:
-  PrincipalAxes(const TokenRows<T>& x, std::span<const Index> rows, Context& context, Scratch& scratch)
+  PrincipalAxes(const TokenRows<T>& x, std::span<const Index> rows, Axes axes, Context& context, Scratch& scratch)
       : count_(std::min(kCoordinates, x.cols())),
         mean_(scratch.matrix<T>(1, x.cols())),
-        axes_(scratch.matrix<T>(count_, x.cols())) {
+        axes_(scratch.matrix<T>(axes == Axes::principal ? count_ : 0, x.cols())),
+        features_(axes == Axes::features ? scratch.elements<Index>(count_) : nullptr) {
     set_zero(mean_);
     set_zero(axes_);
     Scratch own = context.scratch();
-    const auto sample = own.template matrix<T>(std::min(kSample, static_cast<Index>(rows.size())), x.cols());
+    const Index most = axes == Axes::principal ? kSample : kSmallSample;
+    const auto sample = own.template matrix<T>(std::min(most, static_cast<Index>(rows.size())), x.cols());
     const Index finite = copy_finite(x, rows, sample);
     center(rows_of(sample, {0, finite}));
-    if (count_ < x.cols()) iterate(rows_of(sample, {0, finite}), context, own);
+    if (features_ != nullptr) {
+      choose_features(rows_of(sample, {0, finite}), own.template elements<T>(x.cols()));
+    } else if (count_ < x.cols()) {
+      iterate(rows_of(sample, {0, finite}), context, own);
+    }
   }
 
   /// to <- axes (x - mean) / largest, kCoordinates elements, or without axes where they have room; those beyond the
   /// last 0; all 0 if the square of any is not finite. buffer has room for x, and may be x.
   void set_coordinates(const T* x, T* buffer, T* to) const {
-    const Index d = axes_.cols();
+    const Index d = mean_.cols();
     for (Index c = 0; c < d; c += kLanes<T>) {
       store_row(buffer, c, d, (load_row(x, c, d) - load_row(mean_.data(), c, d)) * broadcast(scale_));
     }
     if (count_ == d) {
       std::copy_n(buffer, d, to);
       std::fill(to + d, to + kCoordinates, T(0));
+    } else if (features_ != nullptr) {
+      for (Index a = 0; a < kCoordinates; ++a) to[a] = buffer[features_[a]];
     } else {
       for (Index a = 0; a < kCoordinates; a += kLanes<T>) {
         store(to + a, row_products(row_of(axes_, a), d, kLanes<T>, buffer, d));
@@ -57,7 +69,7 @@ class PrincipalAxes {
   }
 
  private:
-  static constexpr Index kSample = 256;
+  static constexpr Index kSample = 256, kSmallSample = 128;
   static constexpr int kSteps = 4;
 
   /// Evenly spaced rows, as far as they are finite. Returns how many.
@@ -80,6 +92,21 @@ class PrincipalAxes {
     const T largest = largest_magnitude<T>(sample);
     if (largest > 0 && is_finite(1 / largest)) scale_ = 1 / largest;
     for (Index i = 0; i < sample.rows(); ++i) scale_row(scale_, row_of(sample, i), row_of(sample, i), sample.cols());
+  }
+
+  /// features_ <- those of largest variance, the largest first; ties go to the lower number.
+  void choose_features(const MatrixRef<T>& sample, T* variance) const {
+    const Index d = sample.cols();
+    std::fill_n(variance, d, T(0));
+    for (Index i = 0; i < sample.rows(); ++i) {
+      const T* const row = row_of(sample, i);
+      for (Index c = 0; c < d; ++c) variance[c] += row[c] * row[c];
+    }
+    for (Index a = 0; a < count_; ++a) {
+      T* const widest = std::max_element(variance, variance + d);
+      features_[a] = widest - variance;
+      *widest = -1;
+    }
   }
 
   void iterate(const MatrixRef<T>& sample, Context& context, Scratch& scratch) {
@@ -118,15 +145,16 @@ class PrincipalAxes {
 
   Index count_;
   MatrixRef<T> mean_, axes_;
+  Index* features_;  ///< null where axes are principal ones
   T scale_ = 1;
 };
 
 /// The coordinates of some rows, side by side.
 template <class T>
-T* principal_coordinates(const TokenRows<T>& x, std::span<const Index> rows, Context& context, Scratch& scratch) {
+T* coordinates_of(const TokenRows<T>& x, std::span<const Index> rows, Axes kind, Context& context, Scratch& scratch) {
   constexpr Index kBlock = 64;
   const Index n = static_cast<Index>(rows.size()), d = x.cols();
-  const PrincipalAxes<T> axes(x, rows, context, scratch);
+  const PrincipalAxes<T> axes(x, rows, kind, context, scratch);
   T* const to = scratch.elements<T>(n * kCoordinates);
   T* const buffers = scratch.elements<T>(context.workers() * d);
   context.for_each((n + kBlock - 1) / kBlock, [&](Index block, int worker) {
