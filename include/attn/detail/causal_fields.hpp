@@ -162,7 +162,8 @@ class RecentRunner {
 
   void add(const CausalTokens& tokens, Range some) {
     const Index* const keys = tokens.keys.data();
-    const KeyTile<T> tile = reader_.read(keys[some.first], keys[some.last - 1] + 1);
+    KeyTile<T> tile = reader_.read(keys[some.first], keys[some.last - 1] + 1);
+    tile.whole = some.last - some.first == kTileKeys<T>;  // the last one grows with the tokens
     for (Index s = 0; s < count_; ++s) {
       const QueryStrip<T>& queries = strips_[s].queries;
       kernel_.add(queries, strips_[s].state, tile, product_.limits.of(queries.first), {});
