@@ -1,4 +1,5 @@
-/// States of causal queries, and what adds to them: recent keys as they are, and nodes of the past as landmarks see them.
+/// States of causal queries, and what adds to them: recent keys as they are, and nodes of the past as landmarks see
+/// them.
 #pragma once
 
 #include <attn/context.hpp>
@@ -56,7 +57,8 @@ struct CausalRows {
     return made;
   }
 
-  /// The state of a strip, the first one of its rows. row(i): the row number of lane i, or negative where there is none.
+  /// The state of a strip, the first one of its rows. row(i): the row number of lane i, or negative where there is
+  /// none.
   template <class Row>
   void set(const LaneState<T>& state, Index lanes, const Row& row) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {

@@ -2,7 +2,8 @@
 /// landmark sees of the node.
 ///
 ///   chunk: its keys in clusters by bisection, neighbours of them in branches; its queries in small groups
-///   node:  the clusters and branches of its chunks; landmarks l at the means of neighbouring groups, themselves in regions
+///   node:  the clusters and branches of its chunks; landmarks l at the means of neighbouring groups, themselves in
+///          regions
 ///     for each region:     summaries of all branches
 ///       for each landmark: the branches of the largest error terms, for a sample of its queries, are open; of the
 ///                          clusters in these those of the largest error terms are near:  the landmark's view
