@@ -9,7 +9,11 @@ import importlib
 import pathlib
 import sys
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError as missing:
+    sys.exit(f"plot.py: {sys.executable} has no usable matplotlib ({missing}): run it with another Python, such as /usr/bin/python3 "
+             "with Debian's python3-matplotlib, or install matplotlib")
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 

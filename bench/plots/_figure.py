@@ -8,9 +8,14 @@ import PIL.Image
 
 
 def save(figure: plt.Figure, path: pathlib.Path, grid: str = "both") -> None:
-    """Adds grids, writes a PNG of few colours, which is a small one, and closes the figure."""
+    """Adds grids, and writes the figure."""
     for axes in figure.axes:
         axes.grid(axis=grid, alpha=0.3)
+    write(figure, path)
+
+
+def write(figure: plt.Figure, path: pathlib.Path) -> None:
+    """Writes a PNG of few colours, which is a small one, and closes the figure."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     plt.close(figure)

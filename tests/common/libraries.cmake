@@ -32,12 +32,14 @@ if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     string(APPEND CMAKE_REQUIRED_FLAGS " -march=native")
   endif()
   set(CMAKE_REQUIRED_LIBRARIES Eigen3::Eigen)
+  set(CMAKE_REQUIRED_QUIET ON)  # a question, whose "Failed" is no failure
   check_cxx_source_compiles("
     #include <Eigen/Core>
     double sum(const Eigen::VectorXd& v) { return v.sum(); }
     int main() {}" ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
   unset(CMAKE_REQUIRED_FLAGS)
   unset(CMAKE_REQUIRED_LIBRARIES)
+  unset(CMAKE_REQUIRED_QUIET)
   if(NOT ATTN_EIGEN_COMPILES_WITHOUT_WARNING)
     target_compile_options(attn_own_settings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized)
   endif()
