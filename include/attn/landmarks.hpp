@@ -53,6 +53,10 @@ MatrixRef<T> select_jointly(const Landmarks& landmarks, const Sources<T>& in, Sc
   }
 }
 
+/// Sampled landmarks of rows that are spread over the ranks of MPI, see mpi.hpp.
+template <class Landmarks>
+struct SampledShares;
+
 /// Which matrix rows are drawn from; a random sampler draws differently for each.
 enum class Side : std::uint64_t { queries, keys };
 
@@ -140,11 +144,19 @@ struct StridedSample {
  private:
   template <class In>
   detail::SampledRows sample(const In& in, Scratch& scratch) const {
-    return detail::sample_rows(in, num_landmarks, scratch, [](Index n, detail::Side, std::span<Index> chosen) {
-      const auto m = static_cast<Index>(chosen.size());
-      for (Index j = 0; j < m; ++j) chosen[static_cast<std::size_t>(j)] = (2 * j + 1) * n / (2 * m);
+    return detail::sample_rows(in, num_landmarks, scratch, [&](Index n, detail::Side side, std::span<Index> chosen) {
+      choose(n, side, chosen, scratch);
     });
   }
+
+  /// chosen <- ascending numbers below n.
+  void choose(Index n, detail::Side, std::span<Index> chosen, Scratch&) const {
+    const auto m = static_cast<Index>(chosen.size());
+    for (Index j = 0; j < m; ++j) chosen[static_cast<std::size_t>(j)] = (2 * j + 1) * n / (2 * m);
+  }
+
+  template <class>
+  friend struct detail::SampledShares;
 };
 
 /// Rows drawn uniformly without replacement, half of the landmarks from q and half from k: the same at every call and
@@ -178,18 +190,26 @@ struct UniformSample {
   template <class In>
   detail::SampledRows sample(const In& in, Scratch& scratch) const {
     return detail::sample_rows(in, num_landmarks, scratch, [&](Index n, detail::Side side, std::span<Index> chosen) {
-      detail::SplitMix64 random(seed + static_cast<std::uint64_t>(side) * 0x632be59bd9b4e019U);
-      Scratch temporary = scratch.nested();
-      const std::span<Index> deck = temporary.array<Index>(n);
-      for (Index i = 0; i < n; ++i) deck[static_cast<std::size_t>(i)] = i;
-      for (std::size_t j = 0; j < chosen.size(); ++j) {
-        const auto other = j + static_cast<std::size_t>(random.below(n - static_cast<Index>(j)));
-        std::swap(deck[j], deck[other]);
-        chosen[j] = deck[j];
-      }
-      detail::sort_elements(chosen.data(), static_cast<Index>(chosen.size()));
+      choose(n, side, chosen, scratch);
     });
   }
+
+  /// chosen <- ascending numbers below n.
+  void choose(Index n, detail::Side side, std::span<Index> chosen, Scratch& scratch) const {
+    detail::SplitMix64 random(seed + static_cast<std::uint64_t>(side) * 0x632be59bd9b4e019U);
+    Scratch temporary = scratch.nested();
+    const std::span<Index> deck = temporary.array<Index>(n);
+    for (Index i = 0; i < n; ++i) deck[static_cast<std::size_t>(i)] = i;
+    for (std::size_t j = 0; j < chosen.size(); ++j) {
+      const auto other = j + static_cast<std::size_t>(random.below(n - static_cast<Index>(j)));
+      std::swap(deck[j], deck[other]);
+      chosen[j] = deck[j];
+    }
+    detail::sort_elements(chosen.data(), static_cast<Index>(chosen.size()));
+  }
+
+  template <class>
+  friend struct detail::SampledShares;
 };
 
 /// A choice of landmarks for queries and keys apart: select(x, keep, scratch) gives them as the rows of an (m, d)

@@ -55,7 +55,8 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
 
   void attend(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
     Scratch scratch = context.scratch();
-    const detail::Sources<T> weighted{in.q, in.k, in.v, in.mask, log_weights(in, scratch)};
+    const detail::Sources<T> weighted{in.q, in.k, in.v, in.mask,
+                                      log_weights(in, detail::relative_bias(in, scratch).relative, scratch)};
     const auto method = skyformer(in.q.cols());
     method.check(weighted);
     method.attend(weighted, out, context, saved);
@@ -69,7 +70,9 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
                      const Saved& saved, const Gradients<T>& gradients, Context& context) const {
     Scratch scratch = context.scratch();
     const std::span<T> dbias = scratch.array<T>(in.k.rows());
-    const Inputs<T> weighted{in.q, in.k, in.v, in.mask, log_weights(detail::sources(in), scratch)};
+    const detail::Sources<T> from = detail::sources(in);
+    const Inputs<T> weighted{in.q, in.k, in.v, in.mask,
+                             log_weights(from, detail::relative_bias(from, scratch).relative, scratch)};
     skyformer(in.q.cols()).differentiate(weighted, out, dout, saved, gradients, context, dbias);
     MatrixRef<T> dk = gradients.dk;
     const T s = static_cast<T>(scale(in.q.cols()));
@@ -96,11 +99,10 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
         landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(d)), .rows = Rows::normalized}};
   }
 
-  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest. Dropped keys may hold anything, so they get no
-  /// weight.
-  std::span<const T> log_weights(const detail::Sources<T>& in, Scratch& scratch) const {
+  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest; bias may be empty. Dropped keys may hold anything, so
+  /// they get no weight.
+  std::span<const T> log_weights(const detail::Sources<T>& in, std::span<const T> bias, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
-    const std::span<const T> bias = detail::relative_bias(in, scratch).relative;
     Scratch temporary = scratch.nested();
     T* buffer = temporary.elements<T>(in.k.cols());
     const T half_scale = static_cast<T>(scale(in.q.cols())) / 2;

@@ -284,6 +284,9 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
   /// @}
 
  private:
+  template <class>
+  friend struct detail::Distributed;
+
   static constexpr Index kWave = 16;  ///< regions whose summaries of all branches are kept at once
 
   /// What a cluster weighs is not at most 1, though a key may be.

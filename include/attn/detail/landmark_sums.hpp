@@ -44,17 +44,22 @@ struct KeyBias {
   double common_exponent(Rows rows) const { return rows == Rows::raw ? exponent : 0; }
 };
 
+/// The key biases of in relative to the given one.
 template <class T>
-KeyBias<T> relative_bias(const Sources<T>& in, Scratch& scratch) {
+KeyBias<T> bias_relative_to(T largest, const Sources<T>& in, Scratch& scratch) {
   constexpr T kLowest = std::numeric_limits<T>::lowest();
   constexpr double kMost = 1e300;
-  if (in.key_bias.empty()) return {};
-  const T largest = BiasOrigins<T>::of_inputs(in, scratch).common;
   if (largest == 0) return {in.key_bias};
   const std::span<T> relative = scratch.array<T>(in.k.rows());
   std::transform(in.key_bias.begin(), in.key_bias.end(), relative.begin(),
                  [&](T bias) { return bias < kLowest ? bias : std::max(bias - largest, kLowest); });
   return {relative, std::numbers::log2e * std::clamp(static_cast<double>(largest), -kMost, kMost)};
+}
+
+template <class T>
+KeyBias<T> relative_bias(const Sources<T>& in, Scratch& scratch) {
+  if (in.key_bias.empty()) return {};
+  return bias_relative_to(BiasOrigins<T>::of_inputs(in, scratch).common, in, scratch);
 }
 
 template <class T>
@@ -101,6 +106,28 @@ bool leaves_range(std::span<const double> exponents, Rows rows, double common) {
   return (rows == Rows::normalized ? high - low : std::max(std::abs(high), std::abs(common))) > kSafeExponent<T>;
 }
 
+/// The sums over keys whose row states are given, weighted being the left columns of sums (m, d_v + 1). common: log2 of
+/// the keys' common weight.
+template <class T>
+LandmarkSums<T> sums_of_states(Rows rows, const RowStates<T>& states, const MatrixRef<T>& sums, double common,
+                               Scratch& scratch) {
+  const Index m = sums.rows(), d_v = sums.cols() - 1;
+  const std::span<double> exponents = scratch.array<double>(m);
+  for (std::size_t l = 0; l < exponents.size(); ++l) {
+    row_of(sums, static_cast<Index>(l))[d_v] = states.sum[l];
+    exponents[l] =
+        states.sum[l] == 0 ? -std::numeric_limits<double>::infinity() : static_cast<double>(states.maximum[l]) + common;
+  }
+  if (leaves_range<T>(exponents, rows, common)) return {sums, exponents};
+  const double largest = *std::max_element(exponents.begin(), exponents.end());
+  const T top = rows == Rows::normalized && is_finite(largest) ? static_cast<T>(largest) : T(0);
+  for (Index l = 0; l < m; ++l) {
+    const double exponent = exponents[static_cast<std::size_t>(l)] - static_cast<double>(top);
+    scale_row(static_cast<T>(std::exp2(exponent)), row_of(sums, l), row_of(sums, l), d_v + 1);
+  }
+  return {sums, {}, static_cast<double>(top)};
+}
+
 /// The sums of landmarks (m, d) over the keys of in, whose biases are given.
 template <class T>
 LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in, const KeyBias<T>& bias,
@@ -108,23 +135,9 @@ LandmarkSums<T> sum_over_keys(const GaussianKernel& kernel, const Sources<T>& in
   const Index m = land.rows(), d_v = in.v.cols();
   const MatrixRef<T> sums = scratch.matrix<T>(m, d_v + 1);
   if (m == 0) return {sums};
-  const std::span<double> exponents = scratch.array<double>(m);
   const RowStates<T> states{scratch.array<T>(m), scratch.array<T>(m), left_columns(sums, d_v)};
   multiply_partial(kernel, Sources<T>{land, in.k, in.v, keys_only(in.mask), bias.relative}, states, context);
-  const double common = bias.common_exponent(kernel.rows);
-  for (std::size_t l = 0; l < exponents.size(); ++l) {
-    row_of(sums, static_cast<Index>(l))[d_v] = states.sum[l];
-    exponents[l] =
-        states.sum[l] == 0 ? -std::numeric_limits<double>::infinity() : static_cast<double>(states.maximum[l]) + common;
-  }
-  if (leaves_range<T>(exponents, kernel.rows, common)) return {sums, exponents};
-  const double largest = *std::max_element(exponents.begin(), exponents.end());
-  const T top = kernel.rows == Rows::normalized && is_finite(largest) ? static_cast<T>(largest) : T(0);
-  for (Index l = 0; l < m; ++l) {
-    const double exponent = exponents[static_cast<std::size_t>(l)] - static_cast<double>(top);
-    scale_row(static_cast<T>(std::exp2(exponent)), row_of(sums, l), row_of(sums, l), d_v + 1);
-  }
-  return {sums, {}, static_cast<double>(top)};
+  return sums_of_states(kernel.rows, states, sums, bias.common_exponent(kernel.rows), scratch);
 }
 
 /// The log-sums of kappa(L, k) with key biases relative to the largest, from sums that T's exponents do not reach.

@@ -309,7 +309,8 @@ struct DistributedLogSums {
 /// some keys of one rank. lse, unless null, <- log sum_j kappa_ij.
 template <class T, ScoreKernel Kernel, class Compute>
 void attend_ring(const Kernel& kernel, const Inputs<T>& in, const MatrixRef<T>& out, const Shares& shares,
-                 Agreement& agreement, Context& context, std::vector<double>* lse, const Compute& compute) {
+                 Agreement& agreement, Context& context, std::vector<double>* lse, const Compute& compute,
+                 Index queries_at_once = 1024) {
   using Keys = TravellingKeys<T>;
   using Wide = Arithmetic<T>;
   Scratch scratch = context.scratch();
@@ -327,11 +328,12 @@ void attend_ring(const Kernel& kernel, const Inputs<T>& in, const MatrixRef<T>& 
   const auto visit = [&](int step, Line* at, const auto& progress) {
     const ShareFacts& of = shares.of(route.owner(step));
     const Inputs<T> met = Keys::at(at, shares, of).met_by(in);
-    shares.for_each_part(shares.own(), of, [&](Range queries, Range keys, Causal causal) {
+    const auto part = [&](Range queries, Range keys, Causal causal) {
       states->add(queries, context,
                   [&](const RowStates<Wide>& to) { compute(some_of(met, queries, keys, causal), to); });
       progress();
-    });
+    };
+    shares.for_each_part(shares.own(), of, part, queries_at_once);
   };
   travel(route, *memory, agreement, lines, visit, [](int) {});
   agreement.guard([&] {
@@ -386,6 +388,7 @@ template <class T, ScoreKernel Kernel>
 struct Distributed<ExactAttention<T, Kernel>> {
   using Method = ExactAttention<T, Kernel>;
   using Saved = DistributedLogSums;
+  static constexpr bool kCausal = true;
 
   static void add_options(const Method& method, Index d, Fingerprint& to) {
     to.add(score_parameters(method.kernel_, d));

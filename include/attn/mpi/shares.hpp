@@ -124,13 +124,13 @@ class Shares {
   /// part(queries, keys, causal) for what the queries of one rank see of the keys of another, some queries at a time:
   /// keys that all of these see, and a triangle.
   template <class Part>
-  void for_each_part(const ShareFacts& of_queries, const ShareFacts& of_keys, const Part& part) const {
+  void for_each_part(const ShareFacts& of_queries, const ShareFacts& of_keys, const Part& part,
+                     Index queries_at_once = 1024) const {
     const bool is_causal = causal() != Causal::none;
     const Index n_q = of_queries.n_q, n_k = of_keys.n_k, offset = causal_offset(of_queries, of_keys);
     if (n_k == 0) return;
-    constexpr Index kQueries = 1024;  // MPI moves on between these
-    for (Index first = 0; first < n_q; first += kQueries) {
-      Range queries{first, std::min(n_q, first + kQueries)};
+    for (Index first = 0; first < n_q; first += queries_at_once) {  // MPI moves on between these
+      Range queries{first, first + std::min(n_q - first, queries_at_once)};
       if (!is_causal || queries.first + offset >= n_k - 1) {
         part(queries, Range{0, n_k}, Causal::none);
         continue;
