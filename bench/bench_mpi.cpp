@@ -100,19 +100,20 @@ void measure_all(Index n, int rounds) {
   measure("skyformer", attn::Skyformer<float>{{.num_landmarks = 2 * kLandmarks}}, n, false, rounds);
 }
 
-/// Seconds of a message of so many bytes from rank 0 to rank 1 and back, halved.
-double message_seconds(std::size_t bytes, int rounds) {
+/// Seconds of a message of so many bytes from rank 0 to rank 1, or back, over many of them.
+double message_seconds(std::size_t bytes, int repeats, int rounds) {
   std::vector<char> data(bytes);
   const int rank = own_rank(), n = static_cast<int>(bytes);
   return seconds_of(rounds,
                     [&] {
-                      if (rank > 1) return;
-                      const int other = 1 - rank;
-                      if (rank == 0) MPI_Send(data.data(), n, MPI_BYTE, other, 0, MPI_COMM_WORLD);
-                      MPI_Recv(data.data(), n, MPI_BYTE, other, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
-                      if (rank == 1) MPI_Send(data.data(), n, MPI_BYTE, other, 0, MPI_COMM_WORLD);
+                      for (int i = 0; i < repeats && rank < 2; ++i) {
+                        const int other = 1 - rank;
+                        if (rank == 0) MPI_Send(data.data(), n, MPI_BYTE, other, 0, MPI_COMM_WORLD);
+                        MPI_Recv(data.data(), n, MPI_BYTE, other, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+                        if (rank == 1) MPI_Send(data.data(), n, MPI_BYTE, other, 0, MPI_COMM_WORLD);
+                      }
                     }) /
-         2;
+         (2.0 * repeats);
 }
 
 template <class Method>
@@ -204,7 +205,7 @@ int main(int argc, char** argv) {
     measure_all(n * ranks, rounds);
     if (ranks > 1) {
       constexpr std::size_t kLarge = std::size_t{1} << 23;
-      const double latency = message_seconds(8, 20 * rounds), large = message_seconds(kLarge, rounds);
+      const double latency = message_seconds(8, 200 * rounds, 3), large = message_seconds(kLarge, 1, rounds);
       if (own_rank() == 0) {
         std::printf("messages: latency %.2f us, bandwidth %.2f GB/s\n", latency * 1e6,
                     static_cast<double>(kLarge) / large / 1e9);

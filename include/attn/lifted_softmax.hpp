@@ -99,8 +99,8 @@ class LiftedSoftmax : public MethodBase<LiftedSoftmax<T, Landmarks, Inverse>, T,
         landmarks_, inverse_, {.bandwidth = 1 / std::sqrt(scale(d)), .rows = Rows::normalized}};
   }
 
-  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest; bias may be empty. Dropped keys may hold anything, so
-  /// they get no weight.
+  /// s |k_j|^2 / 2 and the caller's bias, relative to its largest; bias may be empty. Dropped keys may hold anything,
+  /// so they get no weight.
   std::span<const T> log_weights(const detail::Sources<T>& in, std::span<const T> bias, Scratch& scratch) const {
     const std::span<T> weights = scratch.array<T>(in.k.rows());
     Scratch temporary = scratch.nested();
