@@ -26,8 +26,8 @@ constexpr bool kEveryMethodIsOne =
     Approximator<attn::SoftmaxAttention<T>> && Approximator<attn::GaussianAttention<T>> &&
     Approximator<attn::Multipole<T>> && Approximator<attn::Multipole<T, attn::GaussianKernel>> &&
     Approximator<attn::Nystrom<T>> && Approximator<attn::ShiftedNystrom<T>> && Approximator<attn::Skyformer<T>> &&
-    Approximator<attn::LiftedSoftmax<T>> && Approximator<attn::Multipole<T>> &&
-    Approximator<attn::Multipole<T, attn::GaussianKernel>> && Approximator<attn::AnyApproximator<T>>;
+    Approximator<attn::LiftedSoftmax<T>> && Approximator<attn::Automatic<T>> &&
+    Approximator<attn::Automatic<T, attn::GaussianKernel>> && Approximator<attn::AnyApproximator<T>>;
 static_assert(kEveryMethodIsOne<float> && kEveryMethodIsOne<double>);
 static_assert(kEveryMethodIsOne<Eigen::half> && kEveryMethodIsOne<Eigen::bfloat16>);
 static_assert(Approximator<attn::Skyformer<float, attn::StridedSample, attn::PreconditionedPinv>>);

@@ -63,7 +63,9 @@ void expect_the_error_of_all_rows(const Kernel& kernel) {
     bias[9] = T(2.0F);
     Context context;
     for (const Causal causal : {Causal::none, Causal::upper_left, Causal::lower_right}) {
-      for (const Mask& mask : {Mask{causal}, Mask{causal, keep_key, keep_query}}) {
+      const Index window = causal == Causal::none ? 0 : 9;
+      for (const Mask& mask : {Mask{causal}, Mask{causal, keep_key, keep_query}, Mask{causal, {}, {}, window},
+                               Mask{causal, keep_key, {}, window, window == 0 ? 0 : 4}}) {
         const Inputs<T> in{x.q, x.k, x.v, mask, bias};
         SCOPED_TRACE(test::describe(in));
         const Matrix<double> expected = exact(kernel, in);

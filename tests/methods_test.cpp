@@ -38,10 +38,10 @@ struct Expectation {
   double error;
 };
 
-constexpr Expectation kExpectations[] = {{"softmax", "softmax", 0},           {"gaussian", "gaussian", 0},
-                                         {"multipole", "softmax", 0.05},      {"nystrom", "softmax", 0.2},
-                                         {"shifted-nystrom", "softmax", 0.2}, {"skyformer", "gaussian", 0.2},
-                                         {"lifted-softmax", "softmax", 0.3}};
+constexpr Expectation kExpectations[] = {{"softmax", "softmax", 0},      {"gaussian", "gaussian", 0},
+                                         {"multipole", "softmax", 0.05}, {"automatic", "softmax", 0},
+                                         {"nystrom", "softmax", 0.2},    {"shifted-nystrom", "softmax", 0.2},
+                                         {"skyformer", "gaussian", 0.2}, {"lifted-softmax", "softmax", 0.3}};
 
 class Methods : public test::MethodTest {
  protected:
@@ -340,6 +340,13 @@ TEST_F(MethodsByName, ThroughClusters) {
   expect_to_matter(
       "multipole",
       {{.num_clusters = 40}, {.num_groups = 9}, {.num_near = 3}, {.num_branches = 5}, {.num_open = 2}, {.scale = 0.2}});
+}
+
+TEST_F(MethodsByName, WithinAnError) {
+  expect("automatic", {}, attn::Automatic<double>{});
+  expect("automatic", {.max_error = 0.2, .scale = 0.2, .seed = 4},
+         attn::Automatic<double>{.max_error = 0.2, .kernel = {.scale = 0.2}, .seed = 4});
+  expect_to_matter("automatic", {{.scale = 0.2}});
 }
 
 TEST_F(MethodsByName, ThroughSegmentMeans) {

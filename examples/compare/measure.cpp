@@ -121,7 +121,8 @@ std::vector<std::string_view> chosen(const Options& options, Target target) {
     const MethodFacts& facts = facts_of(method.name);
     const bool wanted =
         options.methods.empty() || std::ranges::find(options.methods, method.name) != options.methods.end();
-    if (wanted && facts.target == target && !facts.exact) names.push_back(facts.name);
+    const bool sized = !facts.sized_by.empty();
+    if (wanted && sized && facts.target == target) names.push_back(facts.name);
   }
   return names;
 }

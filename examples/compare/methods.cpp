@@ -23,6 +23,7 @@ constexpr std::string_view kClusters = "Clusters", kMeans = "SegmentMeans", kSam
 constexpr auto kFacts = std::to_array<MethodFacts>({
     {"softmax", Target::softmax, true, "SoftmaxAttention", ""},
     {"multipole", Target::softmax, false, "Multipole", kClusters},
+    {"automatic", Target::softmax, false, "Automatic", ""},
     {"nystrom", Target::softmax, false, "Nystrom", kMeans},
     {"shifted-nystrom", Target::softmax, false, "ShiftedNystrom", kMeans},
     {"lifted-softmax", Target::softmax, false, "LiftedSoftmax", kSample},

@@ -16,7 +16,7 @@ int main(int argc, char** argv) {
       for (const int keep : {0, 1, 2}) {
         const MaskUse mask{.causal = causal, .keep_key = keep > 0, .keep_query = keep > 1};
         const MethodFacts& facts = facts_of(method.name);
-        for (const attn::Index size : facts.exact                 ? std::vector<attn::Index>{0}
+        for (const attn::Index size : facts.sized_by.empty()      ? std::vector<attn::Index>{0}
                                       : has_clusters(method.name) ? std::vector<attn::Index>{0, 4}
                                                                   : std::vector<attn::Index>{12}) {
           file << "check(\"" << method.name << "\", " << size << ", {attn::Causal(" << static_cast<int>(causal) << "), "

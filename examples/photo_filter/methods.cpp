@@ -15,8 +15,9 @@ bool is_gaussian(std::string_view name) {
 std::vector<std::string_view> chosen_methods(const Options& options) {
   std::vector<std::string_view> names;
   for (const auto& method : attn::methods<float>()) {
+    const bool is_sized = method.name != attn::Automatic<float>::kName;  // by a number of landmarks, which is compared
     const bool wanted =
-        options.methods.empty() || std::ranges::find(options.methods, method.name) != options.methods.end();
+        options.methods.empty() ? is_sized : std::ranges::find(options.methods, method.name) != options.methods.end();
     if (wanted && !(options.no_exact && is_exact(method.name))) names.push_back(method.name);
   }
   const auto rank = [](std::string_view name) { return 2 * (is_exact(name) ? 0 : 1) + (is_gaussian(name) ? 0 : 1); };

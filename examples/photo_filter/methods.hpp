@@ -1,4 +1,4 @@
-/// The methods that the filter can be computed by: all of the library's.
+/// The methods that the filter can be computed by: all of the library's, automatic only where it is asked for.
 #pragma once
 
 #include "options.hpp"

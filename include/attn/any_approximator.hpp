@@ -4,6 +4,7 @@
 #include <attn/engine/requirements.hpp>
 
 #include <attn/approximator.hpp>
+#include <attn/automatic.hpp>
 #include <attn/exact.hpp>
 #include <attn/lifted_softmax.hpp>
 #include <attn/multipole.hpp>
@@ -134,7 +135,7 @@ class AnyApproximator {
 
 /// Options of all methods. A method has some of them, with its own default where one is not set.
 struct MethodOptions {
-  std::optional<Index> num_landmarks{};   ///< of all approximations but multipole
+  std::optional<Index> num_landmarks{};   ///< of all approximations but multipole and automatic
   std::optional<Index> num_clusters{};    ///< of Clusters: multipole
   std::optional<Index> num_groups{};      ///< of Clusters
   std::optional<Index> num_near{};        ///< of Clusters
@@ -143,9 +144,10 @@ struct MethodOptions {
   std::optional<int> iterations{};        ///< of the inverse: nystrom, shifted-nystrom
   std::optional<int> num_probes{};        ///< of SpectralShift
   std::optional<double> gamma{};          ///< of RidgeInverse: skyformer, lifted-softmax
+  std::optional<double> max_error{};      ///< of Automatic
   std::optional<double> scale{};          ///< of SoftmaxKernel
   std::optional<double> bandwidth{};      ///< of GaussianKernel
-  std::uint64_t seed = 0;                 ///< of UniformSample: skyformer, lifted-softmax
+  std::uint64_t seed = 0;                 ///< of UniformSample: skyformer, lifted-softmax; of Automatic
   Rows rows = Rows::raw;                  ///< of GaussianKernel
   ShiftMode mode = ShiftMode::row;        ///< of SpectralShift
   Products products = Products::fastest;  ///< of softmax and gaussian
@@ -183,6 +185,7 @@ inline void check_options(std::string_view method, std::string_view names, const
   check("iterations", o.iterations.has_value());
   check("num_probes", o.num_probes.has_value());
   check("gamma", o.gamma.has_value());
+  check("max_error", o.max_error.has_value());
   check("scale", o.scale.has_value());
   check("bandwidth", o.bandwidth.has_value());
   check("seed", o.seed != kDefaults.seed);
@@ -222,6 +225,12 @@ inline constexpr MethodEntry<T> kMethods[] = {
      "num_clusters, num_groups, num_near, num_branches, num_open, scale",
      [](const MethodOptions& o) {
        return AnyApproximator<T>(Multipole<T>{clusters(o), SoftmaxKernel{.scale = o.scale}});
+     }},
+    {"automatic", "softmax within an error, by multipole or exactly", "max_error, seed, scale",
+     [](const MethodOptions& o) {
+       return AnyApproximator<T>(Automatic<T>{.max_error = o.max_error.value_or(Automatic<T>{}.max_error),
+                                              .kernel = SoftmaxKernel{.scale = o.scale},
+                                              .seed = o.seed});
      }},
     {"nystrom", "softmax through segment means (Nystromformer)", "num_landmarks, iterations, scale",
      [](const MethodOptions& o) {

@@ -7,6 +7,7 @@
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
 #include <attn/attention_operator.hpp>
+#include <attn/automatic.hpp>
 #include <attn/context.hpp>
 #include <attn/core.hpp>
 #include <attn/depthwise_conv.hpp>

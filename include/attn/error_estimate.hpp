@@ -1,6 +1,8 @@
 /// How far any result is from exact attention, from a few rows that are computed exactly.
 #pragma once
 
+#include <attn/engine/requirements.hpp>
+
 #include <attn/context.hpp>
 #include <attn/detail/exact_rows.hpp>
 #include <attn/detail/split_mix64.hpp>
@@ -97,11 +99,15 @@ struct SumOfDraws {
   }
 };
 
+/// The interval of an estimate E is E exp(-c) to E exp(3 c / 2), c the coefficient of variation of the sum of squares of
+/// differences behind it, twice that of E: such squares have a heavy tail, of which a sample rather misses a part.
+inline ErrorEstimate interval(double error, double spread, Index rows) {
+  return {error, error * std::exp(-spread), error * std::exp(1.5 * spread), rows};
+}
+
 /// The error by sampled rows of weights w_i. What all |exact_i|^2 add up to is about the sum of w_i |exact_i|^2, or
 /// total, the sum of all |out_i|^2, plus that of w_i (|exact_i|^2 - |out_i|^2): whichever varies less. total: infinite
-/// where it is not known. The interval is E exp(-c) to E exp(3 c / 2), c the estimated coefficient of variation of the
-/// summed squares of differences, twice that of E: these squares have a heavy tail, of which a sample rather misses a
-/// part.
+/// where it is not known.
 inline ErrorEstimate estimate_by(std::span<const SampledRow> rows, double total) {
   const auto differences = SumOfDraws::of(rows, [](const SampledRow& row) { return row.difference; }),
              sizes = SumOfDraws::of(rows, [](const SampledRow& row) { return row.exact; }),
@@ -110,7 +116,7 @@ inline ErrorEstimate estimate_by(std::span<const SampledRow> rows, double total)
   const double size = by_changes ? total + changes.sum : sizes.sum;
   const double error = differences.sum == 0 ? 0 : std::sqrt(differences.sum / size);
   const double spread = differences.sum == 0 ? 0 : std::sqrt(differences.variance) / differences.sum;
-  return {error, error * std::exp(-spread), error * std::exp(1.5 * spread), static_cast<Index>(rows.size())};
+  return interval(error, spread, static_cast<Index>(rows.size()));
 }
 
 /// rows <- the squares of what result(row number) is, a row of out or a copy of it, and exact rows, in the order of the

@@ -9,6 +9,7 @@
 
 #include <attn/any_approximator.hpp>
 #include <attn/approximator.hpp>
+#include <attn/automatic.hpp>
 #include <attn/core.hpp>
 #include <attn/engine/few_keys.hpp>
 #include <attn/engine/packed.hpp>
@@ -83,6 +84,7 @@ namespace attn {
   ATTN_METHOD(SoftmaxAttention, T)  \
   ATTN_METHOD(GaussianAttention, T) \
   ATTN_METHOD(Multipole, T)         \
+  ATTN_METHOD(Automatic, T)         \
   ATTN_METHOD(Nystrom, T)           \
   ATTN_METHOD(ShiftedNystrom, T)    \
   ATTN_METHOD(Skyformer, T)         \

@@ -66,6 +66,9 @@ namespace detail {
 /// Counts of Multipole for so many kept tokens: clusters, of which some make a branch, groups, of which some make a
 /// region. Where all branches are open, each is one cluster, and each region one group.
 struct FieldCounts {
+  static constexpr double kFilled = 1.2;   ///< rows of blocks for each query
+  static constexpr double kOverhead = 70;  ///< keys that clustering a key or a query is worth, and choosing
+
   Index clusters = 0, clusters_in_a_branch = 1, groups = 0, groups_in_a_region = 1, open = 0, near = 0;
 
   static FieldCounts of(const Clusters& options, Index n_q, Index n_k) {
@@ -103,17 +106,19 @@ struct FieldCounts {
     return groups * open * clusters_in_a_branch * n_k / clusters + (all_open() ? 0 : groups / groups_in_a_region * n_k);
   }
 
-  /// Whether exact attention is the same, or where options are not set costs no more. In units of a key that a query
-  /// meets: near keys and summaries, in blocks that are not quite full; keys that are summed up; and what clustering
-  /// and choosing take, as measured.
-  bool exact(const Clusters& options, Index n_q, Index n_k) const {
-    constexpr double kFilled = 1.2, kSummary = 6, kOverhead = 70;
-    if (n_q == 0 || clusters >= n_k || (all_open() && near >= clusters)) return true;
-    if (options != Clusters{}) return false;
+  /// What it takes for each query, in units of a key that it meets: near keys and summaries, in blocks that are not
+  /// quite full; keys that are summed up; and what clustering and choosing take, as measured.
+  double cost(Index n_q, Index n_k) const {
+    constexpr double kSummary = 6;
     const auto q = static_cast<double>(n_q), k = static_cast<double>(n_k);
-    const double cost = kFilled * static_cast<double>(field() + near * n_k / clusters) +
-                        kSummary * static_cast<double>(summarized(n_k)) / q + kOverhead * (1 + k / q);
-    return cost > 0.95 * k;
+    return kFilled * static_cast<double>(field() + near * n_k / clusters) +
+           kSummary * static_cast<double>(summarized(n_k)) / q + kOverhead * (1 + k / q);
+  }
+
+  /// Whether exact attention is the same, or where options are not set costs no more.
+  bool exact(const Clusters& options, Index n_q, Index n_k) const {
+    if (n_q == 0 || clusters >= n_k || (all_open() && near >= clusters)) return true;
+    return options == Clusters{} && cost(n_q, n_k) > 0.95 * static_cast<double>(n_k);
   }
 
  private:
@@ -209,6 +214,14 @@ struct MultipoleState {
   }
 };
 
+/// What a cluster weighs is not at most 1, though a key may be.
+template <class Kernel, class T>
+Product<T> field_product(const Kernel& kernel, const Sources<T>& in, Scratch& scratch) {
+  Product<T> product = make_product(kernel, in, Maximum::running, 1, scratch);
+  product.bounded = false;
+  return product;
+}
+
 template <class T, class Kernel>
 using MultipoleSaved = Saved<MultipoleState<Arithmetic<T>>, ForwardPass<Kernel, Clusters, Clusters>>;
 
@@ -289,11 +302,8 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
 
   static constexpr Index kWave = 16;  ///< regions whose summaries of all branches are kept at once
 
-  /// What a cluster weighs is not at most 1, though a key may be.
   detail::Product<T> product_of(const detail::Sources<T>& in, Scratch& scratch) const {
-    detail::Product<T> product = detail::make_product(kernel_, in, detail::Maximum::running, 1, scratch);
-    product.bounded = false;
-    return product;
+    return detail::field_product(kernel_, in, scratch);
   }
 
   void attend_exactly(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context,

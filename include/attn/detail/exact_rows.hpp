@@ -24,44 +24,74 @@ Sources<T> keys_of(const Sources<T>& in, const TokenRows<T>& q, Range keys) {
           RowMask(some(in.mask.keep_key), {}), some(in.key_bias)};
 }
 
-/// exact_rows under a causal mask. rows: ascending. A few neighbouring queries see most keys together; those that not
-/// all of them see come to each by itself.
+/// Rows of exact attention under a causal mask, as states that some keys after others are added to.
 template <ScoreKernel Kernel, class T>
-void exact_causal_rows(const Kernel& kernel, const Sources<T>& in, const MatrixRef<T>& q, std::span<const Index> rows,
-                       const MatrixRef<T>& to, Context& context) {
-  constexpr Index kTogether = 8;
-  const Index count = static_cast<Index>(rows.size()), d_v = to.cols();
-  const CausalLimits limits = CausalLimits::of_inputs(in);
-  Scratch scratch = context.scratch();
-  const RowStates<T> all{scratch.array<T>(count), scratch.array<T>(count), to},
-      own{scratch.array<T>(1), scratch.array<T>(1), scratch.matrix<T>(1, d_v)};
-  const auto seen = [&](Index i) { return std::clamp<Index>(limits.of(rows.data()[i]) + 1, 0, in.k.rows()); };
-  const auto state = [&](Index first, Index n) {
-    const auto at = static_cast<std::size_t>(first), some = static_cast<std::size_t>(n);
-    return RowStates<T>{all.maximum.subspan(at, some), all.sum.subspan(at, some), rows_of(to, {first, first + n})};
-  };
-  for (Range some{0, 0}; some.first < count; some.first = some.last) {
-    some.last = std::min(count, some.first + kTogether);
-    const Index shared = seen(some.first);
-    multiply_partial<Kernel, T>(kernel, keys_of<T>(in, rows_of(q, some), {0, shared}),
-                                state(some.first, some.last - some.first), context);
+class CausalRows {
+ public:
+  /// rows: ascending. weighted: of the states, and later the results.
+  CausalRows(const Kernel& kernel, const Sources<T>& in, const MatrixRef<T>& q, std::span<const Index> rows,
+             const MatrixRef<T>& weighted, Context& context, Scratch& scratch)
+      : kernel_(kernel),
+        in_(in),
+        q_(q),
+        rows_(rows),
+        limits_(CausalLimits::of_inputs(in)),
+        context_(context),
+        states_{scratch.array<T>(q.rows()), scratch.array<T>(q.rows()), weighted},
+        more_{scratch.array<T>(1), scratch.array<T>(1), scratch.matrix<T>(1, weighted.cols())} {}
+
+  void run() const {
+    constexpr Index kTogether = 8;
+    for (Range some{0, 0}; some.first < q_.rows(); some.first = some.last) {
+      some.last = std::min(q_.rows(), some.first + (limits_.has_window() ? 1 : kTogether));
+      attend(some);
+    }
+    finish(kernel_, states_, in_.q.cols(), states_.weighted);
+  }
+
+ private:
+  /// A few neighbouring queries see most keys together, or a single one those in front of its window; the others come
+  /// to each by itself.
+  void attend(Range some) const {
+    const Index together = std::min(seen(some.first), limits_.has_window() ? limits_.sinks : in_.k.rows());
+    set(of(some), some, {0, together});
     for (Index i = some.first; i < some.last; ++i) {
-      if (seen(i) == shared) continue;
-      multiply_partial<Kernel, T>(kernel, keys_of<T>(in, rows_of(q, {i, i + 1}), {shared, seen(i)}), own, context);
-      merge(state(i, 1), own);
+      const Index first = std::max(together, limits_.from(rows_.data()[i]));
+      if (first >= seen(i)) continue;
+      set(more_, {i, i + 1}, {first, seen(i)});
+      merge(of({i, i + 1}), more_);
     }
   }
-  finish(kernel, all, in.q.cols(), to);
-}
 
-/// to (rows, d_v) <- exact attention of the given queries, ascending, as the masks of keys and causal ones say.
+  void set(const RowStates<T>& states, Range some, Range keys) const {
+    multiply_partial<Kernel, T>(kernel_, keys_of<T>(in_, rows_of(q_, some), keys), states, context_);
+  }
+
+  /// Keys up to the last one that the i-th query sees.
+  Index seen(Index i) const { return std::clamp<Index>(limits_.of(rows_.data()[i]) + 1, 0, in_.k.rows()); }
+
+  RowStates<T> of(Range some) const {
+    return {part_of(states_.maximum, some.first, some.last - some.first),
+            part_of(states_.sum, some.first, some.last - some.first), rows_of(states_.weighted, some)};
+  }
+
+  const Kernel& kernel_;
+  const Sources<T>& in_;
+  const MatrixRef<T>& q_;
+  std::span<const Index> rows_;
+  CausalLimits limits_;
+  Context& context_;
+  RowStates<T> states_, more_;
+};
+
+/// to (rows, d_v) <- exact attention of the given queries, for causal masks ascending.
 template <ScoreKernel Kernel, class T>
 void exact_rows(const Kernel& kernel, const Sources<T>& in, std::span<const Index> rows, const MatrixRef<T>& to,
                 Context& context) {
   Scratch scratch = context.scratch();
   const MatrixRef<T> q = scratch.matrix<T>(static_cast<Index>(rows.size()), in.q.cols());
   for (Index i = 0; i < q.rows(); ++i) in.q.copy_row(rows.data()[i], row_of(q, i));
-  if (in.mask.causal != Causal::none) return exact_causal_rows(kernel, in, q, rows, to, context);
+  if (in.mask.causal != Causal::none) return CausalRows<Kernel, T>(kernel, in, q, rows, to, context, scratch).run();
   multiply<Kernel, T>(kernel, keys_of<T>(in, q, {0, in.k.rows()}), to, LogSums<T>{}, context);
 }
 
