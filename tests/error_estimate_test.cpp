@@ -105,7 +105,7 @@ TEST(ErrorEstimates, AreCloseAndTheirIntervalsHoldTheError) {
     const Inputs<float> in{x.q, x.k, x.v};
     const Matrix<float> expected = test::forward(attn::SoftmaxAttention<float>{}, in);
     for (const std::string name : {"multipole", "nystrom", "lifted-softmax"}) {
-      const auto method = attn::make_approximator<float>(name, {.num_landmarks = 32, .num_near = 12});
+      const auto method = attn::find_method<float>(name).make({.num_landmarks = 32, .num_near = 12});
       const Matrix<float> out = test::forward(method, in);
       const double error = attn::relative_frobenius_error(out, expected);
       for (int seed = 0; seed < kSeeds; ++seed) {
