@@ -137,7 +137,7 @@ TEST(AutomaticAttention, TakesMasksAndBiases) {
 }
 
 TEST(AutomaticAttention, OfGaussianKernels) {
-  const auto x = test::smooth<float>();
+  const auto& x = smooth<float>();
   for (const Rows rows : {Rows::raw, Rows::normalized}) {
     const GaussianKernel kernel{.bandwidth = 4, .rows = rows};
     Choice choice;

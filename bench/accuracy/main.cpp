@@ -28,7 +28,8 @@ const std::vector<std::pair<std::string, Study>> kStudies{
     {"features", accuracy::study_features},     {"shift", accuracy::study_shift},
     {"iterations", accuracy::study_iterations}, {"pareto", accuracy::study_pareto},
     {"tensors", accuracy::study_tensors},       {"growth", accuracy::study_growth},
-    {"spectrum", accuracy::study_spectrum},     {"loewner", accuracy::study_loewner}};
+    {"automatic", accuracy::study_automatic},   {"spectrum", accuracy::study_spectrum},
+    {"loewner", accuracy::study_loewner}};
 
 struct Options {
   std::vector<std::string> studies;  ///< none: all
@@ -55,6 +56,9 @@ void add_options(CLI::App& app, Options& options) {
       ->delimiter(',')
       ->capture_default_str();
   app.add_option("--longest", options.settings.longest, "the most tokens of the study growth; 1048576 takes a minute")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--problems", options.settings.problems, "random problems of the study automatic")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   CLI::Option* const json = app.add_option("--json", options.json, "write all figures to this file");

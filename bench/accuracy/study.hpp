@@ -19,6 +19,7 @@ struct Settings {
   std::vector<std::string> tensors{ATTN_BENCH_TENSORS};  ///< the folders that heads of trained models are read from
   std::vector<std::string> growth{"dinov2_l5h4", "words", "smooth"};  ///< what study_growth has: heads and families
   Index longest = 65536;                                              ///< the most tokens of study_growth
+  int problems = 1000;                                                ///< of study_automatic
 };
 
 /// A quantity with a sample for each seed.
@@ -54,6 +55,8 @@ std::vector<Table> study_pareto(const Settings& settings);
 std::vector<Table> study_tensors(const Settings& settings);
 /// Multipole's time, speed-up and error as the number of tokens grows.
 std::vector<Table> study_growth(const Settings& settings);
+/// Estimates of errors, how often Automatic keeps its promise, and what its search takes.
+std::vector<Table> study_automatic(const Settings& settings);
 /// Singular values and condition numbers of softmax and Gaussian attention.
 std::vector<Table> study_spectrum(const Settings& settings);
 /// How often Skyformer's theorem holds, against the number of landmarks.

@@ -101,7 +101,7 @@ class LevelSearch {
  private:
   static constexpr Index kFewest = 12, kMostGroups = 24;
   static constexpr int kMostTries = 6;
-  static constexpr double kMostAtFirst = 0.13, kMost = 0.15, kWorthwhile = 0.95, kMargin = 1.05, kBeyond = 0.15,
+  static constexpr double kMostAtFirst = 0.13, kMost = 0.15, kWorthwhile = 0.95, kMostAtLast = 0.18, kBeyond = 0.15,
                           kStep = 0.3, kTight = 1.15, kSaving = 0.08;
 
   double exact_cost() const { return static_cast<double>(levels_.n_k); }
@@ -121,7 +121,7 @@ class LevelSearch {
   }
 
   /// Heads of trained models have errors of up to about 0.1 at level 0.
-  double first() const { return std::clamp(Levels::finer(0, std::log2(0.1 / max_error_)), -1.5, 0.75); }
+  double first() const { return std::clamp(Levels::finer(0, std::log2(0.1 / max_error_)), -1.5, 1.5); }
 
   /// With what clustering takes beyond what FieldCounts::cost says, which is in keys of 64 features: it hardly depends on
   /// their number.
@@ -143,6 +143,14 @@ class LevelSearch {
     return spent_ + rows + cost_of_groups(few(), level) < kMost * exact_cost();
   }
 
+  /// Of the sample as many groups as a search may take where they are computed in vain after all.
+  Index enough(double level) const {
+    Index groups = most();
+    const auto cost = [&] { return spent_ + cost_of_rows(groups - computed_) + cost_of_groups(groups - few(), level); };
+    while (groups > few() + few() / 2 && cost() > kMostAtLast * exact_cost()) --groups;
+    return groups;
+  }
+
   /// How much finer the given level should be, in levels, by an estimate of so many groups; not positive if it meets the
   /// error with a margin that is wider where estimates vary more.
   double wanted(double level, Index groups, MultipoleTrials<T>& trials, TrialSample<T>& sample, Context& context) {
@@ -154,7 +162,7 @@ class LevelSearch {
     ++tries_;
     spent_ += cost_of_groups(groups, level) + cost_of_rows(std::max<Index>(0, groups - computed_));
     computed_ = std::max(computed_, groups);
-    const double safe = kMargin * std::cbrt(estimate_.error * estimate_.error * estimate_.upper);
+    const double safe = std::sqrt(estimate_.error * std::sqrt(estimate_.error * estimate_.upper));
     if (is_nan(safe)) return std::numeric_limits<double>::infinity();
     const double more = std::log2((safe <= max_error_ ? safe : kTight * estimate_.error) / max_error_),
                  fallen = Levels::fall(level) - Levels::fall(level_before_);
@@ -177,12 +185,12 @@ class LevelSearch {
         groups = few();
         continue;
       }
-      if (groups == sample.count()) return level;
+      if (groups > few()) return level;
       const double lower = std::max({Levels::kLowest, level + step + kBeyond, fails + kStep});
       if (levels_.cost(level) - levels_.cost(lower) > kSaving * exact_cost() && affords(lower)) {
         level = lower;
       } else {
-        groups = sample.count();
+        groups = enough(level);
       }
     }
     return {};
@@ -197,9 +205,8 @@ class LevelSearch {
   int tries_ = 0;
   Index computed_ = 0;  ///< groups whose exact rows are there
   double spent_ = 0;
-  double level_before_ = 0,
-         more_before_ = 0;  ///< of the last try: its level, and log2 by how much its error was too large
-  double pace_ = 1;         ///< at which errors fall, relative to Levels::fall
+  double level_before_ = 0, more_before_ = 0;  ///< of the last try, more: log2 by how much its error was too large
+  double pace_ = 1;                            ///< at which errors fall, relative to Levels::fall
 };
 
 }  // namespace attn::detail
