@@ -26,11 +26,11 @@ Sources<T> keys_of(const Sources<T>& in, const TokenRows<T>& q, Range keys) {
 
 /// Rows of exact attention under a causal mask, as states that some keys after others are added to.
 template <ScoreKernel Kernel, class T>
-class CausalRows {
+class ExactCausalRows {
  public:
   /// rows: ascending. weighted: of the states, and later the results.
-  CausalRows(const Kernel& kernel, const Sources<T>& in, const MatrixRef<T>& q, std::span<const Index> rows,
-             const MatrixRef<T>& weighted, Context& context, Scratch& scratch)
+  ExactCausalRows(const Kernel& kernel, const Sources<T>& in, const MatrixRef<T>& q, std::span<const Index> rows,
+                  const MatrixRef<T>& weighted, Context& context, Scratch& scratch)
       : kernel_(kernel),
         in_(in),
         q_(q),
@@ -91,7 +91,8 @@ void exact_rows(const Kernel& kernel, const Sources<T>& in, std::span<const Inde
   Scratch scratch = context.scratch();
   const MatrixRef<T> q = scratch.matrix<T>(static_cast<Index>(rows.size()), in.q.cols());
   for (Index i = 0; i < q.rows(); ++i) in.q.copy_row(rows.data()[i], row_of(q, i));
-  if (in.mask.causal != Causal::none) return CausalRows<Kernel, T>(kernel, in, q, rows, to, context, scratch).run();
+  if (in.mask.causal != Causal::none)
+    return ExactCausalRows<Kernel, T>(kernel, in, q, rows, to, context, scratch).run();
   multiply<Kernel, T>(kernel, keys_of<T>(in, q, {0, in.k.rows()}), to, LogSums<T>{}, context);
 }
 
