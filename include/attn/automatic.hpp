@@ -60,7 +60,8 @@ struct AutomaticSaved {
 /// A call remembers nothing. The plan that one has chosen may be the hint of later calls on similar tokens, as those of
 /// the same layer are: the search is then left out, the error is estimated from 64 rows, and where it is too large the
 /// search follows after all. A hint of exact attention is always followed.
-/// The backward pass is that of the method chosen; in training the search's own rows are computed twice.
+/// The backward pass is that of the method chosen; in training the search's own rows are computed twice. Memory as
+/// Multipole's, but for the summaries of all regions at once.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 struct Automatic {
   double max_error = 0.03;     ///< at least 0, of exact attention

@@ -200,7 +200,7 @@ ErrorEstimate estimate_error(const Kernel& kernel, const Inputs<T>& in, std::typ
 
 /// The same against an exact method.
 template <class T, ScoreKernel Kernel>
-ErrorEstimate estimate_error(const ExactAttention<T, Kernel>& exact, const Inputs<T>& in,
+ErrorEstimate estimate_error(const ExactAttention<T, Kernel>& exact, const std::type_identity_t<Inputs<T>>& in,
                              std::type_identity_t<ConstMatrixRef<T>> out, const ErrorSample& options,
                              Context& context) {
   return estimate_error(exact.kernel(), in, out, options, context);

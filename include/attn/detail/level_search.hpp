@@ -101,7 +101,7 @@ class LevelSearch {
  private:
   static constexpr Index kFewest = 12, kMostGroups = 24;
   static constexpr int kMostTries = 6;
-  static constexpr double kMostAtFirst = 0.13, kMost = 0.15, kWorthwhile = 0.95, kMostAtLast = 0.18, kBeyond = 0.15,
+  static constexpr double kMostAtFirst = 0.13, kMost = 0.15, kWorthwhile = 0.95, kMostAtLast = 0.17, kBeyond = 0.15,
                           kStep = 0.3, kTight = 1.15, kSaving = 0.08;
 
   double exact_cost() const { return static_cast<double>(levels_.n_k); }
