@@ -99,8 +99,8 @@ struct SumOfDraws {
   }
 };
 
-/// The interval of an estimate E is E exp(-c) to E exp(3 c / 2), c the coefficient of variation of the sum of squares of
-/// differences behind it, twice that of E: such squares have a heavy tail, of which a sample rather misses a part.
+/// The interval of an estimate E is E exp(-c) to E exp(3 c / 2), c the coefficient of variation of the sum of squares
+/// of differences behind it, twice that of E: such squares have a heavy tail, of which a sample rather misses a part.
 inline ErrorEstimate interval(double error, double spread, Index rows) {
   return {error, error * std::exp(-spread), error * std::exp(1.5 * spread), rows};
 }

@@ -123,8 +123,8 @@ class LevelSearch {
   /// Heads of trained models have errors of up to about 0.1 at level 0.
   double first() const { return std::clamp(Levels::finer(0, std::log2(0.1 / max_error_)), -1.5, 1.5); }
 
-  /// With what clustering takes beyond what FieldCounts::cost says, which is in keys of 64 features: it hardly depends on
-  /// their number.
+  /// With what clustering takes beyond what FieldCounts::cost says, which is in keys of 64 features: it hardly depends
+  /// on their number.
   double fixed_cost() const {
     const double pair = static_cast<double>(in_.k.cols() + in_.v.cols()) + 11, usual = 128 + 11;
     return levels_.fixed_cost() +
@@ -151,8 +151,8 @@ class LevelSearch {
     return groups;
   }
 
-  /// How much finer the given level should be, in levels, by an estimate of so many groups; not positive if it meets the
-  /// error with a margin that is wider where estimates vary more.
+  /// How much finer the given level should be, in levels, by an estimate of so many groups; not positive if it meets
+  /// the error with a margin that is wider where estimates vary more.
   double wanted(double level, Index groups, MultipoleTrials<T>& trials, TrialSample<T>& sample, Context& context) {
     const FieldCounts counts = levels_.at(level);
     trials.start({counts.open, counts.near});

@@ -1,5 +1,5 @@
-/// Multipole attention of some groups of queries at a time, with any numbers of open branches and near clusters: how the
-/// cheapest ones that will do are found. Clusters, groups and what regions know of branches are made once.
+/// Multipole attention of some groups of queries at a time, with any numbers of open branches and near clusters: how
+/// the cheapest ones that will do are found. Clusters, groups and what regions know of branches are made once.
 #pragma once
 
 #include <attn/context.hpp>
@@ -104,10 +104,10 @@ class MultipoleTrials {
   Index* next_;
 };
 
-/// Some queries of some groups, whose rows are computed exactly: the error of a trial is estimated from them. Groups and
-/// queries in them are drawn with probabilities of 0.2 + 0.4 x + 0.4 x^2, x about the square by which a query's scores
-/// are off its group's mean, relative to the mean of that; x^2 likewise. Where a far field is wrong it is so for the
-/// queries that are far off.
+/// Some queries of some groups, whose rows are computed exactly: the error of a trial is estimated from them. Groups
+/// and queries in them are drawn with probabilities of 0.2 + 0.4 x + 0.4 x^2, x about the square by which a query's
+/// scores are off its group's mean, relative to the mean of that; x^2 likewise. Where a far field is wrong it is so for
+/// the queries that are far off.
 template <class T>
 class TrialSample {
  public:
