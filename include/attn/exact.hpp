@@ -45,13 +45,15 @@ using ExactSaved = Saved<ExactState<Arithmetic<T>, Kernel>, PassInputs>;
 /// (3 d + 2 d_v) flops. Dao et al. 2022, Alg. 4.
 template <class T, ScoreKernel Kernel>
 class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::ExactSaved<T, Kernel>> {
+  using Base = MethodBase<ExactAttention<T, Kernel>, T, detail::ExactSaved<T, Kernel>>;
+
  public:
   using Saved = detail::ExactSaved<T, Kernel>;  ///< what backward needs
   /// In tables and error messages.
   static constexpr std::string_view kName = std::is_same_v<Kernel, SoftmaxKernel>    ? "softmax"
                                             : std::is_same_v<Kernel, GaussianKernel> ? "gaussian"
                                                                                      : "exact";
-  static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true, .window = true};  ///< which it takes
+  static constexpr detail::MaskSupport kMasks{.causal = true, .key_bias = true, .positions = true};  ///< which it takes
 
   /// With its parameter.
   explicit constexpr ExactAttention(Kernel kernel = {}) : kernel_(kernel) {}  // write {{.scale = 0.5}}
@@ -61,6 +63,14 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
 
   /// That parameter.
   const Kernel& kernel() const { return kernel_; }
+
+  using Base::forward;
+
+  /// The same, and lse (n_q) <- log sum_j kappa_ij of each row, -infinity for one that sees no key.
+  void forward(const Inputs<T>& in, MatrixRef<T> out, std::span<detail::Arithmetic<T>> lse, Context& context) const {
+    detail::check(kName, in, out, lse);
+    kernel_matmul(kernel_, in, out, lse, context);
+  }
 
   /// Up to how many queries of d features, of heads that share their keys, are computed together by multi_head.
   Index most_shared_queries(Index d) const {

@@ -21,12 +21,17 @@ enum class Causal { none, upper_left, lower_right };
 /// A window narrows a causal mask: of the keys that a query sees, it leaves the last `window` rows and the num_sinks
 /// first ones (attention sinks: Xiao et al. 2024), which are counted from the first row that keep_key keeps. The time
 /// that exact attention takes is then as that of n_q (window + num_sinks) pairs.
+///
+/// Where q or k is a part of a longer sequence, first_query and first_key say at which of its rows they begin, and
+/// upper_left compares rows of that sequence: query i sees the keys with first_key + j <= first_query + i.
 struct Mask {
   Causal causal = Causal::none;                ///< whether queries see the keys after them
   std::span<const std::uint8_t> keep_key{};    ///< (n_k): a dropped key influences nothing
   std::span<const std::uint8_t> keep_query{};  ///< (n_q): a dropped query's row is 0, and it counts in no landmark
   std::ptrdiff_t window = 0;                   ///< rows up to a query's last one that it sees; 0: all of them
   std::ptrdiff_t num_sinks = 0;                ///< rows at the beginning that stay in sight of every later query
+  std::ptrdiff_t first_query = 0;              ///< where q's first row is in the sequence, for upper_left
+  std::ptrdiff_t first_key = 0;                ///< where k's first row is in it
 };
 
 namespace detail {

@@ -166,7 +166,9 @@ class KeptMatrixRef : public ConstMatrixRef<T> {
   KeptMatrixRef(M&&) = delete;  // a temporary ends before the view of it: give the matrix a name first
 };
 
-/// What attention reads. Entry a_j of key_bias multiplies key j's weight by exp(a_j); -infinity removes the key.
+/// What attention reads. Entry a_j of key_bias multiplies key j's weight by exp(a_j); -infinity removes the key. With an
+/// alibi_slope m, at least 0, the weight of a key that lies r rows before the last one that the causal mask lets the
+/// query see is multiplied by exp(-m r) (Press et al. 2022).
 template <class T>
 struct Inputs {
   KeptMatrixRef<T> q;             ///< queries (n_q, d)
@@ -174,6 +176,7 @@ struct Inputs {
   KeptMatrixRef<T> v;             ///< values (n_k, d_v)
   Mask mask{};                    ///< which keys each query sees; all of them unless given
   std::span<const T> key_bias{};  ///< log-weights (n_k), or empty
+  double alibi_slope = 0;         ///< what weights fall by from row to row, 0: nothing; needs a causal mask
 };
 
 /// Where a backward pass writes the gradients by its inputs: overwritten, not added to. Must not overlap the inputs or

@@ -72,7 +72,11 @@ Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins
   }
   for (Index i = 0; i < s.rows(); ++i) {
     for (Index j = 0; j < s.cols(); ++j) {
-      if (!visible(p.mask, s.rows(), s.cols(), i, j)) s(i, j) = -kInfinity;
+      if (!visible(p.mask, s.rows(), s.cols(), i, j)) {
+        s(i, j) = -kInfinity;
+      } else if (p.alibi_slope != 0) {
+        s(i, j) -= p.alibi_slope * static_cast<double>(rows_ahead(p.mask, s.rows(), s.cols(), i, j));
+      }
     }
   }
   return s;

@@ -42,28 +42,33 @@ struct Problem {
   Matrix q, k, v;
   attn::Mask mask{};
   Vector key_bias{};
+  double alibi_slope = 0;
 };
 
 inline bool kept(std::span<const std::uint8_t> keep, Index i) {
   return keep.empty() || keep[static_cast<std::size_t>(i)] != 0;
 }
 
-/// Whether query i of n_q sees key j of n_k. lower_right: the last kept query sees the last kept key, and a query so
-/// many rows before it does not see as many rows of keys. A window leaves its last rows and the first ones.
+/// How many rows the last key that query i of n_q sees under a causal mask, if the sequence went on, lies behind key j
+/// of n_k: negative where the query does not see it. lower_right: the last kept query sees the last kept key, and a query
+/// so many rows before it does not see as many rows of keys. Both are kept.
+inline Index rows_ahead(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
+  if (mask.causal == attn::Causal::upper_left) return mask.first_query + i - (mask.first_key + j);
+  Index last_query = n_q - 1, last_key = n_k - 1;
+  while (!kept(mask.keep_query, last_query)) --last_query;  // ends at i or before
+  while (!kept(mask.keep_key, last_key)) --last_key;        // at j or before
+  return last_key - j - (last_query - i);
+}
+
+/// Whether query i of n_q sees key j of n_k. A window leaves its last rows and the first ones.
 inline bool visible(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
   if (!kept(mask.keep_query, i) || !kept(mask.keep_key, j)) return false;
   if (mask.causal == attn::Causal::none) return true;
-  Index ahead = i - j;  // rows from the key to the last one that the query sees
-  if (mask.causal == attn::Causal::lower_right) {
-    Index last_query = n_q - 1, last_key = n_k - 1;
-    while (!kept(mask.keep_query, last_query)) --last_query;  // ends at i or before
-    while (!kept(mask.keep_key, last_key)) --last_key;        // at j or before
-    ahead = last_key - j - (last_query - i);
-  }
+  const Index ahead = rows_ahead(mask, n_q, n_k, i, j);
   if (ahead < 0 || mask.window == 0) return ahead >= 0;
   Index first_key = 0;
-  while (!kept(mask.keep_key, first_key)) ++first_key;
-  return ahead < mask.window || j < first_key + mask.num_sinks;
+  while (mask.first_key == 0 && !kept(mask.keep_key, first_key)) ++first_key;
+  return ahead < mask.window || mask.first_key + j < first_key + mask.num_sinks;
 }
 
 /// log kappa of every pair, written as -bias |q - k|^2 + (scale - 2 bias) q.k: a Gaussian kernel has the first term
@@ -74,8 +79,8 @@ Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k);
 /// its digits.
 Vector bias_origins(const Problem& p);
 
-/// log_kernel plus key_bias, less a query's origin unless there are none; -infinity where the query does not see the
-/// key.
+/// log_kernel plus key_bias and what distances weigh, less an origin of the query unless there are none; -infinity where
+/// the query does not see the key.
 Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins = {});
 
 struct Result {

@@ -166,8 +166,12 @@ std::string describe(const Inputs<T>& in) {
 /// The oracle's view of the same problem.
 template <class T>
 reference::Problem to_reference(const Inputs<T>& in) {
-  reference::Problem p{
-      in.q.template cast<double>(), in.k.template cast<double>(), in.v.template cast<double>(), in.mask, {}};
+  reference::Problem p{in.q.template cast<double>(),
+                       in.k.template cast<double>(),
+                       in.v.template cast<double>(),
+                       in.mask,
+                       {},
+                       in.alibi_slope};
   const auto n_bias = static_cast<Index>(in.key_bias.size());
   if (n_bias > 0) p.key_bias = Eigen::Map<const Eigen::VectorX<T>>(in.key_bias.data(), n_bias).template cast<double>();
   return p;

@@ -30,8 +30,9 @@ struct PassInputs {
   Index n_q = 0, n_k = 0, d = 0, d_v = 0;
   std::uint64_t dropped_queries = 0, dropped_keys = 0;
   Causal causal = Causal::none;
-  Index window = 0, num_sinks = 0;
+  Index window = 0, num_sinks = 0, offset = 0;
   bool has_bias = false;
+  double alibi_slope = 0;
   ScoreParameters kernel{};
 
   template <ScoreKernel Kernel, class T>
@@ -46,7 +47,9 @@ struct PassInputs {
             .causal = in.mask.causal,
             .window = in.mask.window,
             .num_sinks = in.mask.num_sinks,
+            .offset = in.mask.first_query - in.mask.first_key,
             .has_bias = !in.key_bias.empty(),
+            .alibi_slope = in.alibi_slope,
             .kernel = score_parameters(kernel, in.k.cols())};
   }
 
@@ -59,8 +62,9 @@ struct PassInputs {
     const char* other = nullptr;
     if (has_bias != now.has_bias) other = has_bias ? "key biases" : "no key biases";
     if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal ||
-        window != now.window || num_sinks != now.num_sinks)
+        window != now.window || num_sinks != now.num_sinks || offset != now.offset)
       other = "another mask";
+    if (alibi_slope != now.alibi_slope) other = "another alibi_slope";
     if (other != nullptr) refuse(who, "saved is of a forward pass with %s", other);
     if (kernel.scale == now.kernel.scale && kernel.bias == now.kernel.bias && kernel.rows == now.kernel.rows) return;
     const auto name = [](Rows rows) { return rows == Rows::raw ? "raw" : "normalized"; };

@@ -76,16 +76,21 @@ std::span<const To> in_type(std::span<const From> x, Scratch& scratch) {
 
 template <class To, class From>
 Inputs<To> in_type(const Inputs<From>& in, Scratch& scratch, Context& context) {
-  return {in_type<To>(in.q, scratch, context), in_type<To>(in.k, scratch, context), in_type<To>(in.v, scratch, context),
-          in.mask, in_type<To>(in.key_bias, scratch)};
+  return {in_type<To>(in.q, scratch, context), in_type<To>(in.k, scratch, context),
+          in_type<To>(in.v, scratch, context), in.mask,
+          in_type<To>(in.key_bias, scratch),   in.alibi_slope};
 }
 
 /// Inputs to be read in the type of their arithmetic, a tile at a time. SomeMask: RowMask where no mask is causal.
 template <class SomeMask = Mask, class T>
 Sources<Arithmetic<T>> arithmetic_sources(const Inputs<T>& in, Scratch& scratch) {
   using Wide = Arithmetic<T>;
-  return {TokenRows<Wide>(in.q), TokenRows<Wide>(in.k), TokenRows<Wide>(in.v), SomeMask(in.mask),
-          in_type<Wide>(in.key_bias, scratch)};
+  return {TokenRows<Wide>(in.q),
+          TokenRows<Wide>(in.k),
+          TokenRows<Wide>(in.v),
+          SomeMask(in.mask),
+          in_type<Wide>(in.key_bias, scratch),
+          in.alibi_slope};
 }
 
 /// A backward pass in To: backward(inputs, out, dout, gradients) is of matrices of that type, whose results are

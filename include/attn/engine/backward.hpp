@@ -189,7 +189,8 @@ class BackwardRunner {
   bool has_bias() const { return product_.kernel.bias != 0; }
 
   bool weights_at_most_one() const {
-    return product_.rows == Rows::normalized || (product_.bounded && product_.in.key_bias.empty());
+    return product_.rows == Rows::normalized ||
+           (product_.bounded && product_.in.key_bias.empty());  // slopes lessen them
   }
 
   void load_strip(Lanes& strip, Index s) const {
@@ -268,7 +269,7 @@ class BackwardRunner {
     const QueryStrip<T>& queries = strip.queries;
     const Index lanes = queries.lanes(), d = product_.in.k.cols();
     if (seen.count == 0) return;
-    set_slopes(strip, tile, seen);
+    set_slopes(strip, tile, seen, limit);
     if (seen.partly()) {
       for (T* panel : {scores_, slopes_}) {
         hide_future(tile, seen, limit, T(0), lanes, panel);
@@ -287,7 +288,7 @@ class BackwardRunner {
   }
 
   /// scores_ and slopes_ <- weights and derivatives by the scores, of the keys that any query of the strip sees.
-  void set_slopes(const Lanes& strip, const KeyTile<T>& tile, const SeenKeys& seen) const {
+  void set_slopes(const Lanes& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
     const QueryStrip<T>& queries = strip.queries;
     const bool own_origins = queries.bias_origin != nullptr, adds_bias = own_origins && !tile.seen_wholly(seen);
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
@@ -295,17 +296,21 @@ class BackwardRunner {
       score_keys<packets>(scored, seen.count, queries.panel, product_.in.q.cols(), scores_, unused_, {});
       if (strip.has_base)
         far_pairs_->refine(queries, scored, seen.count, strip.base, strip.log_divisor, scores_, unused_);
-      if (adds_bias) add_key_bias(tile, seen.count, queries.bias_origin, queries.lanes(), scores_);
+      if (adds_bias) {
+        const T slope = product_.kernel.slope;
+        add_key_bias(tile, seen.count, queries.bias_origin, queries.lanes(), scores_);
+        if (slope != 0) subtract_distances(tile, seen.count, slope, limit, queries.lanes(), scores_);
+      }
       score_keys<packets>(tile.values(), seen.count, strip.douts, product_.in.v.cols(), slopes_, unused_, {});
-      const T* const divisor = own_origins && !adds_bias ? shifted_divisor(strip, tile) : strip.log_divisor;
+      const T* const divisor = own_origins && !adds_bias ? shifted_divisor(strip, tile, limit) : strip.log_divisor;
       weigh_slopes<packets>(scores_, slopes_, seen.count, divisor, strip.dot, weights_at_most_one());
     });
   }
 
   /// log_divisor as counted from the origin of a tile's biases.
-  const T* shifted_divisor(const Lanes& strip, const KeyTile<T>& tile) const {
+  const T* shifted_divisor(const Lanes& strip, const KeyTile<T>& tile, Index limit) const {
     const QueryStrip<T>& queries = strip.queries;
-    set_bias_shift(tile.bias_origin, queries.bias_origin, queries.lanes(), unused_);
+    set_bias_shift(tile, queries.bias_origin, product_.kernel.slope, limit, queries.lanes(), unused_);
     for (Index i = 0; i < queries.lanes(); ++i) unused_[i] = strip.log_divisor[i] - unused_[i];
     return unused_;
   }

@@ -37,6 +37,7 @@ class CausalStripKernel : public StripKernel<T> {
   CausalStripKernel(const Product<T>& product, const FarPairs<T>* far_pairs, Scratch& scratch)
       : Base(product.in, product.maximum, far_pairs, scratch),
         limits_(product.limits),
+        slope_(product.kernel.slope),
         finite_values_(scratch.elements<T>(kTileKeys<T> * product.in.v.cols())),
         shift_(scratch.elements<T>(kTileWidth<T>)),
         shifted_maximum_(scratch.elements<T>(kTileWidth<T>)) {}
@@ -70,12 +71,13 @@ class CausalStripKernel : public StripKernel<T> {
     if (strip.far) this->refine(strip, state, scored, seen.count);
     if (adds_bias) {
       add_key_bias(tile, seen.count, strip.bias_origin, strip.lanes(), panel_);
+      if (slope_ != 0) subtract_distances(tile, seen.count, slope_, limit, strip.lanes(), panel_);
       hide(strip, tile, seen, limit);
     }
     if (seen.partly() || adds_bias) set_tile_maximum(seen.count, strip.lanes());
     const bool shifts = own_origins && !adds_bias;
     if (!shifts) this->raise_maximum(strip, state, tile_maximum_);
-    this->weigh_keys(strip, state, seen.count, shifts ? raise_shifted(strip, state, tile.bias_origin) : state.maximum);
+    this->weigh_keys(strip, state, seen.count, shifts ? raise_shifted(strip, state, tile, limit) : state.maximum);
     if (seen.partly() && !finite_values(tile, seen.first_hidden(), seen.count)) {
       return add_seen_values(strip, state, tile, seen.count, limit);
     }
@@ -99,8 +101,9 @@ class CausalStripKernel : public StripKernel<T> {
   /// raise_maximum for a tile whose biases are counted from another origin than those of each query, which is no
   /// smaller. The weights are relative to the maximum as counted from the tile's origin; where that is too far below to
   /// be told from it, to the tile's own.
-  const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, T tile_origin) const {
-    set_bias_shift(tile_origin, strip.bias_origin, strip.lanes(), shift_);
+  const T* raise_shifted(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                         Index limit) const {
+    set_bias_shift(tile, strip.bias_origin, slope_, limit, strip.lanes(), shift_);
     for (Index i = 0; i < strip.lanes(); ++i) shifted_maximum_[i] = tile_maximum_[i] + shift_[i];
     this->raise_maximum(strip, state, shifted_maximum_);
     for (Index i = 0; i < strip.lanes(); ++i) {
@@ -143,6 +146,7 @@ class CausalStripKernel : public StripKernel<T> {
   }
 
   CausalLimits limits_;
+  T slope_;
   T* finite_values_;  ///< kTileKeys rows of d_v elements
 
  private:

@@ -191,18 +191,28 @@ struct Shape {
 struct InputShapes {
   template <class T>
   InputShapes(const Inputs<T>& in)  // NOLINT: implicit, so that inputs can be passed as they are
-      : q(in.q), k(in.k), v(in.v), mask(in.mask), key_biases(in.key_bias.size()) {}
+      : q(in.q), k(in.k), v(in.v), mask(in.mask), key_biases(in.key_bias.size()), alibi_slope(in.alibi_slope) {}
 
   Shape q, k, v;
   const Mask& mask;
   std::size_t key_biases;
+  double alibi_slope;
 };
 
-/// A window narrows what a causal mask leaves.
-[[gnu::noinline]] inline void check_window(std::string_view who, const Mask& mask) {
+/// Windows, offsets and slopes change what a causal mask leaves.
+[[gnu::noinline]] inline void check_positions(std::string_view who, const Mask& mask, double alibi_slope) {
   if (mask.window < 0) refuse(who, "window is %td, should be at least 0", mask.window);
   if (mask.num_sinks < 0) refuse(who, "num_sinks is %td, should be at least 0", mask.num_sinks);
   if (mask.window > 0 && mask.causal == Causal::none) refuse(who, "a window needs a causal mask");
+  if (mask.first_query < 0) refuse(who, "first_query is %td, should be at least 0", mask.first_query);
+  if (mask.first_key < 0) refuse(who, "first_key is %td, should be at least 0", mask.first_key);
+  if ((mask.first_query > 0 || mask.first_key > 0) && mask.causal != Causal::upper_left) {
+    refuse(who, "first_query and first_key need the causal mask upper_left");
+  }
+  if (!(alibi_slope >= 0 && std::isfinite(alibi_slope))) {
+    refuse(who, "alibi_slope is %g, should be finite and at least 0", alibi_slope);
+  }
+  if (alibi_slope > 0 && mask.causal == Causal::none) refuse(who, "an alibi_slope needs a causal mask");
 }
 
 /// Shapes of inputs agree with one another.
@@ -216,7 +226,7 @@ struct InputShapes {
   check_length(who, "keep_key", in.mask.keep_key.size(), "k", in.k.rows);
   check_length(who, "keep_query", in.mask.keep_query.size(), "q", in.q.rows);
   check_length(who, "key_bias", in.key_biases, "k", in.k.rows);
-  check_window(who, in.mask);
+  check_positions(who, in.mask, in.alibi_slope);
 }
 
 /// Whether two views share an element.
@@ -335,15 +345,17 @@ inline void check_at_least(std::string_view who, const char* name, double value,
   if (!(value >= least)) refuse(who, "%s is %g, should be at least %g", name, value, least);
 }
 
-/// What a method takes beside masks of rows.
+/// What a method takes beside masks of rows. positions: what depends on where tokens are in the sequence.
 struct MaskSupport {
-  bool causal = false, key_bias = false, window = false;
+  bool causal = false, key_bias = false, positions = false;
 
   /// What of these inputs it does not take; null if it takes all.
   template <class In>
   constexpr const char* lacks(const In& in) const {
     if (in.mask.causal != Causal::none && !causal) return "causal masks";
-    if (in.mask.window != 0 && !window) return "windows";
+    if (in.mask.window != 0 && !positions) return "windows";
+    if ((in.mask.first_query != 0 || in.mask.first_key != 0) && !positions) return "offsets of rows";
+    if (in.alibi_slope != 0 && !positions) return "ALiBi slopes";
     return in.key_bias.empty() || key_bias ? nullptr : "key biases";
   }
 

@@ -212,7 +212,10 @@ class FewQueriesRunner {
     }
     set_key_bias(tile, count);
     std::fill_n(tile_maximum_, kTileWidth<T>, kNoMaximum<T>);
-    for (Index i = 0; i < queries_.rows.count; ++i) finish_scores(i, leaves_any ? past_[i] : Range{0, 0});
+    for (Index i = 0; i < queries_.rows.count; ++i) {
+      if (product_.kernel.slope != 0) subtract_distances(i, tile.first);
+      finish_scores(i, leaves_any ? past_[i] : Range{0, 0});
+    }
     raise_maximum(state);
     for (Index i = 0; i < queries_.rows.count; ++i) state.sum[i] += weigh(scores_.row(i), seen_[i], state.maximum[i]);
     std::fill_n(sums_.data, with_room<T>(sums_.count) * sums_.stride, T(0));
@@ -312,6 +315,14 @@ class FewQueriesRunner {
   void set_key_bias(Range tile, Index count) const {
     for (Index j = 0; j < count && key_bias_ != nullptr; ++j) {
       key_bias_[j] = product_.in.key_bias.data()[tile.first + numbers_[j]];
+    }
+  }
+
+  /// Scores of query i <- less what their keys' distances from its last one weigh.
+  void subtract_distances(Index i, Index first) const {
+    const Index limit = product_.limits.of(i) - first;
+    for (Index j = 0; j < seen_[i]; ++j) {
+      scores_.row(i)[j] += product_.kernel.slope * static_cast<T>(numbers_[j] - limit);
     }
   }
 

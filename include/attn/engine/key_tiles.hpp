@@ -46,8 +46,8 @@ Range tiles_up_to(Range keys, Index limit) {
 
 /// A run of kept keys. rows holds their row numbers, ascending, or is null: first, first + 1, ...
 /// bias holds what is added to a key's scores, in units of log2, or is null: norm_bias, what the kernel has of |k|^2,
-/// and key_part, what the key biases are as counted from bias_origin. key_bias: these as they are. Each is null where
-/// there are none.
+/// and key_part, what the key biases are as counted from bias_origin, and distances from origin_row. key_bias: these as
+/// they are. Each is null where there are none.
 template <class T>
 struct KeyTile {
   const T *k, *v, *bias;
@@ -56,6 +56,7 @@ struct KeyTile {
   Index first, count;
   const T *norm_bias = nullptr, *key_part = nullptr, *key_bias = nullptr;
   T bias_origin = 0;
+  Index origin_row = 0;
   bool finite = false;   ///< whether all keys and values are known to be
   bool whole = true;     ///< whether it has all keys that bias_origin is of
   Index keys_a_row = 1;  ///< keys whose values share a row of v
@@ -156,7 +157,7 @@ class KeyReader {
                                                                        : nullptr),
         v_(drops_keys_ || !in.v.in_place() ? scratch.elements<T>(kTileKeys<T> * in.v.cols()) : nullptr),
         norm_bias_(kernel.bias != 0 ? scratch.elements<T>(kTileKeys<T>) : nullptr),
-        key_bias_(in.key_bias.empty() ? nullptr : scratch.elements<T>(3 * kTileKeys<T>)),
+        key_bias_(in.key_bias.empty() && kernel.slope == 0 ? nullptr : scratch.elements<T>(3 * kTileKeys<T>)),
         rows_(drops_keys_ ? scratch.elements<Index>(kTileKeys<T>) : nullptr) {}
 
   /// The kept keys among rows [first, last), at most kTileKeys of them.
@@ -196,11 +197,14 @@ class KeyReader {
   /// Biases are counted from the common origin, or where each query has its own, from the largest one of the tile.
   void set_key_bias(KeyTile<T>& tile) const {
     T *const part = key_bias_ + kTileKeys<T>, *const bias = part + kTileKeys<T>;
-    for (Index j = 0; j < tile.count; ++j) key_bias_[j] = in_.key_bias.data()[tile.row(j)];
+    const bool has_bias = !in_.key_bias.empty();
+    for (Index j = 0; j < tile.count; ++j) key_bias_[j] = has_bias ? in_.key_bias.data()[tile.row(j)] : T(0);
     tile.bias_origin = kernel_.bias_origins.of_queries == nullptr ? kernel_.bias_origins.common
                                                                   : largest_origin(key_bias_, tile.count);
+    tile.origin_row = tile.count > 0 ? tile.row(tile.count - 1) : tile.first;
     for (Index j = 0; j < tile.count; ++j) {
       part[j] = std::numbers::log2e_v<T> * (key_bias_[j] - tile.bias_origin);
+      if (kernel_.slope != 0) part[j] += kernel_.slope * static_cast<T>(tile.row(j) - tile.origin_row);
       bias[j] = norm_bias_ == nullptr ? part[j] : part[j] + norm_bias_[j];
     }
     tile.key_bias = key_bias_;

@@ -52,13 +52,15 @@ struct CausalLimits {
   static CausalLimits of_inputs(const In& in) {
     const Mask& mask = in.mask;
     const Index queries = queries_of_head(in);
-    CausalLimits limits{.causal = mask.causal != Causal::none, .queries = queries};
+    CausalLimits limits{
+        .causal = mask.causal != Causal::none, .offset = mask.first_query - mask.first_key, .queries = queries};
     if (mask.causal == Causal::lower_right) {
       limits.offset = length_kept(in.k.rows(), mask.keep_key) - length_kept(queries, mask.keep_query);
     }
     if (mask.window == 0) return limits;
     limits.window = mask.window;
-    limits.sinks = first_kept(mask.keep_key) + std::min<Index>(mask.num_sinks, in.k.rows());
+    const Index first = mask.first_key > 0 ? -mask.first_key : first_kept(mask.keep_key);
+    limits.sinks = std::clamp<Index>(first + std::min(mask.num_sinks, mask.first_key + in.k.rows()), 0, in.k.rows());
     return limits;
   }
 
@@ -105,7 +107,7 @@ T largest_origin(const T* bias, Index count) {
 }
 
 /// The largest finite bias that each query sees, 0 for one that sees none: of_queries (n_q) under a causal mask, else
-/// null, and all have the common one.
+/// null, and all have the common one. What distances weigh is not in it: that is 0 for a query's last key.
 template <class T>
 struct BiasOrigins {
   T common = 0;
@@ -114,7 +116,12 @@ struct BiasOrigins {
   T of(Index query) const { return of_queries == nullptr ? common : of_queries[query]; }
 
   static BiasOrigins of_inputs(const Sources<T>& in, Scratch& scratch) {
-    if (in.key_bias.empty()) return {};
+    if (in.key_bias.empty() && in.alibi_slope == 0) return {};
+    if (in.key_bias.empty()) {
+      T* const zeros = scratch.elements<T>(in.q.rows());
+      std::fill_n(zeros, in.q.rows(), T(0));
+      return {T(0), zeros};
+    }
     LargestBias<T> largest;
     Index seen = 0;
     const auto see_up_to = [&](Index limit) {
@@ -213,6 +220,7 @@ template <class T>
 struct LogKernel {
   const T* center = nullptr;
   T scale = 0, bias = 0;
+  T slope = 0;                    ///< what a score has less for each row between a key and the query's last one
   BiasOrigins<T> bias_origins{};  ///< what key biases are counted from, in their own units
 
   static LogKernel of(const ScoreParameters& kernel) {
@@ -453,7 +461,8 @@ template <ScoreKernel Kernel, class T>
 Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_rows, Index workers, Scratch& scratch) {
   const ScoreParameters parameters = score_parameters(kernel, in.q.cols());
   check_kernel<T>(kMatmulName, kernel, in.q.cols());
-  const bool needs_no_maximum = parameters.bounded() && in.key_bias.empty() && parameters.rows == Rows::raw;
+  const bool needs_no_maximum =
+      parameters.bounded() && in.key_bias.empty() && in.alibi_slope == 0 && parameters.rows == Rows::raw;
   Product<T> product{.in = in,
                      .kernel = LogKernel<T>::of(parameters),
                      .limits = CausalLimits::of_inputs(in),
@@ -461,6 +470,7 @@ Product<T> make_product(const Kernel& kernel, const Sources<T>& in, Maximum raw_
                      .bounded = parameters.bounded(),
                      .maximum = needs_no_maximum ? raw_rows : Maximum::running,
                      .partition = Partition::of<T>(in.q.rows(), in.k.rows(), in.q.cols(), in.v.cols(), workers)};
+  product.kernel.slope = static_cast<T>(in.alibi_slope * std::numbers::log2e);
   product.kernel.bias_origins = BiasOrigins<T>::of_inputs(in, scratch);
   if constexpr (kMayHaveBias<Kernel>) {
     if (parameters.gaussian()) {

@@ -231,7 +231,7 @@ std::span<const RowLog<T>> relative_log_sums(const Kernel& kernel, const Inputs<
   Scratch temporary = scratch.nested();
   const std::span<const double> origins = log_origins<Kernel, T>(kernel, sources(in), temporary);
   if (std::any_of(origins.begin(), origins.end(), [](double x) { return std::abs(x) > kMostOrigin; })) {
-    const Inputs<T> one_column{in.q, in.k, in.v.leftCols(1), in.mask, in.key_bias};
+    const Inputs<T> one_column{in.q, in.k, in.v.leftCols(1), in.mask, in.key_bias, in.alibi_slope};
     multiply<Kernel, T>(kernel, sources(one_column), temporary.matrix<T>(in.q.rows(), 1), {nullptr, relative.data()},
                         context);
     return relative;

@@ -149,11 +149,31 @@ template <class T>
   }
 }
 
-/// shift <- what a tile's biases, counted from tile_origin, lack to those counted from each query's own origin, in
-/// units of log2.
+/// shift <- what a tile's biases, counted from its own origins, lack to those counted from each query's, in units of
+/// log2.
 template <class T>
-void set_bias_shift(T tile_origin, const T* origin, Index lanes, T* shift) {
-  for (Index i = 0; i < lanes; ++i) shift[i] = std::numbers::log2e_v<T> * (tile_origin - origin[i]);
+void set_bias_shift(const KeyTile<T>& tile, const T* origin, T slope, Index limit, Index lanes, T* shift) {
+  for (Index i = 0; i < lanes; ++i) shift[i] = std::numbers::log2e_v<T> * (tile.bias_origin - origin[i]);
+  for (Index i = 0; i < lanes && slope != 0; ++i) shift[i] += slope * static_cast<T>(tile.origin_row - limit - i);
+}
+
+/// row <- slope times how many rows from a key to the last one that each query sees, of which the first sees up to
+/// limit, are left out: negative before that one.
+template <class T>
+void set_distances(T slope, Index key, Index limit, Index lanes, T* row) {
+  for (Index i = 0; i < lanes; ++i) row[i] = slope * static_cast<T>(key - limit - i);
+}
+
+/// panel <- panel - slope times the distances of count keys, which leaves digits where they are needed: near ones have
+/// small distances.
+template <class T>
+[[gnu::noinline]] void subtract_distances(const KeyTile<T>& tile, Index count, T slope, Index limit, Index lanes,
+                                          T* panel) {
+  alignas(64) T row[array_size(kTileWidth<T>)];
+  for (Index j = 0; j < count; ++j, panel += lanes) {
+    set_distances(slope, tile.row(j), limit, lanes, row);
+    for (Index p = 0; p < lanes; p += kLanes<T>) store(panel + p, load(panel + p) + load(row + p));
+  }
 }
 
 /// Scores in a panel of keys that a query must not see become hidden, whatever they were. limit as in

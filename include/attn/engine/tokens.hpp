@@ -200,6 +200,7 @@ struct Sources {
   TokenRows<T> q, k, v;
   SourceMask<T> mask{};
   std::span<const T> key_bias{};
+  double alibi_slope = 0;
   Index heads = 1;
 };
 
@@ -211,7 +212,7 @@ Index queries_of_head(const In& in) {
 
 template <class T>
 Sources<T> sources(const Inputs<T>& in) {
-  return {in.q, in.k, in.v, in.mask, in.key_bias};
+  return {in.q, in.k, in.v, in.mask, in.key_bias, in.alibi_slope};
 }
 
 /// x as a matrix: a view, or where it is not in place a copy.
