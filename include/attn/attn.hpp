@@ -13,6 +13,7 @@
 #include <attn/depthwise_conv.hpp>
 #include <attn/error_estimate.hpp>
 #include <attn/exact.hpp>
+#include <attn/head_inputs.hpp>
 #include <attn/heads.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
