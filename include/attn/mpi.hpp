@@ -70,9 +70,10 @@ template <class Method, class T>
 void check_share(const Method& method, const Inputs<T>& in, Context& context) {
   check_inputs(Method::kName, in, 0, 0);
   Method::kMasks.check(Method::kName, in);
-  constexpr bool kCausal = requires { Distributed<Method>::kCausal; };
-  if (in.mask.causal != Causal::none && !kCausal) refuse(Method::kName, "causal masks are not supported over MPI");
-  if (in.mask.window != 0) refuse(Method::kName, "windows are not supported over MPI");
+  const MaskSupport support{.causal = requires { Distributed<Method>::kCausal; }, .key_bias = true};
+  if (const char* const what = support.lacks(in); what != nullptr) {
+    refuse(Method::kName, "%s are not supported over MPI", what);
+  }
   Scratch scratch = context.scratch();
   wide_method(method).check(arithmetic_sources(in, scratch));
 }
@@ -121,12 +122,13 @@ void run_distributed_forward(const Method& method, const Inputs<T>& in, const Ma
 /// communicator passes its own share, a contiguous part of the sequence, in the order of ranks: q (n_q, d), k (n_k, d),
 /// v (n_k, d_v), its entries of the masks and key biases, and out (n_q, d_v). Shares may be of any size, 0 included,
 /// and those of q of other sizes than those of k; masks and biases that a rank leaves out keep its rows, and are 0.
-/// Causal limits count all ranks' rows; windows are refused. Results are a single process's to rounding (Multipole's to
-/// its error, for each rank's keys have clusters of their own), and the same to the bit at every run with the same
-/// shares on the same machines. Where any rank fails, all throw the same: std::invalid_argument when shapes disagree,
-/// on a rank or between ranks, an option is out of range or differs between ranks, or inputs are not supported, with
-/// the rank in its text; std::bad_alloc. MPI must be initialised, with MPI_THREAD_FUNNELED where the context has
-/// threads; messages of tags 0x61 to 0x64 on this communicator are the call's own. What is sent: docs/distributed.md.
+/// Causal limits count all ranks' rows; windows, offsets and slopes are refused. Results are a single process's to
+/// rounding (Multipole's to its error, for each rank's keys have clusters of their own), and the same to the bit at
+/// every run with the same shares on the same machines. Where any rank fails, all throw the same: std::invalid_argument
+/// when shapes disagree, on a rank or between ranks, an option is out of range or differs between ranks, or inputs are
+/// not supported, with the rank in its text; std::bad_alloc. MPI must be initialised, with MPI_THREAD_FUNNELED where the
+/// context has threads; messages of tags 0x61 to 0x64 on this communicator are the call's own. What is sent:
+/// docs/distributed.md.
 template <DistributedMethod Method>
 void distributed_forward(const Method& method, const Inputs<typename Method::Scalar>& in,
                          MatrixRef<typename Method::Scalar> out, MPI_Comm communicator, Context& context) {
