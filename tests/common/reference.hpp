@@ -79,8 +79,8 @@ Matrix log_kernel(const Kernel& kernel, const Matrix& q, const Matrix& k);
 /// its digits.
 Vector bias_origins(const Problem& p);
 
-/// log_kernel plus key_bias and what distances weigh, less an origin of the query unless there are none; -infinity where
-/// the query does not see the key.
+/// log_kernel plus key_bias and what distances weigh, less an origin of the query unless there are none; -infinity
+/// where the query does not see the key.
 Matrix log_weights(const Kernel& kernel, const Problem& p, const Vector& origins = {});
 
 struct Result {
