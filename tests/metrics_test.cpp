@@ -272,7 +272,11 @@ TYPED_TEST(AttentionOperator, IsTheMatrixOfExactAttention) {
     const test::Tokens<double> wide{x.q.template cast<double>(), x.k.template cast<double>(),
                                     x.v.template cast<double>()};
     const auto keep_key = test::random_keep(n_k, 0.7, 1), keep_query = test::random_keep(n_q, 0.7, 2);
-    for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+    for (const Mask& mask :
+         {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query},
+          Mask{.causal = attn::Causal::upper_left, .first_query = 9},
+          Mask{.causal = attn::Causal::lower_right, .window = 20},
+          Mask{.causal = attn::Causal::lower_right, .keep_key = keep_key, .keep_query = keep_query}}) {
       expect_products(attn::ExactOperator<T, SoftmaxKernel>({}, x.q, x.k, mask, context),
                       dense_attention(reference::softmax_kernel(16), wide, mask), kTolerance);
       expect_products(attn::ExactOperator<T, GaussianKernel>({}, x.q, x.k, mask, context),
@@ -368,12 +372,13 @@ TEST(AttentionOperators, DifferenceOfLinearOperatorsHasATranspose) {
                   1e-12);
 }
 
-TEST(AttentionOperators, RefuseCausalMasksAndOtherShapes) {
+TEST(AttentionOperators, RefuseFirstKeysBesideAWindowAndOtherShapes) {
   const auto x = test::make_tokens<double>(Family::unit, {30, 40, 16, 12});
   using Softmax = attn::ExactOperator<double, SoftmaxKernel>;
   Context context;
-  EXPECT_EQ(error_of([&] { Softmax({}, x.q, x.k, {.causal = attn::Causal::upper_left}, context); }),
-            "exact operator: causal masks are not supported");
+  const Mask sinks{.causal = attn::Causal::upper_left, .window = 9, .num_sinks = 2};
+  EXPECT_EQ(error_of([&] { Softmax({}, x.q, x.k, sinks, context); }),
+            "exact operator: first keys beside a window are not supported");
   EXPECT_EQ(error_of([&] { Softmax({}, x.q, x.v, {}, context); }), "exact operator: q has 16 columns, k has 12");
   const Softmax a({}, x.q, x.k, {}, context), b({}, x.k, x.q, {}, context);
   EXPECT_EQ(error_of([&] { attn::Difference(a, b); }), "difference: a is 30 x 40, b is 40 x 30");
@@ -416,7 +421,8 @@ void expect_rounded_products(const Op& op, const Matrix<double>& dense, Context&
 TYPED_TEST(NarrowOperator, RoundsTheProductsOfExactAttentionOnce) {
   using T = TypeParam;
   const auto keep_key = test::random_keep(90, 0.7, 1), keep_query = test::random_keep(70, 0.7, 2);
-  for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query}}) {
+  for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query},
+                           Mask{.causal = attn::Causal::lower_right, .keep_key = keep_key}}) {
     expect_rounded_products(
         attn::ExactOperator<T, SoftmaxKernel>({}, this->narrow_.q, this->narrow_.k, mask, this->context),
         dense_attention(reference::softmax_kernel(16), this->exact_, mask), this->context);

@@ -7,14 +7,17 @@
 #include <attn/context.hpp>
 #include <attn/detail/wide_copies.hpp>
 #include <attn/engine/checks.hpp>
+#include <attn/engine/problem.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/kernel.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/matrix.hpp>
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <limits>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -152,9 +155,12 @@ class OperatorBase {
 /// kernel's rows are normalized; zero where the mask drops i or j.
 ///   (A x)_i   = sum_j A_ij x_j                            the streamed product with v = x
 ///   (A^T x)_j = sum_i kappa(k_j, q_i) exp(-lse_i) x_i     the same, q and k in each other's place, a bias of -lse_i
+/// Under a causal mask a key counts for the queries from one on: with the rows of both in reverse order, for those up to
+/// one, which is a causal mask again.
 /// q (n_q, d), k (n_k, d), both views that must outlive it, as must the mask. Throws std::invalid_argument when shapes
-/// disagree or are empty, the kernel's parameter is out of range, or the mask is causal. Each product costs 2 n_q n_k
-/// (d + b) flops and O(tile) memory; the operator itself keeps n_q numbers, for narrow types in float.
+/// disagree or are empty, the kernel's parameter is out of range, or a window has first keys beside it. Each product
+/// costs 2 n_q n_k (d + b) flops, half of it under a causal mask, and O(tile) memory; the operator itself keeps n_q
+/// numbers, for narrow types in float.
 template <class T, ScoreKernel Kernel>
 class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
  public:
@@ -166,7 +172,9 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
       : kernel_(kernel), q_(q), k_(k), mask_(mask) {
     const Inputs<T> in{q_, k_, k_, mask};
     detail::check_inputs(kName, in);
-    detail::MaskSupport{.key_bias = true}.check(kName, in);
+    if (mask.window != 0 && mask.num_sinks != 0) {
+      detail::refuse(kName, "first keys beside a window are not supported");
+    }
     detail::check_kernel<T>(kName, kernel_, q_.cols());
     if (score_parameters(kernel_, q_.cols()).rows == Rows::normalized) find_row_weights(context);
   }
@@ -179,7 +187,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
   void multiply(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
     check_blocks(x, cols(), y, rows());
     const detail::Sources<Wide> in{detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(x),
-                                   mask_};
+                                   source_mask()};
     detail::multiply<Kernel, Wide>(kernel_, in, detail::ResultRows<Wide>(y), nullptr, context);
   }
 
@@ -187,6 +195,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
   void multiply_transposed(const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y, Context& context) const {
     check_blocks(x, rows(), y, cols());
     const detail::RawRows raw{score_parameters(kernel_, q_.cols())};
+    if (mask_.causal != Causal::none) return multiply_reversed(raw, x, y, context);
     const detail::RowMask swapped(mask_.keep_query, mask_.keep_key);
     const detail::Sources<Wide> in{detail::TokenRows<Wide>(k_), detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(x),
                                    swapped, log_row_weights_};
@@ -195,6 +204,39 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
   /// @}
 
  private:
+  /// A causal mask brings its kernels along.
+  detail::SourceMask<Wide> source_mask() const {
+    if (mask_.causal == Causal::none) return detail::RowMask(mask_);
+    return mask_;
+  }
+
+  /// multiply_transposed under a causal mask: where query i saw keys j <= i + offset, key r = n_k - 1 - j now sees
+  /// queries s = n_q - 1 - i with s <= r + n_q - n_k + offset, and of these a window leaves as many.
+  template <class Block>
+  void multiply_reversed(const detail::RawRows& raw, const ConstMatrixRef<Block>& x, const MatrixRef<Block>& y,
+                         Context& context) const {
+    Scratch scratch = context.scratch();
+    const Inputs<T> in{q_, k_, k_, mask_};
+    const Index offset = rows() - cols() + detail::CausalLimits::of_inputs(in).offset;
+    const Mask reversed{.causal = Causal::upper_left,
+                        .keep_key = in_reverse(mask_.keep_query, scratch),
+                        .keep_query = in_reverse(mask_.keep_key, scratch),
+                        .window = mask_.window,
+                        .first_query = std::max<Index>(offset, 0),
+                        .first_key = std::max<Index>(-offset, 0)};
+    const detail::Sources<Wide> from{detail::TokenRows<Wide>(k_).reversed(), detail::TokenRows<Wide>(q_).reversed(),
+                                     detail::TokenRows<Wide>(x).reversed(), reversed,
+                                     in_reverse(std::span<const Wide>(log_row_weights_), scratch)};
+    detail::multiply<detail::RawRows, Wide>(raw, from, detail::ResultRows<Wide>(y).reversed(), nullptr, context);
+  }
+
+  template <class E>
+  static std::span<const E> in_reverse(std::span<const E> x, Scratch& scratch) {
+    const std::span<E> copy = scratch.array<E>(static_cast<Index>(x.size()));
+    std::reverse_copy(x.begin(), x.end(), copy.begin());
+    return copy;
+  }
+
   /// x (n_x, b) and y (n_y, b), apart.
   template <class Block>
   void check_blocks(const ConstMatrixRef<Block>& x, Index n_x, const MatrixRef<Block>& y, Index n_y) const {
@@ -213,8 +255,8 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
     Scratch scratch = context.scratch();
     log_row_weights_.resize(static_cast<std::size_t>(q_.rows()));
     const ConstMatrixRef<T> column = k_.leftCols(1);
-    const detail::Sources<Wide> in =
-        detail::arithmetic_sources<detail::RowMask>(Inputs<T>{q_, k_, column, mask_}, scratch);
+    const detail::Sources<Wide> in{detail::TokenRows<Wide>(q_), detail::TokenRows<Wide>(k_),
+                                   detail::TokenRows<Wide>(column), source_mask()};
     detail::multiply<Kernel, Wide>(kernel_, in, scratch.matrix<Wide>(q_.rows(), 1), log_row_weights_.data(), context);
     constexpr Wide kInfinity = std::numeric_limits<Wide>::infinity();
     for (Wide& x : log_row_weights_) x = x == -kInfinity ? -kInfinity : -x;
@@ -222,7 +264,7 @@ class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
 
   Kernel kernel_;
   ConstMatrixRef<T> q_, k_;
-  detail::RowMask mask_;
+  Mask mask_;
   std::vector<Wide> log_row_weights_;  // empty: the rows are raw
 };
 

@@ -50,6 +50,8 @@ struct MemoryRows {
   }
 
   const char* row(Index i) const { return data + i * stride_bytes; }
+
+  MemoryRows reversed() const { return {row(rows - 1), rows, row_bytes, -stride_bytes}; }
 };
 
 /// Rows of a matrix and, where they are not in place, how one is converted.
@@ -110,6 +112,13 @@ class TokenRows : public ConvertibleRows<void (*)(const char* row, T* to, Index 
     if (from != to) std::copy_n(from, this->cols_, to);
   }
 
+  /// The rows from the last to the first.
+  TokenRows reversed() const {
+    TokenRows all = *this;
+    all.memory_ = this->memory_.reversed();
+    return all;
+  }
+
   TokenRows middle_rows(Index first, Index count) const {
     TokenRows some = *this;
     some.memory_.data = this->memory_.row(first);
@@ -134,6 +143,13 @@ class ResultRows : public ConvertibleRows<void (*)(const T* from, char* row, Ind
     requires std::same_as<T, float>
   explicit ResultRows(const MatrixRef<Narrow>& m)
       : Base(m, [](const T* from, char* row, Index n) { convert_row(from, reinterpret_cast<Narrow*>(row), n); }) {}
+
+  /// The rows from the last to the first.
+  ResultRows reversed() const {
+    ResultRows all = *this;
+    all.memory_ = this->memory_.reversed();
+    return all;
+  }
 
   /// All rows as they lie, where they are in place.
   MatrixRef<T> matrix() const {
