@@ -155,12 +155,11 @@ class OperatorBase {
 /// kernel's rows are normalized; zero where the mask drops i or j.
 ///   (A x)_i   = sum_j A_ij x_j                            the streamed product with v = x
 ///   (A^T x)_j = sum_i kappa(k_j, q_i) exp(-lse_i) x_i     the same, q and k in each other's place, a bias of -lse_i
-/// Under a causal mask a key counts for the queries from one on: with the rows of both in reverse order, for those up to
-/// one, which is a causal mask again.
-/// q (n_q, d), k (n_k, d), both views that must outlive it, as must the mask. Throws std::invalid_argument when shapes
-/// disagree or are empty, the kernel's parameter is out of range, or a window has first keys beside it. Each product
-/// costs 2 n_q n_k (d + b) flops, half of it under a causal mask, and O(tile) memory; the operator itself keeps n_q
-/// numbers, for narrow types in float.
+/// Under a causal mask a key counts for the queries from one on: with the rows of both in reverse order, for those up
+/// to one, which is a causal mask again. q (n_q, d), k (n_k, d), both views that must outlive it, as must the mask.
+/// Throws std::invalid_argument when shapes disagree or are empty, the kernel's parameter is out of range, or a window
+/// has first keys beside it. Each product costs 2 n_q n_k (d + b) flops, half of it under a causal mask, and O(tile)
+/// memory; the operator itself keeps n_q numbers, for narrow types in float.
 template <class T, ScoreKernel Kernel>
 class ExactOperator : public OperatorBase<ExactOperator<T, Kernel>, T> {
  public:

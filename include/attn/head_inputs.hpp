@@ -35,10 +35,10 @@ struct HeadsBias {
 /// What multi_head reads. Of masks there are none, one for all batch items, or one for each; of lengths none, or those
 /// of each item.
 ///
-/// Packed sequences lie one after another in arrays of one batch item, without padding between them: sequence b has rows
-/// [query_offsets[b], query_offsets[b + 1]) of q and out, and such rows of k and v by key_offsets (cu_seqlens
-/// elsewhere). It is an item of the batch in every other respect: causal masks count rows of its own, and there may be a
-/// mask for each. keep_key, keep_query and key_bias are of whole arrays.
+/// Packed sequences lie one after another in arrays of one batch item, without padding between them: sequence b has
+/// rows [query_offsets[b], query_offsets[b + 1]) of q and out, and such rows of k and v by key_offsets (cu_seqlens
+/// elsewhere). It is an item of the batch in every other respect: causal masks count rows of its own, and there may be
+/// a mask for each. keep_key, keep_query and key_bias are of whole arrays.
 template <class T>
 struct HeadInputs {
   HeadsView<const T> q;                    ///< queries (batch, H_q, n_q, d)

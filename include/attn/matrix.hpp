@@ -166,8 +166,8 @@ class KeptMatrixRef : public ConstMatrixRef<T> {
   KeptMatrixRef(M&&) = delete;  // a temporary ends before the view of it: give the matrix a name first
 };
 
-/// What attention reads. Entry a_j of key_bias multiplies key j's weight by exp(a_j); -infinity removes the key. With an
-/// alibi_slope m, at least 0, the weight of a key that lies r rows before the last one that the causal mask lets the
+/// What attention reads. Entry a_j of key_bias multiplies key j's weight by exp(a_j); -infinity removes the key. With
+/// an alibi_slope m, at least 0, the weight of a key that lies r rows before the last one that the causal mask lets the
 /// query see is multiplied by exp(-m r) (Press et al. 2022).
 template <class T>
 struct Inputs {

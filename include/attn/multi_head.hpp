@@ -242,7 +242,8 @@ void for_each_unlike_problem(Index n, const Cost& cost, Context& context, const 
   context.for_each_call(n - first, [&](Index item, Context& of_worker) { body(order[first + item], of_worker); });
 }
 
-/// Multiply-adds of the exact scores and sums of one head with so many queries and keys: few queries take as long as 16.
+/// Multiply-adds of the exact scores and sums of one head with so many queries and keys: few queries take as long as
+/// 16.
 template <class T>
 Index multiply_adds(const HeadItems<T>& in, Range queries, Range keys) {
   constexpr Index kFewQueries = 16;
@@ -450,8 +451,8 @@ void check_log_sums(const HeadItems<T>& in, const HeadsView<T>& out, const Heads
 /// out <- attention of every head by method a. Query head h reads key and value head h / (H_q / H_k), so H_k must
 /// divide H_q (grouped queries; H_k = 1: multi-query).
 ///   q (batch, H_q, n_q, d)   k (batch, H_k, n_k, d)   v (batch, H_k, n_k, d_v)   out (batch, H_q, n_q, d_v)
-/// An empty batch is allowed, and nothing is done; rows of an item without keys are 0. Rows of packed arrays that are of
-/// no sequence stay as they are. Results are bitwise those of a.forward, head by head, whatever the executor; few
+/// An empty batch is allowed, and nothing is done; rows of an item without keys are 0. Rows of packed arrays that are
+/// of no sequence stay as they are. Results are bitwise those of a.forward, head by head, whatever the executor; few
 /// queries of an exact method read the keys that their heads share once. Scratch memory: that of a, once a worker.
 /// Throws std::invalid_argument before anything is written when shapes disagree or are empty, any head of out overlaps
 /// another or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the
@@ -480,8 +481,8 @@ void multi_head(const A& a, const HeadInputs<typename A::Scalar>& in, const Head
   });
 }
 
-/// The same for an exact method, and lse (batch, H_q, n_q, 1) <- log sum_j kappa_ij of every row, -infinity for one that
-/// sees no key, of narrow types in float. The entries of a head lie side by side: row_stride is 1.
+/// The same for an exact method, and lse (batch, H_q, n_q, 1) <- log sum_j kappa_ij of every row, -infinity for one
+/// that sees no key, of narrow types in float. The entries of a head lie side by side: row_stride is 1.
 template <detail::GivesLogSums A>
 void multi_head(const A& a, const HeadInputs<typename A::Scalar>& in, const HeadsView<typename A::Scalar>& out,
                 const HeadsView<detail::Arithmetic<typename A::Scalar>>& lse, Context& context) {
@@ -541,9 +542,9 @@ void multi_head(const A& a, const HeadsView<const typename A::Scalar>& q, const 
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (batch, H_q, n_q, d_v) by out, for the same
 /// inputs and the out and saved of multi_head. Query heads that share a key head add up in their order, of narrow types
-/// in float. Throws std::invalid_argument before anything is written when shapes disagree, saved is of another number of
-/// heads, or any head of a gradient overlaps any other array or head. What a.backward throws beyond that, where a head's
-/// saved is not of its inputs, arrives on the calling thread, with gradients partly written.
+/// in float. Throws std::invalid_argument before anything is written when shapes disagree, saved is of another number
+/// of heads, or any head of a gradient overlaps any other array or head. What a.backward throws beyond that, where a
+/// head's saved is not of its inputs, arrives on the calling thread, with gradients partly written.
 template <Approximator A>
 void multi_head_backward(const A& a, const HeadInputs<typename A::Scalar>& in,
                          const HeadsView<const typename A::Scalar>& out,

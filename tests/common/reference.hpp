@@ -50,8 +50,8 @@ inline bool kept(std::span<const std::uint8_t> keep, Index i) {
 }
 
 /// How many rows the last key that query i of n_q sees under a causal mask, if the sequence went on, lies behind key j
-/// of n_k: negative where the query does not see it. lower_right: the last kept query sees the last kept key, and a query
-/// so many rows before it does not see as many rows of keys. Both are kept.
+/// of n_k: negative where the query does not see it. lower_right: the last kept query sees the last kept key, and a
+/// query so many rows before it does not see as many rows of keys. Both are kept.
 inline Index rows_ahead(const attn::Mask& mask, Index n_q, Index n_k, Index i, Index j) {
   if (mask.causal == attn::Causal::upper_left) return mask.first_query + i - (mask.first_key + j);
   Index last_query = n_q - 1, last_key = n_k - 1;
