@@ -70,8 +70,8 @@ template <class Method, class T>
 void check_share(const Method& method, const Inputs<T>& in, Context& context) {
   check_inputs(Method::kName, in, 0, 0);
   Method::kMasks.check(Method::kName, in);
-  const MaskSupport support{.causal = requires { Distributed<Method>::kCausal; }, .key_bias = true};
-  if (const char* const what = support.lacks(in); what != nullptr) {
+  constexpr bool kCausal = requires { Distributed<Method>::kCausal; };
+  if (const char* const what = MaskSupport{.causal = kCausal, .key_bias = true}.lacks(in); what != nullptr) {
     refuse(Method::kName, "%s are not supported over MPI", what);
   }
   Scratch scratch = context.scratch();
@@ -126,8 +126,8 @@ void run_distributed_forward(const Method& method, const Inputs<T>& in, const Ma
 /// rounding (Multipole's to its error, for each rank's keys have clusters of their own), and the same to the bit at
 /// every run with the same shares on the same machines. Where any rank fails, all throw the same: std::invalid_argument
 /// when shapes disagree, on a rank or between ranks, an option is out of range or differs between ranks, or inputs are
-/// not supported, with the rank in its text; std::bad_alloc. MPI must be initialised, with MPI_THREAD_FUNNELED where the
-/// context has threads; messages of tags 0x61 to 0x64 on this communicator are the call's own. What is sent:
+/// not supported, with the rank in its text; std::bad_alloc. MPI must be initialised, with MPI_THREAD_FUNNELED where
+/// the context has threads; messages of tags 0x61 to 0x64 on this communicator are the call's own. What is sent:
 /// docs/distributed.md.
 template <DistributedMethod Method>
 void distributed_forward(const Method& method, const Inputs<typename Method::Scalar>& in,
