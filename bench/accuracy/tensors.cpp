@@ -122,10 +122,10 @@ std::optional<Row> comparison_of(const std::vector<Row>& rows) {
   }
   if (best == nullptr) return std::nullopt;
   Row row{{own->labels[0], own->labels[2], {"best", method(*best)}, {"m", label<Index>(*best, "m")}}};
-  row.add("its ms", median(*best, kMs));
-  row.add("multipole's ms", median(*own, kMs));
-  row.add("its error", median(*best, kError));
-  row.add("multipole's error", median(*own, kError));
+  row.figures = {{"its ms", best->figures[kMs].samples},
+                 {"multipole's ms", own->figures[kMs].samples},
+                 {"its error", best->figures[kError].samples},
+                 {"multipole's error", own->figures[kError].samples}};
   row.add("quotient", median(*own, kError) / median(*best, kError));
   return row;
 }

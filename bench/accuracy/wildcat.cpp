@@ -102,7 +102,7 @@ Coreset coreset_of(const Matrix<float>& k, const attn::ConstMatrixRef<float>& v,
 }  // namespace
 
 void WildCat::forward(const attn::Inputs<float>& in, Matrix<float>& out, attn::Context& context) const {
-  constexpr float kLeast = 1e-20f;  // as published: a smaller divisor leaves the middle of the range
+  constexpr float kLeast = 1e-20f;  // as the authors': a smaller divisor leaves the middle of the range
   const Index n = in.k.rows(), bins = std::clamp<Index>(num_bins, 1, n), dim = in.v.cols();
   const Matrix<float> k = in.k.rowwise() - in.k.colwise().mean();
   const double q_radius = std::sqrt(static_cast<double>(in.q.rowwise().squaredNorm().maxCoeff()));

@@ -150,7 +150,7 @@ def draw_model(panel, rows):
         points = {m: (median_of(own, "ms"), median_of(own, "error")) for m, own in by_number.items()}
         line = [point for m, point in points.items() if m > 0 and SMALLEST_ERROR < point[1] < LARGEST_ERROR]
         if line:
-            panel.plot(*zip(*line), style, color=color, label=label, markersize=4, linewidth=1.2, fillstyle="none" if "bins" in method else None)
+            panel.plot(*zip(*line), style, color=color, label=label, markersize=4, linewidth=1.2)
         if 0 in points:
             at, error = points[0]
             exact = error < SMALLEST_ERROR
@@ -159,25 +159,33 @@ def draw_model(panel, rows):
 
 
 def draw_tensors(table, path):
-    """A panel for each model and length."""
+    """A panel for each model and length, causal ones last: those that landmarks do not serve."""
     panels_of = {}
     for row in table["rows"]:
         panels_of.setdefault((row["model"], row["n"]), []).append(row)
-    columns = 2 if len(panels_of) <= 4 else 3
-    figure, axes = panels(columns, -(-len(panels_of) // columns), 8.6 / columns, 3.3)
-    for panel in axes.flat[len(panels_of):]:
+    is_causal = {key: all(row["method"] != "nystrom" for row in rows) for key, rows in panels_of.items()}
+    order = sorted(panels_of, key=lambda key: (is_causal[key], -key[1]))
+    columns = 3 if len(order) <= 6 else 4
+    figure, axes = panels(columns, -(-len(order) // columns), 3.0, 3.1)
+    for panel in axes.flat[len(order):]:
         panel.set_axis_off()
-    for panel, ((model, n), rows) in zip(axes.flat, panels_of.items()):
+    for panel, key in zip(axes.flat, order):
+        rows = panels_of[key]
         draw_model(panel, rows)
-        for method, style, label in (("mean(v)", ":", "mean(v)"), ("softmax", "--", "time of exact attention")):
-            own = [row for row in rows if row["method"] == method]
-            line = panel.axhline if method == "mean(v)" else panel.axvline
-            line(median_of(own, "error" if method == "mean(v)" else "ms"), color="0.5", linestyle=style, label=label)
+        for method, figure_of, line, style, label in (
+            ("mean(v)", "error", panel.axhline, ":", "mean(v)"),
+            ("softmax", "ms", panel.axvline, "--", "time of exact attention"),
+        ):
+            at = median_of([row for row in rows if row["method"] == method], figure_of)
+            line(at, color="0.5", linestyle=style, label=label)
         heads = len({row["tensor"] for row in rows})
+        model, n = MODELS.get(key[0], key[0]), key[1]
         panel.set(xscale="log", yscale="log", ylim=(SMALLEST_ERROR, 2))
-        panel.set_title(f"{MODELS.get(model, model)}, n = {n}, {heads} head{'s' if heads > 1 else ''}", fontsize=10)
+        panel.set_title(f"{model}{', causal' if is_causal[key] else ''}\nn = {n}, {heads} head{'s' * (heads > 1)}", fontsize=9)
+        panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        panel.tick_params(labelsize=8)
     save(figure, path, 4, "ms of a forward pass, one core", "relative error, Frobenius norm")
 
 
