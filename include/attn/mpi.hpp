@@ -1,10 +1,11 @@
 /// Attention of sequences that are longer than a machine: tokens spread over the ranks of MPI. Needs MPI.
 #pragma once
 
-#if __has_include(<mpi.h>)
-#include <mpi.h>
-#else
+#include <attn/engine/requirements.hpp>
+
+#if !__has_include(<mpi.h>)
 #error "attn/mpi.hpp needs MPI: compile with mpicxx (CMake: link attn::mpi)"
+#include <the_error_above_says_why>
 #endif
 
 #include <attn/approximator.hpp>
@@ -17,7 +18,10 @@
 #include <attn/mpi/nystrom.hpp>
 #include <attn/mpi/ranks.hpp>
 #include <attn/mpi/shares.hpp>
+#include <attn/mpi/shifted_nystrom.hpp>
 #include <attn/mpi/skyformer.hpp>
+
+#include <mpi.h>
 
 #include <algorithm>
 #include <cmath>
@@ -29,7 +33,7 @@
 namespace attn {
 
 /// A method that distributed_forward takes: ExactAttention of any kernel, Multipole of the library's kernels, Nystrom
-/// with SegmentMeans, Skyformer and LiftedSoftmax with UniformSample or StridedSample.
+/// and ShiftedNystrom with SegmentMeans, Skyformer and LiftedSoftmax with UniformSample or StridedSample.
 template <class Method>
 concept DistributedMethod = requires { typename detail::Distributed<Method>::Saved; };
 

@@ -122,7 +122,8 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
       return detail::add_row_shift<T>(detail::fit_gate(probes, in, factors, context), in, factors, out, saved, context);
     const T delta = detail::probed_shift(probes, in, factors, context);
     detail::set_scaled(factors.zbv, 1 - delta, factors.zbv);
-    detail::add_one_shift<T>(kernel_, in, f.k_land, factors.zbv, factors.rows, 1 - delta, delta, out, saved, context);
+    detail::add_one_shift<T>(kernel_, in, f.k_land, factors.zbv, factors.rows.numbers, 1 - delta, delta, out, saved,
+                             context);
   }
 
   auto pass(const detail::Sources<T>& in) const {
@@ -159,7 +160,7 @@ class ShiftedNystrom : public MethodBase<ShiftedNystrom<T, Landmarks, Kernel>, T
 
   /// The paper mode: out <- F (Z - delta Z Z) (B v) + delta v.
   void shift_by_trace(const detail::Sources<T>& in, const detail::NystromFactors<T>& f,
-                      const detail::ResultRows<T>& out, Saved* saved, Context& context) const {
+                      const detail::ResultRows<T>& out, detail::ShiftState<T>* saved, Context& context) const {
     Scratch scratch = context.scratch();
     const MatrixRef<T> a = scratch.matrix<T>(f.bv.rows(), f.bv.rows());
     detail::kernel_matrix<Kernel, T>(kernel_, f.q_land, f.k_land, a, context);

@@ -3,6 +3,7 @@
 #include <attn/lifted_softmax.hpp>
 #include <attn/nystrom.hpp>
 #include <attn/skyformer.hpp>
+#include <attn/spectral_shift.hpp>
 
 #include <tuple>
 
@@ -48,6 +49,20 @@ TEST_P(DistributedLandmarks, Nystrom) {
   check(attn::Nystrom<double>{SegmentMeans{.num_landmarks = 500}}, false, 1e-11);  // exact attention
 }
 
+/// As many queries as keys, with one mask and one cut.
+TEST_P(DistributedLandmarks, ShiftedNystrom) {
+  const Cut cuts = std::get<1>(GetParam());
+  const std::vector<std::uint8_t> keep = std::get<0>(GetParam()) ? keep_query_ : std::vector<std::uint8_t>{};
+  const Inputs<double> in{
+      .q = x_.q, .k = x_.k.topRows(90), .v = x_.v.topRows(90), .mask = {.keep_key = keep, .keep_query = keep}};
+  for (const attn::ShiftMode mode : {attn::ShiftMode::paper, attn::ShiftMode::scalar, attn::ShiftMode::row}) {
+    const attn::ShiftedNystrom<double> method{SegmentMeans{.num_landmarks = 12}, {.mode = mode, .num_probes = 8}};
+    expect_same(method, in, cuts, cuts, 1e-8);
+    expect_same_gradients(method, in, cuts, cuts, 1e-6);
+  }
+  expect_same(attn::ShiftedNystrom<double>{SegmentMeans{.num_landmarks = 100}}, in, cuts, cuts, 1e-11);
+}
+
 TEST_P(DistributedLandmarks, Skyformer) {
   check(attn::Skyformer<double>{UniformSample{.num_landmarks = 20}}, true, 1e-10);
   check(
@@ -75,6 +90,7 @@ TEST(DistributedNarrow, Landmarks) {
   expect_same(attn::LiftedSoftmax<float>{UniformSample{.num_landmarks = 16}, RidgeInverse{.gamma = 0.1}}, in, Cut::even,
               Cut::even, 1e-3);
   expect_same(attn::Nystrom<Eigen::half>{SegmentMeans{.num_landmarks = 8}}, narrow, Cut::even, Cut::even, 5e-3);
+  expect_same(attn::ShiftedNystrom<Eigen::half>{SegmentMeans{.num_landmarks = 8}}, narrow, Cut::even, Cut::even, 5e-3);
   expect_same_gradients(attn::Skyformer<Eigen::half>{UniformSample{.num_landmarks = 16}}, narrow, Cut::even, Cut::even,
                         1e-2);
 }
@@ -103,6 +119,8 @@ TEST(DistributedBytes, LandmarkMethodsSendTheSameForAnyLength) {
   const attn::Nystrom<float> nystrom{SegmentMeans{.num_landmarks = m}};
   const attn::Skyformer<float> skyformer{UniformSample{.num_landmarks = m}};
   const attn::LiftedSoftmax<float> lifted{UniformSample{.num_landmarks = m}};
+  const attn::ShiftedNystrom<float> shifted{SegmentMeans{.num_landmarks = m}};
+  EXPECT_EQ(sent(shifted, 200), sent(shifted, 1000));
   constexpr double kLandmark = 4 * (d + d_v + 2), kFew = 640;  // kFew: agreements and facts of shares
   EXPECT_EQ(sent(nystrom, 200), sent(nystrom, 1000));
   EXPECT_EQ(sent(skyformer, 200), sent(skyformer, 1000));

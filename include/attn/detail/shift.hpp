@@ -161,14 +161,14 @@ struct ShiftProbes {
 template <class T>
 ShiftProbes<T> probe_rows(const SoftmaxKernel& kernel, Index num_probes, const Sources<T>& in,
                           const ShiftFactors<T>& factors, Context& context, Scratch& scratch) {
-  const auto n = static_cast<Index>(factors.rows.size()), r = std::min(num_probes, n);
+  const Index n = factors.rows.count, r = std::min(num_probes, n);
   const std::span<Index> ranks = scratch.array<Index>(r);
   MatrixRef<T> queries = scratch.matrix<T>(r, in.q.cols());
   const ShiftProbes<T> probes{ranks, scratch.matrix<T>(r, in.v.cols()), scratch.array<T>(r)};
   for (Index j = 0; j < r; ++j) {
     const Index rank = (2 * j + 1) * n / (2 * r);
     ranks[static_cast<std::size_t>(j)] = rank;
-    in.q.copy_row(factors.rows[static_cast<std::size_t>(rank)], queries.row(j).data());
+    in.q.copy_row(factors.row(rank), queries.row(j).data());
   }
   multiply<SoftmaxKernel, T>(kernel, {queries, in.k, in.v, keys_only(in.mask)}, probes.exact, probes.lse.data(),
                              context);
@@ -286,7 +286,7 @@ ShiftGate<T> fit_gate(const ShiftProbes<T>& probes, const Sources<T>& in, const 
   MatrixRef<T> plain = scratch.matrix<T>(r, in.v.cols()), v = scratch.matrix<T>(r, in.v.cols());
   found.multiply_values(plain);
   for (Index j = 0; j < r; ++j) {
-    in.v.copy_row(factors.rows[static_cast<std::size_t>(probes.ranks[static_cast<std::size_t>(j)])], &v(j, 0));
+    in.v.copy_row(factors.row(probes.ranks[static_cast<std::size_t>(j)]), &v(j, 0));
   }
   const T unit =
       unit_of(std::max({largest_magnitude<T>(plain), largest_magnitude<T>(probes.exact), largest_magnitude<T>(v)}));
@@ -331,7 +331,7 @@ template <class T>
 void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFactors<T>& factors,
                    const ResultRows<T>& out, ShiftState<T>* saved, Context& context) {
   constexpr Index kRows = 128;
-  const auto n = static_cast<Index>(factors.rows.size());
+  const auto n = static_cast<Index>(factors.rows.numbers.size());
   if (n < out.rows()) out.set_zero();
   context.for_each_call((n + kRows - 1) / kRows, [&](Index chunk, Context& of_worker) {
     Scratch scratch = of_worker.scratch();
@@ -343,7 +343,7 @@ void add_row_shift(const ShiftGate<T>& gate, const Sources<T>& in, const ShiftFa
     rows.multiply_values(product);
     T *const buffer = scratch.elements<T>(out.cols()), *const step = scratch.elements<T>(out.cols());
     for (std::size_t i = 0; i < ranks.size(); ++i) {
-      const Index row = factors.rows[static_cast<std::size_t>(ranks[i])];
+      const Index row = factors.row(ranks[i]);
       const T* const y = row_of(product, static_cast<Index>(i));
       const T gain = rows.stretch[i] - 1, added = rows.added[i];
       const T t = gate.of(set_step(gain, y, added, in.v.row(row, buffer), step, out.cols(), gate.unit));

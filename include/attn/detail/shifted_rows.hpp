@@ -34,25 +34,47 @@ std::span<const Index> list_kept_keys(const Sources<T>& in, Scratch& scratch) {
   return kept;
 }
 
-/// variance (m, d) <- that of each segment's keys, per coordinate; rows: the kept ones.
+/// Kept rows of a matrix: their numbers, in ascending order, and the ranks that they have among all kept ones, which are
+/// count: first, first + 1, ... or those given.
+struct RankedRows {
+  std::span<const Index> numbers;
+  Index count, first = 0;
+  std::span<const Index> ranks{};
+
+  Index rank(Index place) const { return ranks.empty() ? first + place : ranks[static_cast<std::size_t>(place)]; }
+
+  /// Those of consecutive ranks whose ranks are within a range, as places.
+  Range within(Range of_ranks) const {
+    const auto n = static_cast<Index>(numbers.size());
+    return {std::clamp<Index>(of_ranks.first - first, 0, n), std::clamp<Index>(of_ranks.last - first, 0, n)};
+  }
+};
+
 template <class T>
-void set_variance(const TokenRows<T>& k, std::span<const Index> rows, const ConstMatrixRef<T>& means,
+RankedRows all_kept_keys(const Sources<T>& in, Scratch& scratch) {
+  const std::span<const Index> numbers = list_kept_keys(in, scratch);
+  return {numbers, static_cast<Index>(numbers.size())};
+}
+
+/// variance (m, d) <- what the listed rows add to that of each segment's keys, per coordinate.
+template <class T>
+void set_variance(const TokenRows<T>& k, const RankedRows& rows, const ConstMatrixRef<T>& means,
                   const MatrixRef<T>& variance, Context& context) {
   Scratch scratch = context.scratch();
-  const Index n = static_cast<Index>(rows.size()), m = variance.rows(), d = variance.cols();
+  const Index m = variance.rows(), d = variance.cols();
   const std::span<T> buffers = scratch.array<T>(context.workers() * d);
-  const LongSums<T> chains(n / m + 1, d, context.workers(), scratch);
+  const LongSums<T> chains(rows.count / m + 1, d, context.workers(), scratch);
   set_zero(variance);
   context.for_each(m, [&](Index c, int worker) {
-    const Range range = segment(n, m, c);
+    const Range all = segment(rows.count, m, c), range = rows.within(all);
     T* const sum = variance.data() + c * d;
     chains.add(range.last - range.first, worker, sum, [&, i = range.first](Index some, T* to) mutable {
       for (const Index last = i + some; i < last; ++i) {
-        const T* row = k.row(rows[static_cast<std::size_t>(i)], buffers.data() + worker * d);
+        const T* row = k.row(rows.numbers[static_cast<std::size_t>(i)], buffers.data() + worker * d);
         add_squared_difference(row, row_of(means, c), to, d);
       }
     });
-    for (Index a = 0; a < d; ++a) sum[a] /= static_cast<T>(range.last - range.first);
+    for (Index a = 0; a < d; ++a) sum[a] /= static_cast<T>(all.last - all.first);
   });
 }
 
@@ -61,25 +83,29 @@ template <class T>
 struct ShiftFactors {
   ShiftFactors(const Sources<T>& in, const SoftmaxKernel& kernel, const NystromFactors<T>& f, int iterations,
                Context& context, Scratch& scratch)
+      : ShiftFactors(in, all_kept_keys(in, scratch), scratch.matrix<T>(f.bv.rows(), in.k.cols()), kernel, f, iterations,
+                     context, scratch) {}
+
+  /// Of some of all rows, and the variance of all rows' segments.
+  ShiftFactors(const RankedRows& listed, const MatrixRef<T>& variance, const SoftmaxKernel& kernel,
+               const NystromFactors<T>& f, int iterations, Context& context, Scratch& scratch)
       : m(f.bv.rows()),
-        scale(static_cast<T>(score_parameters(kernel, in.q.cols()).scale)),
+        scale(static_cast<T>(score_parameters(kernel, f.k_land.cols()).scale)),
         log2_scale(scale * std::numbers::log2e_v<T>),
         half_square(log2_scale * scale / 2),
-        rows(list_kept_keys(in, scratch)),
-        zbv(scratch.matrix<T>(m, in.v.cols())),
+        rows(listed),
+        zbv(scratch.matrix<T>(m, f.bv.cols())),
         ones(scratch.array<T>(m)),
         log_length(scratch.array<T>(m)),
         log_others(scratch.array<T>(m)),
         lse(scratch.array<T>(m)) {
-    const MatrixRef<T> a = scratch.matrix<T>(m, m), z = scratch.matrix<T>(m, m),
-                       variance = scratch.matrix<T>(m, in.k.cols());
+    const MatrixRef<T> a = scratch.matrix<T>(m, m), z = scratch.matrix<T>(m, m);
     kernel_matrix<SoftmaxKernel, T>(kernel, f.q_land, f.k_land, a, context);
     IterativePinv{.iterations = iterations}.invert<T>(a, z, context);
     gemm<T>(1, z, f.bv, 0, zbv, context);
-    set_variance<T>(in.k, rows, f.k_land, variance, context);
     for (Index c = 0; c < m; ++c) {
       const auto at = static_cast<std::size_t>(c);
-      const Range range = segment(static_cast<Index>(rows.size()), m, c);
+      const Range range = segment(rows.count, m, c);
       ones[at] = row_sum(z.data() + c * m, m);
       log_length[at] = std::log2(static_cast<T>(range.last - range.first));
       log_others[at] = std::log2(static_cast<T>(range.last - range.first - 1));
@@ -91,19 +117,30 @@ struct ShiftFactors {
   }
 
   Index m;
-  T scale;                      ///< s
-  T log2_scale, half_square;    ///< s and s^2 / 2 in units of log2, as all scores are here
-  std::span<const Index> rows;  ///< row numbers of the kept tokens
-  MatrixRef<T> zbv;             ///< Z B v (m, d_v)
-  std::span<T> ones;            ///< Z B 1, which is Z 1
-  std::span<T> log_length;      ///< log2 of each segment's length
-  std::span<T> log_others;      ///< log2 of one less, -infinity for a single token
-  std::span<T> lse;             ///< log-sums of B's rows
+  T scale;                    ///< s
+  T log2_scale, half_square;  ///< s and s^2 / 2 in units of log2, as all scores are here
+  RankedRows rows;            ///< the kept tokens
+  MatrixRef<T> zbv;           ///< Z B v (m, d_v)
+  std::span<T> ones;          ///< Z B 1, which is Z 1
+  std::span<T> log_length;    ///< log2 of each segment's length
+  std::span<T> log_others;    ///< log2 of one less, -infinity for a single token
+  std::span<T> lse;           ///< log-sums of B's rows
+
+  /// The number of a listed row.
+  Index row(Index place) const { return rows.numbers[static_cast<std::size_t>(place)]; }
 
   /// What rows are multiplied by, packed once for all of them. variance: of each segment's keys, per coordinate (m, d).
   struct {
     Panels<T> k_land, q_land, variance, z, zbv;
   } packed;
+
+ private:
+  /// variance: memory for it.
+  ShiftFactors(const Sources<T>& in, const RankedRows& listed, const MatrixRef<T>& variance,
+               const SoftmaxKernel& kernel, const NystromFactors<T>& f, int iterations, Context& context,
+               Scratch& scratch)
+      : ShiftFactors(listed, (set_variance<T>(in.k, listed, f.k_land, variance, context), variance), kernel, f,
+                     iterations, context, scratch) {}
 };
 
 /// The listed rows of m, in ascending order: in place where they follow one another, else a copy.
@@ -116,19 +153,18 @@ ConstMatrixRef<T> listed_rows(const TokenRows<T>& m, std::span<const Index> list
   return copy;
 }
 
-/// Some rows of F, given by their ranks among the kept ones, and what the shift needs of the same rows of N.
+/// Some rows of F, given by their places among the listed ones, and what the shift needs of the same rows of N.
 template <class T>
 class ShiftedRows {
  public:
-  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, std::span<const Index> ranks, Scratch& scratch)
-      : f(scratch.matrix<T>(static_cast<Index>(ranks.size()), factors.m)), factors_(factors), ranks_(ranks) {
+  ShiftedRows(const Sources<T>& in, const ShiftFactors<T>& factors, std::span<const Index> places, Scratch& scratch)
+      : f(scratch.matrix<T>(static_cast<Index>(places.size()), factors.m)), factors_(factors), places_(places) {
     for (std::span<T>* row : {&own_score, &diagonal, &row_sum, &exact_diagonal, &stretch, &added}) {
-      *row = scratch.array<T>(static_cast<Index>(ranks.size()));
+      *row = scratch.array<T>(static_cast<Index>(places.size()));
     }
     Scratch temporary = scratch.nested();
     const std::span<Index> rows = temporary.array<Index>(f.rows());
-    std::transform(ranks.begin(), ranks.end(), rows.begin(),
-                   [&](Index rank) { return factors.rows[static_cast<std::size_t>(rank)]; });
+    std::transform(places.begin(), places.end(), rows.begin(), [&](Index place) { return factors.row(place); });
     const ConstMatrixRef<T> q = listed_rows<T>(in.q, rows, temporary), k = listed_rows<T>(in.k, rows, temporary);
     MatrixRef<T> scores = temporary.matrix<T>(f.rows(), f.cols());
     factors.packed.k_land.multiply({&factors.log2_scale, 0}, q, 0, scores, {});
@@ -204,10 +240,10 @@ class ShiftedRows {
     MatrixRef<T> squares = temporary.matrix<T>(q.rows(), q.cols());
     squares = q.array().square();
     factors_.packed.variance.multiply({&factors_.half_square, 0}, squares, 1, scores, {});
-    const auto n = static_cast<Index>(factors_.rows.size()), m = scores.cols();
-    for (std::size_t i = 0; i < ranks_.size(); ++i) {
+    const Index m = scores.cols();
+    for (std::size_t i = 0; i < places_.size(); ++i) {
       T* row = &scores(static_cast<Index>(i), 0);
-      const auto owner = static_cast<std::size_t>(segment_of(n, m, ranks_[i]));
+      const auto owner = static_cast<std::size_t>(segment_of(factors_.rows.count, m, factors_.rows.rank(places_[i])));
       row[owner] += factors_.log_others[owner] - factors_.log_length[owner];
       const T own = own_score[i] * std::numbers::log2e_v<T>, top = std::max(own, add_lengths(row, m)),
               mass = exp2_scalar(own - top);
@@ -229,7 +265,7 @@ class ShiftedRows {
   }
 
   const ShiftFactors<T>& factors_;
-  std::span<const Index> ranks_;
+  std::span<const Index> places_;
 };
 
 }  // namespace attn::detail

@@ -143,12 +143,11 @@ struct Distributed<Nystrom<T, SegmentMeans, Inverse, Kernel>> {
       landmarks.emplace(shares, saved.factors.q_land.rows(), scratch);
     });
     agreement.settle();
-    differentiate(wide_method(method), *pass, saved, *landmarks, shares, agreement, context);
+    differentiate(wide_method(method), *pass, saved, saved.factors.lse, *landmarks, shares, agreement, context);
     agreement.guard([&] { pass->write(gradients, context); });
     agreement.settle();
   }
 
- private:
   /// Gradients by the landmarks and by Z B v that ranks add up.
   struct LandmarkGradients {
     LandmarkGradients(const Shares& shares, Index m, Scratch& scratch)
@@ -162,17 +161,13 @@ struct Distributed<Nystrom<T, SegmentMeans, Inverse, Kernel>> {
     MatrixRef<Wide> dq_land, dk_land, dbv;
   };
 
-  static RowLog<Wide>* save(const SharedFactors<Wide>& factors, Index n, Saved& saved) {
-    saved.factors.copy(factors.f);
-    saved.log_sums.assign(factors.log_sums.begin(), factors.log_sums.end());
-    return saved.factors.reset(n, false);
-  }
-
-  /// As Nystrom::differentiate_product, with the gradients by the landmarks added up over all ranks.
+  /// As Nystrom::differentiate_product, with the gradients by the landmarks added up over all ranks. lse:
+  /// of F's rows.
   template <class WideMethod>
   static void differentiate(const WideMethod& method, const WideBackward<Wide>& pass, const Saved& saved,
-                            const LandmarkGradients& g, const Shares& shares, Agreement& agreement, Context& context) {
-    agreement.guard([&] { differentiate_f(method, pass, saved.factors, g, context); });
+                            std::span<const RowLog<Wide>> lse, const LandmarkGradients& g, const Shares& shares,
+                            Agreement& agreement, Context& context) {
+    agreement.guard([&] { differentiate_f(method, pass, saved.factors, lse, g, context); });
     g.of_f.add_up(shares.ranks);
     agreement.guard([&] {
       set_scaled(g.dk_land, 1, left_of(g.of_f.matrix, 0, g.dk_land.cols()));
@@ -195,6 +190,13 @@ struct Distributed<Nystrom<T, SegmentMeans, Inverse, Kernel>> {
     });
   }
 
+ private:
+  static RowLog<Wide>* save(const SharedFactors<Wide>& factors, Index n, Saved& saved) {
+    saved.factors.copy(factors.f);
+    saved.log_sums.assign(factors.log_sums.begin(), factors.log_sums.end());
+    return saved.factors.reset(n, false);
+  }
+
   static MatrixRef<Wide> left_of(const MatrixRef<Wide>& m, Index first, Index count) {
     return {m.data() + first, m.rows(), count, m.outerStride()};
   }
@@ -202,14 +204,14 @@ struct Distributed<Nystrom<T, SegmentMeans, Inverse, Kernel>> {
   /// Of F: dq, and of_f <- the gradients by k_land and by Z B v of this rank's queries.
   template <class WideMethod>
   static void differentiate_f(const WideMethod& method, const WideBackward<Wide>& pass, const NystromState<Wide>& f,
-                              const LandmarkGradients& g, Context& context) {
+                              std::span<const RowLog<Wide>> lse, const LandmarkGradients& g, Context& context) {
     if (pass.in.q.rows() == 0) return;
     Scratch scratch = context.scratch();
     const Index d = g.dk_land.cols(), d_v = g.dbv.cols();
     const MatrixRef<Wide> zbv = scratch.matrix<Wide>(g.dbv.rows(), d_v);
     method.apply_core(f, zbv, context);
     multiply_backward<Kernel, Wide>(
-        method.kernel_, {pass.in.q, f.k_land, zbv, queries_only(pass.in.mask)}, pass.out, f.lse, pass.dout,
+        method.kernel_, {pass.in.q, f.k_land, zbv, queries_only(pass.in.mask)}, pass.out, lse, pass.dout,
         {pass.to.dq, left_of(g.of_f.matrix, 0, d), left_of(g.of_f.matrix, d, d_v)}, context);
   }
 
