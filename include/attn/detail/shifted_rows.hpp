@@ -34,8 +34,8 @@ std::span<const Index> list_kept_keys(const Sources<T>& in, Scratch& scratch) {
   return kept;
 }
 
-/// Kept rows of a matrix: their numbers, in ascending order, and the ranks that they have among all kept ones, which are
-/// count: first, first + 1, ... or those given.
+/// Kept rows of a matrix: their numbers, in ascending order, and the ranks that they have among all kept ones, which
+/// are count: first, first + 1, ... or those given.
 struct RankedRows {
   std::span<const Index> numbers;
   Index count, first = 0;
