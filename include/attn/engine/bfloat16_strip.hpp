@@ -128,37 +128,41 @@ class BfloatStripKernel final : public CausalStripKernel<float> {
   const KeyReader<float>& reader(const Product<float>&, Scratch&) const override { return reader_; }
 
  private:
-  void score(const QueryStrip<float>& strip, const KeyTile<float>& tile, Index count,
+  void score(const QueryStrip<float>& strip, const KeyTile<float>& tile, const PacketCounts& counts,
              const Prefetch& prefetch) const override {
-    with_packets<kTilePackets>(strip.packets,
-                               [&](auto packets) { score_pairs<packets>(strip, tile, count, prefetch); });
+    std::fill_n(tile_maximum_, strip.lanes(), kNoMaximum<float>);
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      for_each_part<packets>(counts, [&](auto first, Range keys) {
+        score_pairs<packets, first>(strip, tile, keys, counts.all(), prefetch);
+      });
+    });
   }
 
-  template <int kPackets>
-  [[gnu::noinline]] void score_pairs(const QueryStrip<float>& strip, const KeyTile<float>& tile, Index count,
-                                     const Prefetch& prefetch) const {
+  template <int kPackets, int kFirst>
+  [[gnu::noinline]] void score_pairs(const QueryStrip<float>& strip, const KeyTile<float>& tile, Range keys,
+                                     Index count, const Prefetch& prefetch) const {
     const float* const bias = tile.bias;
-    float* panel = panel_;
-    std::fill_n(tile_maximum_, kPackets * kLanes<float>, kNoMaximum<float>);
-    for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<float>) {
+    float* panel = panel_ + keys.first * kPackets * kLanes<float>;
+    for (Index j = keys.first; j < keys.last; j += kTileRows, panel += kTileRows * kPackets * kLanes<float>) {
       prefetch.fetch(j, kTileRows, count);
       Packet<float> score[array_size(kTileRows)][array_size(kPackets)];
-      multiply_features<kPackets>(pairs_at(tile.k) + j * tile.k_stride, count - j, tile.k_stride, pairs_at(strip.panel),
-                                  pair_count(d_), panel, score);
+      multiply_features<kPackets, kFirst>(pairs_at(tile.k) + j * tile.k_stride, count - j, tile.k_stride,
+                                          pairs_at(strip.panel), pair_count(d_), panel, score);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
         const auto x = broadcast(bias == nullptr ? 0.0F : bias[std::min<Index>(j + r, count - 1)]);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPackets; ++p) score[r][p] = multiply_add(score[r][p], broadcast(scale_), x);
+        for (int p = kFirst; p < kPackets; ++p) score[r][p] = multiply_add(score[r][p], broadcast(scale_), x);
       }
-      keep_scores<kPackets>(score, panel, tile_maximum_);
+      keep_scores<kPackets, kFirst>(score, panel, tile_maximum_);
     }
   }
 
-  void weigh_keys(const QueryStrip<float>& strip, const LaneState<float>& state, Index count,
+  void weigh_keys(const QueryStrip<float>& strip, const LaneState<float>& state, const PacketCounts& counts,
                   const float* top) const override {
     const float limit = highest_exponent<float>(maximum_);
     for (Index p = 0; p < strip.lanes(); p += kLanes<float>) {
+      const Index count = counts.of(p / kLanes<float>);
       const auto sum = weigh_pairs(panel_ + p, count, strip.lanes(), load(top + p), limit);
       store(state.sum + p, load(state.sum + p) + sum);
     }
@@ -166,20 +170,28 @@ class BfloatStripKernel final : public CausalStripKernel<float> {
 
   /// The key after an odd count of them, which stands beside the last one, may hold anything.
   void add_weighted(const QueryStrip<float>& strip, const LaneState<float>& state, const KeyTile<float>& tile,
-                    Index count, const Prefetch& prefetch) const override {
-    if (count % 2 == 0 || count == tile.count) return add_pairs(strip, state, tile.v, count, prefetch);
+                    const PacketCounts& counts, const Prefetch& prefetch) const override {
+    const Index count = counts.all();
+    if (count % 2 == 0 || count == tile.count) return add_pairs(strip, state, tile.v, counts, prefetch);
     BfloatPair* const last = reader_.values() + (pairs_at(tile.v) - reader_.values()) + count / 2 * d_v_;
     std::copy_n(last, d_v_, last_values_);
     std::transform(last, last + d_v_, last, [](BfloatPair x) { return x & 0xffffU; });
-    add_pairs(strip, state, tile.v, count, prefetch);
+    add_pairs(strip, state, tile.v, counts, prefetch);
     std::copy_n(last_values_, d_v_, last);
   }
 
-  void add_pairs(const QueryStrip<float>& strip, const LaneState<float>& state, const float* v, Index count,
-                 const Prefetch& prefetch) const {
+  void add_pairs(const QueryStrip<float>& strip, const LaneState<float>& state, const float* v,
+                 const PacketCounts& counts, const Prefetch& prefetch) const {
+    PacketCounts pairs = counts;
+    for (Index& x : pairs.counts) x = pair_count(x);
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      add_values<packets>(pairs_at(v), d_v_, d_v_, pairs_at(panel_), pair_count(count), correction_, state.weighted,
-                          prefetch);
+      if (counts.are_equal()) {
+        add_values<packets>(pairs_at(v), d_v_, d_v_, pairs_at(panel_), pairs.all(), correction_, state.weighted,
+                            prefetch);
+      } else {
+        add_some_values<packets>(pairs_at(v), d_v_, d_v_, pairs_at(panel_), pairs, correction_, state.weighted,
+                                 prefetch);
+      }
     });
   }
 
@@ -191,7 +203,9 @@ class BfloatStripKernel final : public CausalStripKernel<float> {
   }
 
   [[gnu::noinline]] void add_seen_values(const QueryStrip<float>& strip, const LaneState<float>& state,
-                                         const KeyTile<float>& tile, Index count, Index limit) const override {
+                                         const KeyTile<float>& tile, const PacketCounts& counts,
+                                         Index limit) const override {
+    const Index count = counts.all();
     const BfloatPair *const v = pairs_at(tile.v), *const weights = pairs_at(panel_);
     const auto value = [&](Index j, Index c) {
       const BfloatPair x = v[j / 2 * d_v_ + c];
@@ -205,7 +219,7 @@ class BfloatStripKernel final : public CausalStripKernel<float> {
         pairs_at(finite_values_)[j / 2 * d_v_ + c] = finite_bits(j, c) >> 16 | finite_bits(j + 1, c);
       }
     }
-    add_pairs(strip, state, finite_values_, count, {});
+    add_pairs(strip, state, finite_values_, counts, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v_; ++c) {
         if (is_finite(value(j, c))) continue;

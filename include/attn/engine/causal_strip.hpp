@@ -1,7 +1,7 @@
 /// A strip of queries meets a tile of keys under a causal mask: beside tiles that all its queries see, those at the
 /// diagonal, of which each query sees some keys.
 ///
-///   for each key j of the tile that any query sees:
+///   for each key j of the tile that any query sees:         packets of queries that do not see it are left out
 ///     score[j]  = -infinity for the queries that must not see it, else as without a mask
 ///   maximum, correction, weights and sums, weighted                                    as without a mask
 ///
@@ -21,8 +21,48 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <type_traits>
 
 namespace attn::detail {
+
+/// body(std::integral_constant<int, p>, keys): the keys, in whole tiles of rows, that packets from p on are multiplied
+/// with, and no others.
+template <int kPackets, int kFirst = 0, class Body>
+[[gnu::always_inline]] inline void for_each_part(const PacketCounts& counts, const Body& body) {
+  const Range keys{round_up_to_tiles(counts.before(kFirst)), counts.of(kFirst)};
+  if (keys.first < keys.last) body(std::integral_constant<int, kFirst>{}, keys);
+  if constexpr (kFirst + 1 < kPackets) for_each_part<kPackets, kFirst + 1>(counts, body);
+}
+
+/// tile += v^T weights over the keys, or pairs of them, that each packet is multiplied with: in the order, and so with
+/// the rounding, of a product with all of them.
+template <int kPackets, int kFirst = 0, class Value, class T>
+[[gnu::always_inline]] inline void add_products_of(const Value* v, Index rows, Index v_stride, const Value* weights,
+                                                   const PacketCounts& counts,
+                                                   Packet<T> (&tile)[array_size(kTileRows)][array_size(kPackets)]) {
+  const Index first = counts.before(kFirst);
+  add_product<kFirst>(v + first * v_stride, rows, 1, v_stride, weights + first * kPackets * kLanes<T>,
+                      counts.of(kFirst) - first, tile);
+  if constexpr (kFirst + 1 < kPackets) {
+    add_products_of<kPackets, kFirst + 1>(v, rows, v_stride, weights, counts, tile);
+  }
+}
+
+/// add_values of so many keys, or pairs of them, for each packet.
+template <int kPackets, class Value, class T>
+[[gnu::noinline]] void add_some_values(const Value* v, Index v_stride, Index d_v, const Value* weights,
+                                       const PacketCounts& counts, const T* correction, T* weighted,
+                                       const Prefetch& prefetch) {
+  for (Index c = 0; c < d_v; c += kTileRows) {
+    prefetch.fetch(c, kTileRows, d_v);
+    Packet<T> tile[array_size(kTileRows)][array_size(kPackets)];
+#pragma GCC unroll 32
+    for (int i = 0; i < kTileRows * kPackets; ++i) tile[i / kPackets][i % kPackets] = broadcast(T(0));
+    add_products_of<kPackets>(v + c, d_v - c, v_stride, weights, counts, tile);
+    correct_and_add(tile, correction, weighted);
+    weighted += kTileRows * kPackets * kLanes<T>;
+  }
+}
 
 /// The StripKernel of causal masks.
 template <class T>
@@ -65,7 +105,8 @@ class CausalStripKernel : public StripKernel<T> {
     if (seen.count == 0) return;
     const bool own_origins = strip.bias_origin != nullptr, adds_bias = own_origins && !tile.seen_wholly(seen);
     const KeyTile<T> scored = adds_bias ? tile.without_key_bias() : tile;
-    this->score(strip, scored, seen.count, prefetch[0]);
+    const PacketCounts counts = tile.seen_by_packets(seen, strip.packets, limit);
+    this->score(strip, scored, counts, prefetch[0]);
     if (this->adds_nothing(strip, state, tile)) return;
     hide(strip, tile, seen, limit);
     if (strip.far) this->refine(strip, state, scored, seen.count);
@@ -74,14 +115,14 @@ class CausalStripKernel : public StripKernel<T> {
       if (slope_ != 0) subtract_distances(tile, seen.count, slope_, limit, strip.lanes(), panel_);
       hide(strip, tile, seen, limit);
     }
-    if (seen.partly() || adds_bias) set_tile_maximum(seen.count, strip.lanes());
+    if (seen.partly() || adds_bias) set_tile_maximum(counts, strip.lanes());
     const bool shifts = own_origins && !adds_bias;
     if (!shifts) this->raise_maximum(strip, state, tile_maximum_);
-    this->weigh_keys(strip, state, seen.count, shifts ? raise_shifted(strip, state, tile, limit) : state.maximum);
+    this->weigh_keys(strip, state, counts, shifts ? raise_shifted(strip, state, tile, limit) : state.maximum);
     if (seen.partly() && !finite_values(tile, seen.first_hidden(), seen.count)) {
-      return add_seen_values(strip, state, tile, seen.count, limit);
+      return add_seen_values(strip, state, tile, counts, limit);
     }
-    this->add_weighted(strip, state, tile, seen.count, prefetch[1]);
+    this->add_weighted(strip, state, tile, counts, prefetch[1]);
   }
 
   void hide(const QueryStrip<T>& strip, const KeyTile<T>& tile, const SeenKeys& seen, Index limit) const {
@@ -90,10 +131,10 @@ class CausalStripKernel : public StripKernel<T> {
     if (seen.leaves_any()) hide_past(tile, seen, limit, limits_.window, kHidden, strip.lanes(), panel_);
   }
 
-  void set_tile_maximum(Index count, Index lanes) const {
+  void set_tile_maximum(const PacketCounts& counts, Index lanes) const {
     for (Index p = 0; p < lanes; p += kLanes<T>) {
       auto top = broadcast(kNoMaximum<T>);
-      for (Index j = 0; j < count; ++j) top = max(top, load(panel_ + j * lanes + p));
+      for (Index j = 0; j < counts.of(p / kLanes<T>); ++j) top = max(top, load(panel_ + j * lanes + p));
       store(tile_maximum_ + p, top);
     }
   }
@@ -113,6 +154,38 @@ class CausalStripKernel : public StripKernel<T> {
   }
 
  protected:
+  void score(const QueryStrip<T>& strip, const KeyTile<T>& tile, const PacketCounts& counts,
+             const Prefetch& prefetch) const override {
+    if (counts.are_equal()) return Base::score(strip, tile, counts, prefetch);
+    std::fill_n(tile_maximum_, strip.lanes(), kNoMaximum<T>);
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      for_each_part<packets>(counts, [&](auto first, Range keys) {
+        score_some_keys<packets, first>(tile, keys, counts.all(), strip.panel, this->d_, panel_, tile_maximum_,
+                                        prefetch);
+      });
+    });
+  }
+
+  void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, const PacketCounts& counts,
+                  const T* top) const override {
+    if (counts.are_equal()) return Base::weigh_keys(strip, state, counts, top);
+    for (Index p = 0; p < strip.packets; ++p) {
+      const Index lane = p * kLanes<T>;
+      store(state.sum + lane,
+            load(state.sum + lane) + weigh_packets(panel_ + lane, counts.of(p), strip.lanes(), load(top + lane),
+                                                   highest_exponent<T>(this->maximum_)));
+    }
+  }
+
+  void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                    const PacketCounts& counts, const Prefetch& prefetch) const override {
+    if (counts.are_equal()) return Base::add_weighted(strip, state, tile, counts, prefetch);
+    with_packets<kTilePackets>(strip.packets, [&](auto packets) {
+      add_some_values<packets>(tile.v, tile.v_stride, this->d_v_, panel_, counts, this->correction_, state.weighted,
+                               prefetch);
+    });
+  }
+
   /// Whether the values of keys [first, last) of a tile are finite.
   virtual bool finite_values(const KeyTile<T>& tile, Index first, Index last) const {
     return tile.values().finite_keys(first, last, this->d_v_);
@@ -121,8 +194,9 @@ class CausalStripKernel : public StripKernel<T> {
   /// add_weighted where 0 times a value may be NaN: the finite values for all queries, then the others for those that
   /// see them. A query that sees only finite ones gets the bits that it would get from add_weighted.
   [[gnu::noinline]] virtual void add_seen_values(const QueryStrip<T>& strip, const LaneState<T>& state,
-                                                 const KeyTile<T>& tile, Index count, Index limit) const {
-    const Index d_v = this->d_v_, lanes = strip.lanes();
+                                                 const KeyTile<T>& tile, const PacketCounts& counts,
+                                                 Index limit) const {
+    const Index d_v = this->d_v_, lanes = strip.lanes(), count = counts.all();
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v; ++c) {
         const T x = tile.v[j * tile.v_stride + c];
@@ -132,7 +206,7 @@ class CausalStripKernel : public StripKernel<T> {
     KeyTile<T> finite = tile;
     finite.v = finite_values_;
     finite.v_stride = d_v;
-    this->add_weighted(strip, state, finite, count, {});
+    add_weighted(strip, state, finite, counts, {});
     for (Index j = 0; j < count; ++j) {
       for (Index c = 0; c < d_v; ++c) {
         const T x = tile.v[j * tile.v_stride + c];

@@ -11,6 +11,8 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -33,6 +35,22 @@ struct SeenKeys {
   bool leaves_any() const { return past.first < past.last; }
   bool partly() const { return by_all < count || leaves_any(); }
   Index first_hidden() const { return leaves_any() ? std::min(by_all, past.first) : by_all; }
+};
+
+/// How many of a tile's first keys each packet of a strip is multiplied with: no fewer than the packet before.
+struct PacketCounts {
+  std::array<Index, array_size(kTilePackets)> counts;
+
+  static PacketCounts whole(Index count) {
+    PacketCounts equal{};
+    equal.counts.fill(count);
+    return equal;
+  }
+
+  Index of(Index packet) const { return counts[static_cast<std::size_t>(packet)]; }
+  Index before(Index packet) const { return packet == 0 ? 0 : of(packet - 1); }
+  Index all() const { return counts.back(); }
+  bool are_equal() const { return counts.front() == counts.back(); }
 };
 
 /// The tiles of some keys that have any up to limit, whole ones: a tile must not depend on which queries are computed
@@ -99,6 +117,17 @@ struct KeyTile {
     seen.by_all = std::min(seen.by_all, seen.count);
     seen.past = {sinks, std::min(seen.count, visible(limit + queries - 1 - limits.window))};
     return seen;
+  }
+
+  /// How many of the keys that some queries see each of so many packets of them has to do with: those in sight of its
+  /// last query, and as many more as make their number even.
+  PacketCounts seen_by_packets(const SeenKeys& seen, int packets, Index limit) const {
+    PacketCounts by_packet = PacketCounts::whole(seen.count);
+    for (int p = 0; p + 1 < packets && limit != CausalLimits::kNone; ++p) {
+      const Index in_sight = visible(limit + (p + 1) * kLanes<T> - 1);
+      by_packet.counts[static_cast<std::size_t>(p)] = std::min(seen.count, in_sight + in_sight % 2);
+    }
+    return by_packet;
   }
 
   /// The tile without the keys at its beginning that the windows of all queries leave behind, as far as these fill rows

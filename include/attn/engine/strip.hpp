@@ -29,6 +29,7 @@
 #include <array>
 #include <limits>
 #include <numbers>
+#include <numeric>
 
 namespace attn::detail {
 
@@ -87,14 +88,14 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
 inline constexpr Index kFeaturesAtOnce = 256;
 
 /// The products of a tile's keys, rows of them real, with the queries' features: sums of kFeaturesAtOnce at a time, all
-/// but the last by way of the panel.
-template <int kPackets, class Feature, class T>
+/// but the last by way of the panel. Packets below kFirst may become anything.
+template <int kPackets, int kFirst, class Feature, class T>
 [[gnu::always_inline]] inline void multiply_features(const Feature* k, Index rows, Index k_stride,
                                                      const Feature* queries, Index d, T* panel,
                                                      Packet<T> (&score)[array_size(kTileRows)][array_size(kPackets)]) {
   for (Index first = 0;; first += kFeaturesAtOnce) {
     const Index count = std::min(d - first, kFeaturesAtOnce);
-    multiply_tile(k + first, rows, k_stride, 1, queries + first * kPackets * kLanes<T>, count, score);
+    multiply_tile<kFirst>(k + first, rows, k_stride, 1, queries + first * kPackets * kLanes<T>, count, score);
 #pragma GCC unroll 32
     for (int i = 0; i < kTileRows * kPackets && first > 0; ++i) {
       auto& x = score[i / kPackets][i % kPackets];
@@ -106,12 +107,12 @@ template <int kPackets, class Feature, class T>
   }
 }
 
-/// panel <- the scores of a register tile; maximum follows.
-template <int kPackets, class T>
+/// panel <- the scores of a register tile, packets from kFirst on; maximum follows.
+template <int kPackets, int kFirst, class T>
 [[gnu::always_inline]] inline void keep_scores(const Packet<T> (&score)[array_size(kTileRows)][array_size(kPackets)],
                                                T* panel, T* maximum) {
 #pragma GCC unroll 4
-  for (int p = 0; p < kPackets; ++p) {
+  for (int p = kFirst; p < kPackets; ++p) {
     auto top = load(maximum + p * kLanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
@@ -122,19 +123,29 @@ template <int kPackets, class T>
   }
 }
 
-/// Scores of count keys for a strip, into a panel with room for whole tiles; their maximum into maximum. What keys have
-/// as a bias is added to the products at last, for a sum that began with it would be rounded at its size all along.
-template <int kPackets, class T>
-[[gnu::noinline]] void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
-                                  const Prefetch& prefetch) {
-  std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
-  for (Index j = 0; j < count; j += kTileRows, panel += kTileRows * kPackets * kLanes<T>) {
+/// Scores of keys [first, last) of count, whole tiles but at the end, for the packets of a strip from kFirst on, into a
+/// panel with room for whole tiles; maximum follows. What keys have as a bias is added to the products at last, for a
+/// sum that began with it would be rounded at its size all along.
+template <int kPackets, int kFirst, class T>
+[[gnu::noinline]] void score_some_keys(const KeyTile<T>& tile, Range keys, Index count, const T* queries, Index d,
+                                       T* panel, T* maximum, const Prefetch& prefetch) {
+  constexpr Index kStep = kTileRows * kPackets * kLanes<T>;
+  panel += keys.first / kTileRows * kStep;
+  for (Index j = keys.first; j < keys.last; j += kTileRows, panel += kStep) {
     prefetch.fetch(j, kTileRows, count);
     Packet<T> score[array_size(kTileRows)][array_size(kPackets)];
-    multiply_features<kPackets>(tile.k + j * tile.k_stride, count - j, tile.k_stride, queries, d, panel, score);
+    multiply_features<kPackets, kFirst>(tile.k + j * tile.k_stride, count - j, tile.k_stride, queries, d, panel, score);
     if (tile.bias != nullptr) add_to_rows(tile.bias + j, count - j, score);
-    keep_scores<kPackets>(score, panel, maximum);
+    keep_scores<kPackets, kFirst>(score, panel, maximum);
   }
+}
+
+/// Scores of count keys for a strip; their maximum into maximum.
+template <int kPackets, class T>
+void score_keys(const KeyTile<T>& tile, Index count, const T* queries, Index d, T* panel, T* maximum,
+                const Prefetch& prefetch) {
+  std::fill_n(maximum, kPackets * kLanes<T>, kNoMaximum<T>);  // in memory: the register tile needs the registers
+  score_some_keys<kPackets, 0>(tile, {0, count}, count, queries, d, panel, maximum, prefetch);
 }
 
 /// panel <- panel + the key biases of count keys, counted from each query's own origin. Those of keys that a query must
@@ -176,12 +187,22 @@ template <class T>
   }
 }
 
+/// The count first elements of some packets of lanes <- x.
+template <class T>
+inline void fill_lanes(T* lanes, Index count, T x, Packet<T> numbers) {
+  for (; count >= kLanes<T>; count -= kLanes<T>, lanes += kLanes<T>) store(lanes, broadcast(x));
+  if (count > 0) store(lanes, select_positive(broadcast(static_cast<T>(count)) - numbers, broadcast(x), load(lanes)));
+}
+
 /// Scores in a panel of keys that a query must not see become hidden, whatever they were. limit as in
 /// KeyTile::seen_by.
 template <class T>
-void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hidden, Index lanes, T* panel) {
+[[gnu::noinline]] void hide_future(const KeyTile<T>& tile, const SeenKeys& seen, Index limit, T hidden, Index lanes,
+                                   T* panel) {
+  alignas(64) T numbers[array_size(kLanes<T>)];
+  std::iota(numbers, numbers + kLanes<T>, T(0));
   for (Index j = seen.by_all; j < seen.count; ++j) {
-    std::fill_n(panel + j * lanes, std::min(tile.row(j) - limit, lanes), hidden);
+    fill_lanes(panel + j * lanes, std::min(tile.row(j) - limit, lanes), hidden, load(numbers));
   }
 }
 
@@ -205,6 +226,17 @@ template <class T>
   }
 }
 
+/// weighted <- correction weighted + tile.
+template <std::size_t kRowExtent, std::size_t kPacketExtent, class T>
+[[gnu::always_inline]] inline void correct_and_add(const Packet<T> (&tile)[kRowExtent][kPacketExtent],
+                                                   const T* correction, T* weighted) {
+#pragma GCC unroll 32
+  for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i, weighted += kLanes<T>) {
+    const auto correct = load(correction + i % kPacketExtent * array_size(kLanes<T>));
+    store(weighted, multiply_add(load(weighted), correct, tile[i / kPacketExtent][i % kPacketExtent]));
+  }
+}
+
 /// weighted <- correction weighted + v^T weights, over count keys, or pairs of them. weighted has room for whole tiles.
 template <int kPackets, class Value, class T>
 [[gnu::noinline]] void add_values(const Value* v, Index v_stride, Index d_v, const Value* weights, Index count,
@@ -213,11 +245,8 @@ template <int kPackets, class Value, class T>
     prefetch.fetch(c, kTileRows, d_v);
     Packet<T> tile[array_size(kTileRows)][array_size(kPackets)];
     multiply_tile(v + c, d_v - c, 1, v_stride, weights, count, tile);
-#pragma GCC unroll 32
-    for (int i = 0; i < kTileRows * kPackets; ++i, weighted += kLanes<T>) {
-      const auto correct = load(correction + i % kPackets * kLanes<T>);
-      store(weighted, multiply_add(load(weighted), correct, tile[i / kPackets][i % kPackets]));
-    }
+    correct_and_add(tile, correction, weighted);
+    weighted += kTileRows * kPackets * kLanes<T>;
   }
 }
 
@@ -256,7 +285,7 @@ class StripKernel {
   /// maximum <- at least the largest score of a tile's keys, which are to be added, but for rounding: what is as
   /// nothing beside them is passed over from the beginning. For strips that are far from the center.
   void expect(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile) const {
-    score(strip, tile, tile.count, {});
+    score(strip, tile, PacketCounts::whole(tile.count), {});
     far_pairs_->expect(strip, tile, tile_maximum_, state.maximum);
   }
 
@@ -265,18 +294,20 @@ class StripKernel {
   void add_keys(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
                 const std::array<Prefetch, 2>& prefetch) const {
     if (count == 0) return;
-    score(strip, tile, count, prefetch[0]);
+    const PacketCounts counts = PacketCounts::whole(count);
+    score(strip, tile, counts, prefetch[0]);
     if (adds_nothing(strip, state, tile)) return;
     if (strip.far) refine(strip, state, tile, count);
     raise_maximum(strip, state, tile_maximum_);
-    weigh_keys(strip, state, count, state.maximum);
-    add_weighted(strip, state, tile, count, prefetch[1]);
+    weigh_keys(strip, state, counts, state.maximum);
+    add_weighted(strip, state, tile, counts, prefetch[1]);
   }
 
   /// panel_ <- scores, tile_maximum_ <- their maximum.
-  virtual void score(const QueryStrip<T>& strip, const KeyTile<T>& tile, Index count, const Prefetch& prefetch) const {
+  virtual void score(const QueryStrip<T>& strip, const KeyTile<T>& tile, const PacketCounts& counts,
+                     const Prefetch& prefetch) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      score_keys<packets>(tile, count, strip.panel, d_, panel_, tile_maximum_, prefetch);
+      score_keys<packets>(tile, counts.all(), strip.panel, d_, panel_, tile_maximum_, prefetch);
     });
   }
 
@@ -310,15 +341,16 @@ class StripKernel {
   }
 
   /// Turns scores into weights relative to top.
-  virtual void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, Index count, const T* top) const {
-    weigh(panel_, count, strip.lanes(), top, highest_exponent<T>(maximum_), state.sum);
+  virtual void weigh_keys(const QueryStrip<T>& strip, const LaneState<T>& state, const PacketCounts& counts,
+                          const T* top) const {
+    weigh(panel_, counts.all(), strip.lanes(), top, highest_exponent<T>(maximum_), state.sum);
   }
 
-  /// Adds the values of a tile's count first keys with these weights.
-  virtual void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile, Index count,
-                            const Prefetch& prefetch) const {
+  /// Adds the values of a tile's keys with these weights.
+  virtual void add_weighted(const QueryStrip<T>& strip, const LaneState<T>& state, const KeyTile<T>& tile,
+                            const PacketCounts& counts, const Prefetch& prefetch) const {
     with_packets<kTilePackets>(strip.packets, [&](auto packets) {
-      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, count, correction_, state.weighted, prefetch);
+      add_values<packets>(tile.v, tile.v_stride, d_v_, panel_, counts.all(), correction_, state.weighted, prefetch);
     });
   }
 

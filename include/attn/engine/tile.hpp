@@ -34,8 +34,8 @@ consteval std::size_t array_size(Index n) {
 /// Element (r, l) of a is at a + r row_step + l step. b is a panel: row l holds kPackets packets, aligned, one row
 /// after another. Where a has fewer rows than the tile, its last one stands for those that are missing: one kernel
 /// serves the end of a matrix too. All loops over the tile are unrolled, here and where it is used, so that it lives in
-/// registers. T may be a pair of numbers, whose products are of type Sum.
-template <std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
+/// registers. T may be a pair of numbers, whose products are of type Sum. Packets below kFirst are left out.
+template <int kFirst = 0, std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
 [[gnu::always_inline]] inline void add_product(const T* a, Index rows, Index row_step, Index step, const T* b,
                                                Index depth, Packet<Sum> (&tile)[kRowExtent][kPacketExtent]) {
   constexpr int kRows = static_cast<int>(kRowExtent), kPackets = static_cast<int>(kPacketExtent);
@@ -45,25 +45,25 @@ template <std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
   for (Index l = 0, at = 0; l < depth; ++l, at += step) {
     Packet<T> column[kPacketExtent];
 #pragma GCC unroll 4
-    for (int p = 0; p < kPackets; ++p) column[p] = load(b + p * kLanes<T>);
+    for (int p = kFirst; p < kPackets; ++p) column[p] = load(b + p * kLanes<T>);
     b += kPackets * kLanes<T>;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const auto x = broadcast(row[r][at]);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPackets; ++p) tile[r][p] = multiply_add(x, column[p], tile[r][p]);
+      for (int p = kFirst; p < kPackets; ++p) tile[r][p] = multiply_add(x, column[p], tile[r][p]);
     }
   }
 }
 
-/// tile = the product of add_product.
-template <std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
+/// tile = the product of add_product, 0 in packets below kFirst.
+template <int kFirst = 0, std::size_t kRowExtent, std::size_t kPacketExtent, class T, class Sum>
 [[gnu::always_inline]] inline void multiply_tile(const T* a, Index rows, Index row_step, Index step, const T* b,
                                                  Index depth, Packet<Sum> (&tile)[kRowExtent][kPacketExtent]) {
 #pragma GCC unroll 32
   for (std::size_t i = 0; i < kRowExtent * kPacketExtent; ++i)
     tile[i / kPacketExtent][i % kPacketExtent] = broadcast(Sum(0));
-  add_product(a, rows, row_step, step, b, depth, tile);
+  add_product<kFirst>(a, rows, row_step, step, b, depth, tile);
 }
 
 /// How many packets so many columns are cut into: at least 2. A tile of one packet waits for its own sums, and would
