@@ -72,10 +72,12 @@ constexpr auto peak_of = bench::fma_peak<std::conditional_t<std::is_same_v<T, do
 
 /// An exact method on (n, d) tokens.
 template <class T>
-Contender exact(const Settings& settings, const std::string& name, Index d = kDim, Causal causal = Causal::none) {
+Contender exact(const Settings& settings, const std::string& name, Index d = kDim, Causal causal = Causal::none,
+                attn::Products products = attn::Products::fastest) {
   auto tokens = std::make_shared<bench::Tokens<T>>(bench::make_tokens<T>(Family::unit, settings.n, d));
-  const auto method = attn::make_approximator<T>(name);
-  return {.name = name + "/" + type_name<T>() + (causal == Causal::none ? "" : "/causal") + "/d:" + std::to_string(d),
+  const auto method = attn::make_approximator<T>(name, {.products = products});
+  return {.name = name + "/" + type_name<T>() + (products == attn::Products::fastest ? "" : "/float products") +
+                  (causal == Causal::none ? "" : "/causal") + "/d:" + std::to_string(d),
           .flops = bench::attention_flops(settings.n, settings.n, d, causal),
           .run = [=](attn::Context& context) { method.forward(tokens->inputs(causal), tokens->out, context); },
           .peak = peak_of<T>};
@@ -152,18 +154,25 @@ Contender backward(const std::string& name, Index n, double forward_flops) {
 }
 
 /// multi_head on 8 heads of n tokens.
-Contender heads(const std::string& name, Index n, double flops_of_one) {
+Contender heads(const std::string& name, Index n, double flops_of_one, Causal causal = Causal::none) {
   constexpr Index kHeads = 8;
   auto tokens = std::make_shared<bench::Tokens<float>>(bench::make_tokens<float>(Family::smooth, kHeads * n, kDim));
   const auto method = attn::find_method<float>(name).make({.num_landmarks = 64});
   const auto view = [n](attn::Matrix<float>& m) { return attn::head_major(m.data(), 1, kHeads, n, kDim); };
   const auto run = [=](attn::Context& on) {
-    attn::multi_head(method, view(tokens->q), view(tokens->k), view(tokens->v), view(tokens->out), {}, on);
+    const attn::Mask mask{.causal = causal};
+    attn::multi_head(method, view(tokens->q), view(tokens->k), view(tokens->v), view(tokens->out), {&mask, 1}, on);
   };
-  return {.name = name + "/float/heads:8/n:" + std::to_string(n) + "/d:64",
-          .flops = static_cast<double>(kHeads) * flops_of_one,
-          .run = run,
-          .peak = bench::fma_peak<float>};
+  return {
+      .name = name + "/float" + (causal == Causal::none ? "" : "/causal") + "/heads:8/n:" + std::to_string(n) + "/d:64",
+      .flops = static_cast<double>(kHeads) * flops_of_one,
+      .run = run,
+      .peak = bench::fma_peak<float>};
+}
+
+/// softmax on 8 heads of n tokens each.
+Contender softmax_heads(Index n, Causal causal = Causal::none) {
+  return heads("softmax", n, bench::attention_flops(n, n, kDim, causal), causal);
 }
 
 /// How many calls of each contender make a sample; leaves the context warm.
@@ -198,15 +207,22 @@ std::vector<Contender> one_core_contenders(const Settings& s) {
           approximation<Eigen::half>("nystrom", s.long_n, 64),
           multipole(n),
           multipole(s.long_n),
-          backward("multipole", s.long_n, bench::multipole_flops(s.long_n, {}, kDim))};
+          backward("multipole", s.long_n, bench::multipole_flops(s.long_n, {}, kDim)),
+          exact<Eigen::bfloat16>(s, "softmax", kDim, Causal::none, attn::Products::float32),
+          exact<Eigen::bfloat16>(s, "softmax", kDim, Causal::upper_left),
+          softmax_heads(64),
+          softmax_heads(256),
+          softmax_heads(64, Causal::upper_left),
+          softmax_heads(256, Causal::upper_left),
+          softmax_heads(512, Causal::upper_left)};
 }
 
 /// One contender's time as so many times another's, both by their places in the list.
 struct Pair {
   std::size_t slow, fast;
 };
-constexpr Pair kPairs[] = {{1, 0},   {5, 4},   {2, 0},   {3, 0},  {12, 0}, {10, 11},
-                           {14, 13}, {16, 13}, {19, 13}, {0, 20}, {22, 21}};
+constexpr Pair kPairs[] = {{1, 0},   {5, 4},   {2, 0},   {0, 3},   {23, 3}, {4, 24}, {12, 0},
+                           {10, 11}, {14, 13}, {16, 13}, {19, 13}, {0, 20}, {22, 21}};
 
 /// A quantity sampled once a round.
 struct Series {
@@ -249,7 +265,7 @@ std::vector<Series> measure_two_workers(const Settings& settings, Clock::time_po
   const std::vector<Contender> contenders{
       exact<float>(settings, "softmax"),
       exact<float>(settings, "softmax", kDim, Causal::upper_left),
-      heads("softmax", settings.n, bench::attention_flops(settings.n, settings.n, kDim)),
+      softmax_heads(settings.n),
       approximation("nystrom", settings.long_n, 64),
       heads("nystrom", settings.long_n / 4, bench::landmark_flops(settings.long_n / 4, 64, kDim)),
       approximation("skyformer", settings.long_n, 64),
