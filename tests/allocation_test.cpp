@@ -376,6 +376,28 @@ TYPED_TEST(Allocations, NoneOnASecondCall) {
   EXPECT_EQ(allocations_of([&] { calls.run(context); }), 0);
 }
 
+TEST(AllocationsWithinAnError, NoneOnASecondCall) {
+  const auto x = test::make_tokens<float>(test::Family::smooth, {3500, 3500, 32, 32}, 4);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  Matrix<float> out(3500, 32);
+  Context context;
+  attn::Choice choice;
+  const auto run = [&] {
+    for (const double max_error : {0.01, 0.1}) {
+      attn::Automatic<float> method{.max_error = max_error};
+      method.forward(in, out, context, choice);
+      method.hint = choice.plan;
+      method.forward(in, out, context);
+    }
+    for (const Causal causal : {Causal::none, Causal::lower_right}) {
+      attn::estimate_error(SoftmaxKernel{}, Inputs<float>{x.q, x.k, x.v, {causal}}, out, {}, context);
+    }
+  };
+  EXPECT_GT(allocations_of(run), 0) << "the first call fills the arena";
+  EXPECT_FALSE(choice.plan.exact);
+  EXPECT_EQ(allocations_of(run), 0);
+}
+
 TYPED_TEST(Allocations, NoneWhicheverWorkerTakesAHead) {
   Calls<TypeParam> calls;
   Context context{Turns{}};
