@@ -2,6 +2,7 @@
 /// model's own queries, keys and values, and prints what each takes and how far off it is.
 #include "common/make_context.hpp"
 #include "common/run_program.hpp"
+#include "compare/automatic.hpp"
 #include "compare/measure.hpp"
 #include "compare/options.hpp"
 #include "compare/recommend.hpp"
@@ -56,6 +57,9 @@ void run(const Options& options) {
               several_heads ? "For each head, or for all by attn::multi_head:\n" : "", advised.line.c_str());
   const std::string warning = before_trusting(advised.advice.row, several_heads, !options.q);
   if (!warning.empty()) std::printf("%s\n", warning.c_str());
+  if ((options.max_error || options.budget_ms) && options.target == Target::softmax) {
+    std::printf("\n%s", automatic_report(run_automatic(options, sequences), sequences).c_str());
+  }
   write(json, options.json, json_report(comparison, sequences, threads, advised));
   write(csv, options.csv, csv_report(comparison));
 }

@@ -101,8 +101,10 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--budget-ms", options.budget_ms,
                  "recommend the most accurate method that takes no longer, all heads together")
       ->check(check_positive);
-  app.add_option("--max-error", options.max_error,
-                 "recommend the fastest method whose error is no larger in any head; 0.1 where neither is given")
+  app.add_option(
+         "--max-error", options.max_error,
+         "recommend the fastest method whose error is no larger in any head, 0.1 where neither is given; and what "
+         "attn::Automatic chooses for each head")
       ->check(check_positive);
   app.add_option("--spectral-seconds", options.spectral_seconds,
                  "time for the errors in the spectral norm, which are left out where it is too short; 0: none")
