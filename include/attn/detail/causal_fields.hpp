@@ -20,6 +20,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -105,7 +106,6 @@ struct CausalRows {
 struct RecentBlock {
   Range rows;  ///< row numbers, some of which masks may drop
   Range keys;  ///< from the first recent one up to the last that any query sees, among those that masks keep
-  bool sinks;  ///< whether the first keys of all are not among these
 };
 
 /// Adds recent keys to rows. One for each worker.
@@ -130,10 +130,12 @@ class RecentRunner {
     for (Index row = block.rows.first; row < block.rows.last; row += kTileWidth<T>) {
       open(strips_[count_++], {row, std::min(block.rows.last, row + kTileWidth<T>)});
     }
-    if (block.sinks) add(tokens, {0, kSinkKeys});
-    for (Range some = block.keys; some.first < block.keys.last; some.first = some.last) {
-      some.last = std::min(static_cast<Index>(tokens.keys.size()), some.first + kTileKeys<T>);  // a whole tile
-      add(tokens, some);
+    const auto tile = [&](Index first) {  // a whole one
+      return Range{first, std::min(static_cast<Index>(tokens.keys.size()), first + kTileKeys<T>)};
+    };
+    for (Index first = block.keys.first; first < block.keys.last; first += kTileKeys<T>) {
+      const Index next = std::min(first + kTileKeys<T>, block.keys.last);
+      add(tokens, tile(first), next < block.keys.last ? tile(next) : Range{0, 0});
     }
     for (Index s = 0; s < count_; ++s) {
       const QueryStrip<T>& queries = strips_[s].queries;
@@ -162,13 +164,17 @@ class RecentRunner {
     std::fill_n(strip.state.weighted, lanes * round_up_to_tiles(product_.in.v.cols()), T(0));
   }
 
-  void add(const CausalTokens& tokens, Range some) {
-    const Index* const keys = tokens.keys.data();
-    KeyTile<T> tile = reader_.read(keys[some.first], keys[some.last - 1] + 1);
+  /// The first strip has fetched values, and the next keys, for all.
+  void add(const CausalTokens& tokens, Range some, Range next) {
+    const Range rows = tokens.rows(some);
+    KeyTile<T> tile = reader_.read(rows.first, rows.last);
     tile.whole = some.last - some.first == kTileKeys<T>;  // the last one grows with the tokens
+    std::array<Prefetch, 2> prefetch{Prefetch::of(product_.in.v.memory(), rows),
+                                     Prefetch::of(product_.in.k.memory(), tokens.rows(next))};
     for (Index s = 0; s < count_; ++s) {
       const QueryStrip<T>& queries = strips_[s].queries;
-      kernel_.add(queries, strips_[s].state, tile, product_.limits.of(queries.first), {});
+      kernel_.add(queries, strips_[s].state, tile, product_.limits.of(queries.first), prefetch);
+      prefetch = {};
     }
   }
 
@@ -201,7 +207,7 @@ class NodeRunner {
       for (Index c = 0; c < view.far.tokens.rows(); c += kTileKeys<T>) {
         add(view.far.tile({c, std::min(view.far.tokens.rows(), c + kTileKeys<T>)}, keys_.value_offset()));
       }
-      near_keys_.for_each_tile(view.near, [&](const KeyTile<T>& tile) { add(tile); });
+      near_keys_.for_each_tile(view.others, view.near, [&](const KeyTile<T>& tile) { add(tile); });
       for (Index s = 0; s < count_; ++s) {
         const FieldStrip<T>& strip = strips_[s];
         to.add(strip.state, strip.lanes(), rows.data() + s * kTileWidth<T>, strip.queries.count, shift);
@@ -244,12 +250,13 @@ class NearestLandmarks {
         maximum_(scratch.elements<T>(kTileWidth<T>)),
         rows_(scratch.elements<T>(kLanes<T> * product.in.q.cols())) {}
 
-  /// nearest (count, at most a strip) <- those of rows of the given numbers; ties go to the lower number.
-  void find(const NodeLandmarks<T>& landmarks, const Index* rows, Index count, Index* nearest) {
+  /// nearest (count, at most a strip) <- which of some landmarks it is for rows of the given numbers; ties go to the
+  /// lower number.
+  void find(const NodeLandmarks<T>& landmarks, Range some, const Index* rows, Index count, Index* nearest) {
     strip_.load(product_, rows, count, rows_);
-    const Index n = landmarks.count(), lanes = strip_.lanes();
+    const Index n = some.last - some.first, lanes = strip_.lanes();
     for (Index l = 0; l < n; l += kTileKeys<T>) {
-      const KeyTile<T> tile = landmarks.means.tile({l, std::min(n, l + kTileKeys<T>)}, 0);
+      const KeyTile<T> tile = landmarks.tile({some.first + l, some.first + std::min(n, l + kTileKeys<T>)});
       with_packets<kTilePackets>(strip_.queries.packets, [&](auto packets) {
         score_keys<packets>(tile, tile.count, strip_.queries.panel, product_.in.q.cols(), strip_.weights + l * lanes,
                             maximum_, {});

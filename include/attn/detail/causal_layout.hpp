@@ -78,6 +78,12 @@ struct CausalTokens {
             first_query([&](Index i) { return seen.data()[i] > (c + 1) * kChunkKeys; })};
   }
 
+  /// Row numbers that some keys span.
+  Range rows(Range some) const {
+    if (some.first == some.last) return {0, 0};
+    return {keys.data()[some.first], keys.data()[some.last - 1] + 1};
+  }
+
   /// Keys of a chunk but for sinks.
   std::span<const Index> keys_of_chunk(Index c) const {
     const Index first = c == 0 ? kSinkKeys : c * kChunkKeys;

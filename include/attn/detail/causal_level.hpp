@@ -20,24 +20,11 @@
 
 namespace attn::detail {
 
-/// A node, and which rows use it.
-template <class T>
+/// A node among those of its size.
 struct UsedNode {
-  Range branches{0, 0};  ///< among those of all chunks
-  NodeLandmarks<T> landmarks = NodeLandmarks<T>::none();
-  Summaries<T> of_regions = Summaries<T>::none();  ///< of all its branches, as one region after another sees them
-  std::span<Index> rows{};                         ///< row numbers, those of each landmark together
-  std::span<Index> starts{};                       ///< of the rows of each landmark, and the end
-
-  std::span<const Index> rows_of(Index landmark) const {
-    const Index first = starts.data()[landmark];
-    return part_of(std::span<const Index>(rows), first, starts.data()[landmark + 1] - first);
-  }
-
-  Summaries<T> of_region(Index region) const {
-    const Index count = of_regions.tokens.rows() / landmarks.parts.sets();
-    return of_regions.part(region * count, count);
-  }
+  Index number;
+  Range branches;  ///< among those of all chunks
+  Range queries;   ///< that use it, among those that masks keep
 };
 
 /// What a worker needs for nodes of one size; it turns to one after another.
@@ -46,12 +33,17 @@ struct NodeWorker {
   KeyClusters<T> node;
   NodeViewer<T> viewer;
   NodeRunner<T> runner;
+  NearestLandmarks<T> finder;
 
   /// largest: the node of most keys.
-  NodeWorker(const Product<T>& product, const KeyClusters<T>& largest, const FieldSizes& sizes, Scratch& scratch)
-      : node(largest), viewer(product, node, sizes, scratch), runner(product, node, scratch) {}
+  NodeWorker(const Product<T>& product, const KeyClusters<T>& largest, const FieldSizes& sizes, Index landmarks,
+             Scratch& scratch)
+      : node(largest),
+        viewer(product, node, sizes, scratch),
+        runner(product, node, scratch),
+        finder(product, landmarks, scratch) {}
 
-  void turn_to(const KeyClusters<T>& keys, const UsedNode<T>& used) {
+  void turn_to(const KeyClusters<T>& keys, const UsedNode& used) {
     std::construct_at(&node, keys.some_branches(used.branches));
   }
 };
@@ -60,133 +52,122 @@ template <class T>
 class NodeLevel {
  public:
   /// keys: of all chunks. size: chunks of a node.
-  NodeLevel(const Product<T>& product, const CausalTokens& tokens, const KeyClusters<T>& keys,
-            const ChunkQueries<T>& queries, Index size, const NodeCounts& counts, Context& context, Scratch& scratch)
+  NodeLevel(const Product<T>& product, const CausalTokens& tokens, const KeyClusters<T>& keys, Index size,
+            const NodeCounts& counts, Context& context, Scratch& scratch)
       : product_(product),
         tokens_(tokens),
         keys_(keys),
-        queries_(queries),
         context_(context),
         size_(size),
         branches_(size * counts.branches()),
-        counts_(counts),
+        counts_(counts.within(branches_)),
         count_(CausalNode::count(tokens.most_chunks(), size)),
-        nodes_(scratch.make<UsedNode<T>>(count_)) {
-    counts_.open = std::min(counts.open, branches_);
-    counts_.near = std::min(counts.near, counts_.open * counts.clusters_in_a_branch);
-    for (Index i = 0; i < count_; ++i) make_node(i, scratch);
-    assign_rows(scratch);
-  }
+        landmarks_(NodeLandmarks<T>::make(product.in, product.kernel,
+                                          cut_queries(product.in, tokens, size, counts_, context, scratch),
+                                          counts_.landmarks_in_a_region, context, scratch)),
+        of_regions_(
+            Summaries<T>::make(all_open() ? 0 : count_ * counts_.regions() * branches_, keys.tokens.cols(), scratch)),
+        rows_(scratch.array<Index>(tokens.query_count())),
+        starts_(scratch.array<Index>(count_ * (counts_.landmarks + 1))) {}
 
-  /// shift(row): as in CausalRows::add.
+  /// Adds the nodes to the rows that use them. shift(row): as in CausalRows::add.
   template <class Shift>
   void attend(const Shift& shift, const CausalRows<T>& to) const {
     Scratch scratch = context_.scratch();
-    const KeyClusters<T> largest = keys_.some_branches(nodes_[count_ - 1].branches);
+    const KeyClusters<T> largest = keys_.some_branches(node(count_ - 1).branches);
     const FieldSizes sizes{counts_.open, counts_.near};
-    auto* const workers = scratch.make<NodeWorker<T>>(context_.workers(), product_, largest, sizes, scratch);
-    if (counts_.open < branches_) {
-      context_.for_each(count_ * branches_, [&](Index item, int worker) {
-        workers[worker].turn_to(keys_, nodes_[item / branches_]);
-        summarize(nodes_[item / branches_], item % branches_, workers[worker]);
-      });
-    }
+    NodeWorker<T>* const workers =
+        scratch.make<NodeWorker<T>>(context_.workers(), product_, largest, sizes, counts_.landmarks, scratch);
+    assign_rows(workers, scratch);
+    context_.for_each(of_regions_.tokens.rows() / counts_.regions(), [&](Index item, int worker) {
+      summarize(node(item / branches_), item % branches_, workers[worker]);
+    });
     context_.for_each(count_ * counts_.landmarks, [&](Index item, int worker) {
-      const UsedNode<T>& node = nodes_[item / counts_.landmarks];
-      const Index landmark = item % counts_.landmarks;
-      if (landmark >= node.landmarks.count() || node.rows_of(landmark).empty()) return;
-      workers[worker].turn_to(keys_, node);
-      attend(node, landmark, shift, to, workers[worker]);
+      attend(node(item / counts_.landmarks), item % counts_.landmarks, shift, to, workers[worker]);
     });
   }
 
  private:
-  void make_node(Index i, Scratch& scratch) {
+  bool all_open() const { return counts_.open == branches_; }
+
+  UsedNode node(Index i) const {
     const CausalNode node = CausalNode::of(i, size_);
-    const Range queries = tokens_.with_chunks(node.users());
-    const auto landmarks =
-        NodeLandmarks<T>::make(queries_, queries_.groups_of(node.range()), counts_, context_, scratch);
-    const Index summaries = counts_.open < branches_ ? landmarks.parts.sets() * branches_ : 0,
-                first = node.first * counts_.branches();
-    const UsedNode<T> made{{first, first + branches_},
-                           landmarks,
-                           Summaries<T>::make(summaries, keys_.tokens.cols(), scratch),
-                           scratch.array<Index>(queries.last - queries.first),
-                           scratch.array<Index>(landmarks.count() + 1)};
-    std::construct_at(nodes_ + i, made);
+    const Index first = node.first * counts_.branches();
+    return {i, {first, first + branches_}, tokens_.with_chunks(node.users())};
   }
 
-  /// Some rows of a node, at most a strip, from the given query on.
+  Range landmarks_of(Index node) const { return {node * counts_.landmarks, (node + 1) * counts_.landmarks}; }
+
+  /// Queries, at most a strip, that use a node.
   struct Strip {
-    Index node, first, count, query;
+    Index node;
+    Range queries;
   };
 
-  void assign_rows(Scratch& scratch) const {
+  /// rows_ <- the row numbers of each node's queries, those of each landmark together, ascending; starts_ <- where each
+  /// landmark's begin.
+  void assign_rows(NodeWorker<T>* workers, Scratch& scratch) const {
     Scratch temporary = scratch.nested();
-    Index most = 0;
-    for (Index i = 0; i < count_; ++i) most += static_cast<Index>(nodes_[i].rows.size()) / kTileWidth<T> + 1;
-    const std::span<Strip> strips = temporary.array<Strip>(most);
     const std::span<Index> nearest = temporary.array<Index>(tokens_.query_count());
+    const std::span<Strip> strips = temporary.array<Strip>(tokens_.query_count() / kTileWidth<T> + count_);
     Index count = 0;
     for (Index i = 0; i < count_; ++i) {
-      const Index n = static_cast<Index>(nodes_[i].rows.size()),
-                  query = tokens_.with_chunks(CausalNode::of(i, size_).users()).first;
-      for (Index first = 0; first < n; first += kTileWidth<T>) {
-        strips.data()[count++] = {i, first, std::min(n - first, kTileWidth<T>), query + first};
+      const Range queries = node(i).queries;
+      for (Index first = queries.first; first < queries.last; first += kTileWidth<T>) {
+        strips.data()[count++] = {i, {first, std::min(queries.last, first + kTileWidth<T>)}};
       }
     }
-    auto* const finders =
-        temporary.make<NearestLandmarks<T>>(context_.workers(), product_, counts_.landmarks, temporary);
     context_.for_each(count, [&](Index s, int worker) {
       const Strip& strip = strips.data()[s];
-      finders[worker].find(nodes_[strip.node].landmarks, tokens_.queries.data() + strip.query, strip.count,
-                           nearest.data() + strip.query);
+      workers[worker].finder.find(landmarks_, landmarks_of(strip.node), tokens_.queries.data() + strip.queries.first,
+                                  strip.queries.last - strip.queries.first, nearest.data() + strip.queries.first);
     });
-    context_.for_each(count_, [&](Index i, int) {
-      const Index query = tokens_.with_chunks(CausalNode::of(i, size_).users()).first;
-      sort_rows(nodes_[i], tokens_.queries.data() + query, nearest.data() + query);
-    });
+    context_.for_each(count_, [&](Index i, int) { sort_rows(node(i), nearest.data()); });
   }
 
-  /// The rows of a node, which are given in order, by their landmarks.
-  static void sort_rows(const UsedNode<T>& node, const Index* rows, const Index* nearest) {
-    const auto n = static_cast<Index>(node.rows.size());
-    Index* const starts = node.starts.data();
-    std::fill(node.starts.begin(), node.starts.end(), Index{0});
-    for (Index i = 0; i < n; ++i) ++starts[nearest[i]];
-    for (Index l = 0, before = 0; l <= node.landmarks.count(); ++l) {
-      before += l < node.landmarks.count() ? starts[l] : 0;
-      starts[l] = before;  // the end of each, for now
+  void sort_rows(const UsedNode& node, const Index* nearest) const {
+    Index* const starts = starts_.data() + node.number * (counts_.landmarks + 1);
+    std::fill_n(starts, counts_.landmarks + 1, Index{0});
+    for (Index i = node.queries.first; i < node.queries.last; ++i) ++starts[nearest[i]];
+    for (Index l = 0, end = node.queries.first; l <= counts_.landmarks; ++l) starts[l] = end += starts[l];
+    for (Index i = node.queries.last; i-- > node.queries.first;) {
+      rows_.data()[--starts[nearest[i]]] = tokens_.queries.data()[i];
     }
-    for (Index i = n; i-- > 0;) node.rows.data()[--starts[nearest[i]]] = rows[i];
   }
 
-  void summarize(const UsedNode<T>& node, Index branch, NodeWorker<T>& worker) const {
-    for (Index r = 0; r < node.landmarks.parts.sets(); ++r) {
-      worker.viewer.summarize(row_of(node.landmarks.of_regions, r), branch, node.of_regions, r * branches_ + branch);
+  /// A branch as all regions of a node see it.
+  void summarize(const UsedNode& node, Index branch, NodeWorker<T>& worker) const {
+    worker.turn_to(keys_, node);
+    for (Index r = node.number * counts_.regions(); r < (node.number + 1) * counts_.regions(); ++r) {
+      worker.viewer.summarize(landmarks_.of_region(r), branch, of_regions_, r * branches_ + branch);
     }
   }
 
   template <class Shift>
-  void attend(const UsedNode<T>& node, Index landmark, const Shift& shift, const CausalRows<T>& to,
+  void attend(const UsedNode& node, Index landmark, const Shift& shift, const CausalRows<T>& to,
               NodeWorker<T>& worker) const {
+    const Index* const starts = starts_.data() + node.number * (counts_.landmarks + 1) + landmark;
+    if (starts[0] == starts[1]) return;
+    const Index l = landmarks_of(node.number).first + landmark, region = landmarks_.region(l);
     Index sample[array_size(NodeViewer<T>::kSample)];
-    const Index count = node.landmarks.sample(queries_, landmark, NodeViewer<T>::kSample, sample),
-                region = landmark / node.landmarks.parts.parts_in_a_set;
-    const NodeView<T> view = worker.viewer.view(node.of_region(region), row_of(node.landmarks.of_regions, region),
-                                                row_of(node.landmarks.means.tokens, landmark), sample, count);
-    worker.runner.attend(view, node.rows_of(landmark), shift, to);
+    const Index count = landmarks_.sample(l, NodeViewer<T>::kSample, sample);
+    worker.turn_to(keys_, node);
+    const NodeView<T> view = worker.viewer.view(
+        all_open() ? of_regions_ : of_regions_.part(region * branches_, branches_), landmarks_.of_region(region),
+        landmarks_.landmark(l), sample, count, node.branches.first == 0);
+    worker.runner.attend(view, part_of(std::span<const Index>(rows_), starts[0], starts[1] - starts[0]), shift, to);
   }
 
   const Product<T>& product_;
   const CausalTokens& tokens_;
   const KeyClusters<T>& keys_;
-  const ChunkQueries<T>& queries_;
   Context& context_;
   Index size_, branches_;
   NodeCounts counts_;
   Index count_;
-  UsedNode<T>* nodes_;
+  NodeLandmarks<T> landmarks_;
+  Summaries<T> of_regions_;  ///< of all branches of each node, as one region after another sees them
+  std::span<Index> rows_, starts_;
 };
 
 }  // namespace attn::detail

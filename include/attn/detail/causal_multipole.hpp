@@ -1,7 +1,7 @@
 /// Multipole attention under a causal mask: a query sees recent keys as they are, and before them nodes of the past,
 /// which are built from their own tokens alone, by a landmark that its own features choose.
 ///
-///   each query i:                       state_i <- recent keys, and the first ones of all
+///   each query i:                       state_i <- recent keys
 ///   for nodes of 1, 2, 4, ... chunks:
 ///     for each landmark of each node:
 ///       for the queries nearest to it:  state_i <- state_i + summaries of far clusters + keys of near clusters
@@ -64,7 +64,7 @@ class CausalMultipole {
       for (Index row = queries[some.first], i = some.first; row < last; row += kRows) {
         const Index end = std::min(last, row + kRows);
         while (i < some.last && queries[i] < end) ++i;
-        blocks.data()[count++] = {{row, end}, {m * kChunkKeys, tokens_.seen.data()[i - 1]}, m > 0};
+        blocks.data()[count++] = {{row, end}, {m * kChunkKeys, tokens_.seen.data()[i - 1]}};
       }
     }
     auto* const runners = scratch.make<RecentRunner<T>>(context_.workers(), product_, scratch);
@@ -85,7 +85,6 @@ class CausalMultipole {
         cut_chunks(product_.in, tokens_, chunks, finest.clusters, finest.clusters_in_a_branch, context_, scratch);
     const auto keys =
         KeyClusters<T>::make_tokens(product_.in, kernel, {cut, finest.clusters_in_a_branch}, context_, scratch);
-    const auto queries = ChunkQueries<T>::make(product_.in, kernel, tokens_, chunks, context_, scratch);
     for (Index size = 1; size <= chunks;) {
       Scratch of_clusters = context_.scratch();
       const NodeCounts counts = counts_(size);
@@ -93,8 +92,7 @@ class CausalMultipole {
       const KeyClusters<T> in_clusters = keys.in_clusters(tree, false, context_, of_clusters);
       for (; size <= chunks && counts_(size).same_clusters(counts); size *= 2) {
         Scratch of_level = context_.scratch();
-        NodeLevel<T>(product_, tokens_, in_clusters, queries, size, counts_(size), context_, of_level)
-            .attend(shift, rows_);
+        NodeLevel<T>(product_, tokens_, in_clusters, size, counts_(size), context_, of_level).attend(shift, rows_);
       }
     }
   }

@@ -1,9 +1,9 @@
 /// Nodes of the past, each built from its own tokens alone: clusters of keys, landmarks of queries, and what each
 /// landmark sees of the node.
 ///
-///   chunk: its keys in clusters by bisection, neighbours of them in branches; its queries in small groups
-///   node:  the clusters and branches of its chunks; landmarks l at the means of neighbouring groups, themselves in
-///          regions
+///   chunk: its keys in clusters by bisection, neighbours of them in branches
+///   node:  the clusters and branches of its chunks; landmarks l at the means of groups of its last queries, themselves
+///          in regions
 ///     for each region:     summaries of all branches
 ///       for each landmark: the branches of the largest error terms, for a sample of its queries, are open; of the
 ///                          clusters in these those of the largest error terms are near:  the landmark's view
@@ -32,21 +32,33 @@ struct NodeCounts {
   Index landmarks, landmarks_in_a_region, open, near;
 
   Index branches() const { return clusters / clusters_in_a_branch; }
+  Index regions() const { return landmarks / landmarks_in_a_region; }
+
+  /// What of that there is in nodes of so many branches.
+  NodeCounts within(Index all_branches) const {
+    NodeCounts counts = *this;
+    counts.landmarks = std::min(landmarks, kFirstQueries);
+    if (counts.landmarks % landmarks_in_a_region != 0) counts.landmarks_in_a_region = 1;
+    counts.open = std::min(open, all_branches);
+    counts.near = std::min(near, counts.open * clusters_in_a_branch);
+    return counts;
+  }
+
   bool same_clusters(const NodeCounts& other) const {
     return clusters == other.clusters && clusters_in_a_branch == other.clusters_in_a_branch;
   }
 };
 
 /// Row numbers of keys in the order of clusters, those of each chunk by bisection: so many to a chunk, of which so many
-/// make a branch.
+/// make a branch. The first ones of all are before them, in no cluster.
 template <class T>
 ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Index chunks, Index clusters,
                          Index in_a_branch, Context& context, Scratch& scratch) {
-  const ClusteredRows all{scratch.array<Index>(chunks * kChunkKeys - kSinkKeys),
-                          scratch.array<Index>(chunks * clusters + 1)};
+  const ClusteredRows all{scratch.array<Index>(chunks * kChunkKeys), scratch.array<Index>(chunks * clusters + 1)};
+  std::copy_n(tokens.keys.data(), kSinkKeys, all.rows.data());
   context.for_each_call(chunks, [&](Index c, Context& own) {
     const auto rows = tokens.keys_of_chunk(c);
-    const Index first = std::max<Index>(0, c * kChunkKeys - kSinkKeys);
+    const Index first = c == 0 ? kSinkKeys : c * kChunkKeys;
     Scratch temporary = own.scratch();
     const ClusteredRows part{part_of(all.rows, first, static_cast<Index>(rows.size())),
                              temporary.array<Index>(clusters + 1)};
@@ -57,125 +69,75 @@ ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Index
   return all;
 }
 
-/// Small groups of queries, cut by bisection: those of the first queries of all, then those of each chunk. Chunks with
-/// few queries have none.
+/// The queries that landmarks of nodes are means of: row numbers, so many landmarks for each node of a size, one node's
+/// after another's. They are those that see a key of the node's last chunk as their last one, which are most like the
+/// queries to come; or where these are few, the first queries of all, which see no node.
 template <class T>
-struct ChunkQueries {
-  static constexpr Index kGroup = 64, kFirstGroups = 32;
+ClusteredRows cut_queries(const Sources<T>& in, const CausalTokens& tokens, Index size, const NodeCounts& counts,
+                          Context& context, Scratch& scratch) {
+  const Index nodes = CausalNode::count(tokens.most_chunks(), size), landmarks = counts.landmarks;
+  const std::span<Index> firsts = scratch.array<Index>(nodes + 1);
+  const auto queries_of = [&](Index i) {
+    const CausalNode node = CausalNode::of(i, size);
+    const Range own = tokens.of_chunk(node.first + node.chunks - 1);
+    return own.last - own.first < kFirstQueries ? Range{0, kFirstQueries} : own;
+  };
+  firsts.front() = 0;
+  for (Index i = 0; i < nodes; ++i) firsts.data()[i + 1] = firsts.data()[i] + queries_of(i).last - queries_of(i).first;
+  const ClusteredRows all{scratch.array<Index>(firsts.back()), scratch.array<Index>(nodes * landmarks + 1)};
+  context.for_each_call(nodes, [&](Index i, Context& own) {
+    const Range queries = queries_of(i);
+    const Index n = queries.last - queries.first, first = firsts.data()[i];
+    Scratch temporary = own.scratch();
+    const ClusteredRows part{part_of(all.rows, first, n), temporary.array<Index>(landmarks + 1)};
+    cut_rows(in.q, part_of(std::span<const Index>(tokens.queries), queries.first, n), Axes::features, part,
+             counts.landmarks_in_a_region, own);
+    for (Index l = 0; l < landmarks; ++l) all.starts.data()[i * landmarks + l] = first + part.starts.data()[l];
+  });
+  all.starts.back() = firsts.back();
+  return all;
+}
 
-  QueryGroups<T> groups;
-  std::span<Index> starts;  ///< the first group of each chunk, and the end
-
-  /// The groups of a node: its own, or the first ones.
-  Range groups_of(Range chunks) const {
-    const Range own{starts.data()[chunks.first], starts.data()[chunks.last]};
-    return own.first < own.last ? own : Range{0, kFirstGroups};
-  }
-
-  static ChunkQueries make(const Sources<T>& in, const LogKernel<T>& kernel, const CausalTokens& tokens, Index chunks,
-                           Context& context, Scratch& scratch) {
-    const std::span<Index> starts = scratch.array<Index>(chunks + 1), firsts = scratch.array<Index>(chunks + 1);
-    Index count = kFirstGroups, rows = kFirstQueries;
-    for (Index c = 0; c < chunks; ++c) {
-      const Range own = tokens.of_chunk(c);
-      const Index n = own.last - own.first < kFirstQueries ? 0 : own.last - own.first;
-      starts.data()[c] = count;
-      firsts.data()[c] = rows;
-      count += n / kGroup;
-      rows += n;
-    }
-    starts.back() = count;
-    firsts.back() = rows;
-    const ClusteredRows all{scratch.array<Index>(rows), scratch.array<Index>(count + 1)};
-    context.for_each_call(chunks + 1, [&](Index item, Context& own) {
-      if (item == 0) return cut(in.q, tokens, {0, kFirstQueries}, 0, {0, kFirstGroups}, all, own);
-      const Index c = item - 1;
-      cut(in.q, tokens, tokens.of_chunk(c), firsts.data()[c], {starts.data()[c], starts.data()[c + 1]}, all, own);
-    });
-    all.starts.back() = rows;
-    return {QueryGroups<T>::make(in, kernel, {all, 1}, context, scratch), starts};
-  }
-
- private:
-  static void cut(const TokenRows<T>& q, const CausalTokens& tokens, Range queries, Index first, Range groups,
-                  const ClusteredRows& all, Context& context) {
-    const Index count = groups.last - groups.first, n = queries.last - queries.first;
-    if (count == 0) return;
-    Scratch scratch = context.scratch();
-    const ClusteredRows part{part_of(all.rows, first, n), scratch.array<Index>(count + 1)};
-    cut_rows(q, part_of(std::span<const Index>(tokens.queries), queries.first, n), Axes::features, part, 1, context);
-    for (Index i = 0; i < count; ++i) all.starts.data()[groups.first + i] = first + part.starts.data()[i];
-  }
-};
-
-/// The landmarks of a node: groups in parts, and means, relative to the center, times the kernel's scale.
+/// The landmarks of nodes of one size.
 template <class T>
 struct NodeLandmarks {
-  NestedRows parts;    ///< groups of each landmark, landmarks in regions
-  Summaries<T> means;  ///< l in tokens, -|l|^2 / 2 as the bias: the largest score is that of the nearest landmark
-  MatrixRef<T> of_regions;
+  QueryGroups<T> groups;  ///< landmarks in regions, relative to the center, times the kernel's scale
+  T* bias;                ///< -|l|^2 / 2 of each: with it, the largest score is that of the nearest landmark
 
-  Index count() const { return parts.parts.count(); }
-
-  static NodeLandmarks none() { return {{{}, 1}, Summaries<T>::none(), {nullptr, 0, 0, 0}}; }
-
-  static NodeLandmarks make(const ChunkQueries<T>& queries, Range groups, const NodeCounts& counts, Context& context,
-                            Scratch& scratch) {
-    const Index n = groups.last - groups.first, count = std::min(n, counts.landmarks), d = queries.groups.means.cols();
-    const Index in_a_region = count % counts.landmarks_in_a_region == 0 ? counts.landmarks_in_a_region : 1;
-    const NodeLandmarks made{{{scratch.array<Index>(n), scratch.array<Index>(count + 1)}, in_a_region},
-                             Summaries<T>::make(count, d, scratch),
-                             scratch.matrix<T>(count / in_a_region, d)};
-    Scratch temporary = context.scratch();
-    const std::span<Index> rows = temporary.array<Index>(n);
-    for (Index i = 0; i < n; ++i) rows.data()[i] = groups.first + i;
-    cut_rows(TokenRows<T>(queries.groups.means), std::span<const Index>(rows), Axes::features, made.parts.parts,
-             in_a_region, context);
-    for (Index l = 0; l < count; ++l) {
-      T* const mean = row_of(made.means.tokens, l);
-      set_mean(queries, made.parts.parts, made.parts.parts.range(l), mean);
-      made.means.bias[l] = -squared_norm(mean, d) / 2;
-    }
-    for (Index r = 0; r < made.parts.sets(); ++r) {
-      set_mean(queries, made.parts.parts, made.parts.range(r), row_of(made.of_regions, r));
-    }
+  static NodeLandmarks make(const Sources<T>& in, const LogKernel<T>& kernel, const ClusteredRows& queries,
+                            Index in_a_region, Context& context, Scratch& scratch) {
+    const auto groups = QueryGroups<T>::make(in, kernel, {queries, in_a_region}, context, scratch);
+    const NodeLandmarks made{groups, scratch.elements<T>(queries.count())};
+    for (Index l = 0; l < queries.count(); ++l)
+      made.bias[l] = -squared_norm(row_of(groups.means, l), groups.means.cols()) / 2;
     return made;
   }
 
+  const T* landmark(Index l) const { return row_of(groups.means, l); }
+  Index region(Index l) const { return l / groups.tree.parts_in_a_set; }
+  const T* of_region(Index r) const { return row_of(groups.region_means, r); }
+
+  /// Some landmarks as keys.
+  KeyTile<T> tile(Range some) const { return Summaries<T>{groups.means, bias}.tile(some, 0); }
+
   /// Up to most row numbers of queries of a landmark, evenly spaced. Returns how many.
-  Index sample(const ChunkQueries<T>& queries, Index landmark, Index most, Index* rows) const {
-    const ClusteredRows& of = queries.groups.tree.parts;
-    const Range groups = parts.parts.range(landmark);
-    const auto size = [&](Index i) {
-      const Range range = of.range(parts.parts.rows.data()[i]);
-      return range.last - range.first;
-    };
-    Index n = 0, before = 0, group = groups.first;
-    for (Index i = groups.first; i < groups.last; ++i) n += size(i);
-    const Index count = std::min(n, most);
+  Index sample(Index l, Index most, Index* rows) const {
+    const Range range = groups.tree.parts.range(l);
+    const Index n = range.last - range.first, count = std::min(n, most);
     for (Index i = 0; i < count; ++i) {
-      const Index at = (2 * i + 1) * n / (2 * count);
-      while (at - before >= size(group)) before += size(group++);
-      rows[i] = of.rows.data()[of.range(parts.parts.rows.data()[group]).first + at - before];
+      rows[i] = groups.tree.parts.rows.data()[range.first + (2 * i + 1) * n / (2 * count)];
     }
     return count;
   }
-
- private:
-  static void set_mean(const ChunkQueries<T>& queries, const ClusteredRows& parts, Range groups, T* mean) {
-    const MatrixRef<T>& means = queries.groups.means;
-    const T share = 1 / static_cast<T>(groups.last - groups.first);
-    std::fill_n(mean, means.cols(), T(0));
-    for (Index i = groups.first; i < groups.last; ++i)
-      add_row(share, row_of(means, parts.rows.data()[i]), mean, means.cols());
-  }
 };
 
-/// What a landmark sees of its node: summaries of what is far, and the numbers of clusters that are near.
+/// What a landmark sees of its node: summaries of what is far, the numbers of clusters that are near, and in the order
+/// of clusters other keys that are seen as they are.
 template <class T>
 struct NodeView {
   Summaries<T> far;
   std::span<const Index> near;
+  Range others;
 };
 
 /// Makes views of nodes of one size. One for each worker.
@@ -210,8 +172,10 @@ class NodeViewer : public FieldChoice<T> {
     summarizer_.summarize_branch(landmark, b, to, i);
   }
 
-  /// branches: those of the landmark's region. Good until the next one.
-  NodeView<T> view(const Summaries<T>& branches, const T* region, const T* landmark, const Index* sample, Index count) {
+  /// branches: those of the landmark's region. sinks: whether the first keys of all go with the node. Good until the
+  /// next one.
+  NodeView<T> view(const Summaries<T>& branches, const T* region, const T* landmark, const Index* sample, Index count,
+                   bool sinks) {
     std::construct_at(&branches_, branches);
     sample_.load(product_, sample, count, rows_);
     sample_.clear(keys_.d_v);
@@ -231,7 +195,7 @@ class NodeViewer : public FieldChoice<T> {
         collect(clusters_, cluster_count_, numbers(near_, near),
                 collect(branches_, branch_count_, numbers(open_, branch_count_ == 0 ? 0 : sizes_.open), 0));
     for (Index i = 0; i < near; ++i) near_[i] = this->cluster(near_[i]);
-    return {far_.part(0, far), numbers(near_, near)};
+    return {far_.part(0, far), numbers(near_, near), {0, sinks ? kSinkKeys : 0}};
   }
 
  private:

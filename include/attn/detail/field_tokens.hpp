@@ -86,8 +86,9 @@ struct KeyClusters {
                            none,
                            d,
                            d_v};
-    context.for_each(tree.sets(), [&](Index b, int) {
-      for (Index j = tree.range(b).first; j < tree.range(b).last; ++j) keys.set_key(in, kernel, j);
+    constexpr Index kBlock = 64;
+    context.for_each((n + kBlock - 1) / kBlock, [&](Index block, int) {
+      for (Index j = block * kBlock; j < std::min(n, (block + 1) * kBlock); ++j) keys.set_key(in, kernel, j);
     });
     return keys;
   }
@@ -210,10 +211,16 @@ class NearKeys {
         bias_(scratch.elements<T>(kTileKeys<T>)),
         rows_(scratch.elements<Index>(kTileKeys<T>)) {}
 
-  /// take(tile) for tiles of all keys of some clusters, which are ascending.
   template <class Take>
   void for_each_tile(std::span<const Index> clusters, const Take& take) const {
-    Index gathered = 0;
+    for_each_tile({0, 0}, clusters, take);
+  }
+
+  /// take(tile) for tiles of some other keys, few of them, and all keys of some clusters, which are ascending.
+  template <class Take>
+  void for_each_tile(Range others, std::span<const Index> clusters, const Take& take) const {
+    Index gathered = others.last - others.first;
+    if (gathered > 0) gather(others, 0);
     const auto flush = [&] {
       if (gathered > 0) take(gathered_tile(gathered));
       gathered = 0;
