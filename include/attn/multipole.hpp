@@ -176,8 +176,10 @@ struct CausalCounts {
   static NodeCounts usual(Index size) {
     return {.clusters = kUsualClusters,
             .clusters_in_a_branch = kUsualClusters / kUsualBranches,
-            .landmarks = std::clamp<Index>(8 * size, 8, 32),
-            .landmarks_in_a_region = 4,
+            .landmarks = size == 1  ? 8
+                         : size < 8 ? 16
+                                    : 32,
+            .landmarks_in_a_region = size < 8 ? 1 : 4,
             .open = 8,
             .near = size == 1   ? 8
                     : size == 2 ? 12

@@ -20,7 +20,7 @@ namespace attn::detail {
 
 /// Keys of a chunk; keys before it that a query sees as they are, whatever is complete; keys at the very beginning that
 /// all do; and queries at the very beginning that see all keys so, for nodes whose keys have no queries of their own.
-inline constexpr Index kChunkKeys = 512, kRecentKeys = 64, kSinkKeys = 4, kFirstQueries = 64;
+inline constexpr Index kChunkKeys = 512, kRecentKeys = 32, kSinkKeys = 4, kFirstQueries = 64;
 
 /// Chunks that are complete before a query that sees so many keys, its recent ones left out.
 inline Index chunks_before(Index seen) {
