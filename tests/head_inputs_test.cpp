@@ -242,6 +242,59 @@ TYPED_TEST(HeadInput, HasBiasesAndSlopesOfItsHeads) {
   }
 }
 
+template <class Cache>
+class HeadInputOfACache : public ::testing::Test {};
+TYPED_TEST_SUITE(HeadInputOfACache, NarrowScalars);
+
+/// Keys and values in a narrow type give what they give when they are widened, by every path.
+TYPED_TEST(HeadInputOfACache, IsThatOfFloat) {
+  using Cache = TypeParam;
+  const std::vector<Lengths> lengths = {{2, 150}, {1, 60}};
+  const std::vector<double> slopes = {0.5, 0.25, 0.125, 0.1};
+  const SoftmaxAttention<float> method;
+  for (const Index n_q : {2, 100}) {
+    Arrays<float> x(2, 4, 2, n_q, 150), result(2, 4, 2, n_q, 150);
+    Arrays<Cache> cache(2, 4, 2, n_q, 150);
+    for (auto [wide, narrow] : {std::pair{&x.k, &cache.k}, {&x.v, &cache.v}}) {
+      for (std::size_t i = 0; i < wide->size(); ++i) (*wide)[i] = static_cast<float>((*narrow)[i]);
+    }
+    const Mask mask{.causal = Causal::lower_right, .window = 90, .num_sinks = 3};
+    for (const bool with_slopes : {false, true}) {
+      HeadInputs<float> in = x.inputs();
+      HeadInputs<float, Cache> narrow{.q = in.q, .k = cache.of_k(cache.k, x.d), .v = cache.of_k(cache.v, x.d_v)};
+      in.masks = narrow.masks = {&mask, 1};
+      in.lengths = narrow.lengths = lengths;
+      if (with_slopes) in.alibi_slopes = narrow.alibi_slopes = slopes;
+      Context context;
+      multi_head(method, in, x.of_q(x.out, x.d_v), context);
+      multi_head(method, narrow, result.of_q(result.out, x.d_v), context);
+      EXPECT_EQ(x.out, result.out);
+      multi_head(method, in, x.of_q(x.out, x.d_v), x.of_q(x.lse, 1), context);
+      multi_head(method, narrow, result.of_q(result.out, x.d_v), result.of_q(result.lse, 1), context);
+      EXPECT_EQ(x.out, result.out);
+      EXPECT_EQ(x.lse, result.lse);
+    }
+  }
+}
+
+TYPED_TEST(HeadInputOfACache, MayBeInParts) {
+  using Cache = TypeParam;
+  const auto x = make_tokens<float>(Family::init, {3, 90, 9, 6}, 12);
+  const Matrix<Cache> k = x.k.template cast<Cache>(), v = x.v.template cast<Cache>();
+  const Matrix<float> wide_k = k.template cast<float>(), wide_v = v.template cast<float>();
+  std::vector<float> maximum(3), sum(3), expected_maximum(3), expected_sum(3);
+  Matrix<float> weighted(3, 6), expected(3, 6);
+  Context context;
+  const attn::GaussianKernel kernel{.rows = attn::Rows::normalized};
+  kernel_matmul_partial(kernel, attn::CacheInputs<Cache>{.q = x.q, .k = k, .v = v},
+                        attn::RowStates<float>{maximum, sum, weighted}, context);
+  kernel_matmul_partial(kernel, Inputs<float>{.q = x.q, .k = wide_k, .v = wide_v},
+                        attn::RowStates<float>{expected_maximum, expected_sum, expected}, context);
+  EXPECT_EQ(maximum, expected_maximum);
+  EXPECT_EQ(sum, expected_sum);
+  EXPECT_TRUE(bitwise_equal(weighted, expected));
+}
+
 TEST(HeadInputOfOneToken, MayHaveAnyRowStride) {
   Arrays<float> x(2, 4, 2, 1, 40);
   HeadInputs<float> in = x.inputs();

@@ -72,6 +72,20 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
     kernel_matmul(kernel_, in, out, lse, context);
   }
 
+  /// forward with keys and values of a narrow type beside float queries: bitwise what it gives for them widened. lse:
+  /// empty, or as above.
+  template <NarrowScalar Cache>
+    requires std::is_same_v<T, float>
+  void forward(const CacheInputs<Cache>& in, MatrixRef<T> out, std::span<float> lse, Context& context) const {
+    detail::check(kName, in, out, lse);
+    kernel_matmul(kernel_, in, out, lse, context);
+  }
+  template <NarrowScalar Cache>
+    requires std::is_same_v<T, float>
+  void forward(const CacheInputs<Cache>& in, MatrixRef<T> out, Context& context) const {
+    forward(in, out, std::span<float>{}, context);
+  }
+
   /// Up to how many queries of d features, of heads that share their keys, are computed together by multi_head.
   Index most_shared_queries(Index d) const {
     const ScoreParameters parameters = score_parameters(kernel_, d);

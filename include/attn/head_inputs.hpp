@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 namespace attn {
 
@@ -39,11 +40,13 @@ struct HeadsBias {
 /// rows [query_offsets[b], query_offsets[b + 1]) of q and out, and such rows of k and v by key_offsets (cu_seqlens
 /// elsewhere). It is an item of the batch in every other respect: causal masks count rows of its own, and there may be
 /// a mask for each. keep_key, keep_query and key_bias are of whole arrays.
-template <class T>
+///
+/// Cache is the type of keys and values, where that is another one: half or bfloat16 beside float, forward alone.
+template <class T, class Cache = T>
 struct HeadInputs {
   HeadsView<const T> q;                    ///< queries (batch, H_q, n_q, d)
-  HeadsView<const T> k;                    ///< keys (batch, H_k, n_k, d), H_k divides H_q
-  HeadsView<const T> v;                    ///< values (batch, H_k, n_k, d_v)
+  HeadsView<const Cache> k;                ///< keys (batch, H_k, n_k, d), H_k divides H_q
+  HeadsView<const Cache> v;                ///< values (batch, H_k, n_k, d_v)
   std::span<const Mask> masks{};           ///< each as for one head
   std::span<const Lengths> lengths{};      ///< none where every item has n_q and n_k tokens
   std::span<const Index> query_offsets{};  ///< of packed sequences, ascending, one more than there are
@@ -54,10 +57,23 @@ struct HeadInputs {
 
 namespace detail {
 
+/// CacheInputs where there are such.
+template <class Cache>
+struct CacheInputsOf {
+  using Type = void;
+};
+template <NarrowScalar Cache>
+struct CacheInputsOf<Cache> {
+  using Type = CacheInputs<Cache>;
+};
+template <class Cache>
+using CacheOf = typename CacheInputsOf<Cache>::Type;
+
 /// The inputs of one call, item by item and head by head.
-template <class T>
-struct HeadItems : HeadInputs<T> {
-  using In = HeadInputs<T>;
+template <class T, class Cache = T>
+struct HeadItems : HeadInputs<T, Cache> {
+  using In = HeadInputs<T, Cache>;
+  using Item = std::conditional_t<std::is_same_v<T, Cache>, Inputs<T>, CacheOf<Cache>>;
   using In::k, In::q, In::v;
 
   bool packed() const { return !In::query_offsets.empty(); }
@@ -99,9 +115,9 @@ struct HeadItems : HeadInputs<T> {
   }
 
   /// Those of query head h of item b, with the key and value head of its group.
-  Inputs<T> operator()(Index b, Index h) const {
+  Item operator()(Index b, Index h) const {
     const Index kv = h / (q.heads / k.heads);
-    Inputs<T> in{of_queries(q, b, h), of_keys(k, b, kv), of_keys(v, b, kv), mask(b)};
+    Item in{of_queries(q, b, h), of_keys(k, b, kv), of_keys(v, b, kv), mask(b)};
     if (In::key_bias.data != nullptr) {
       const T* const bias = In::key_bias.data + (packed() ? 0 : b) * In::key_bias.batch_stride;
       in.key_bias = {bias + h * In::key_bias.head_stride + keys(b).first, static_cast<std::size_t>(in.k.rows())};
@@ -133,8 +149,8 @@ struct HeadItems : HeadInputs<T> {
 };
 
 /// Whether one head of an item without queries or without keys.
-template <class T>
-bool sees_nothing(const Inputs<T>& in) {
+template <class Item>
+bool sees_nothing(const Item& in) {
   return in.q.rows() == 0 || in.k.rows() == 0;
 }
 

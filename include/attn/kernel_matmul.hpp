@@ -106,6 +106,16 @@ void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity
                                  {detail::data_or_null(lse), nullptr}, context);
 }
 
+/// The same with keys and values of a narrow type beside float queries.
+template <ScoreKernel Kernel, NarrowScalar Cache>
+void kernel_matmul(const Kernel& kernel, const CacheInputs<Cache>& in, std::type_identity_t<MatrixRef<float>> out,
+                   std::span<float> lse, Context& context) {
+  detail::check(detail::kMatmulName, in, out, lse);
+  Scratch scratch = context.scratch();
+  detail::multiply<Kernel, float>(kernel, detail::arithmetic_sources(in, scratch), detail::ResultRows<float>(out),
+                                  {detail::data_or_null(lse), nullptr}, context);
+}
+
 /// kernel_matmul without log-sums.
 template <ScoreKernel Kernel, class T>
 void kernel_matmul(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<MatrixRef<T>> out,
@@ -124,6 +134,15 @@ void kernel_matmul_partial(const Kernel& kernel, const Inputs<T>& in, const RowS
   detail::check_partial(detail::kMatmulName, in, states);
   Scratch scratch = context.scratch();
   detail::multiply_partial<Kernel, Wide>(kernel, detail::arithmetic_sources(in, scratch), states, context);
+}
+
+/// The same with keys and values of a narrow type beside float queries.
+template <ScoreKernel Kernel, NarrowScalar Cache>
+void kernel_matmul_partial(const Kernel& kernel, const CacheInputs<Cache>& in, const RowStates<float>& states,
+                           Context& context) {
+  detail::check_partial(detail::kMatmulName, in, states);
+  Scratch scratch = context.scratch();
+  detail::multiply_partial<Kernel, float>(kernel, detail::arithmetic_sources(in, scratch), states, context);
 }
 
 /// gradients <- those of a loss by q, k and v, given its gradient dout (n_q, d_v) by out, for out and lse as

@@ -179,6 +179,18 @@ struct Inputs {
   double alibi_slope = 0;         ///< what weights fall by from row to row, 0: nothing; needs a causal mask
 };
 
+/// Inputs whose keys and values lie in a narrow type beside float queries and results, as in a cache of half the size;
+/// all else as in those of float.
+template <NarrowScalar Cache>
+struct CacheInputs {
+  KeptMatrixRef<float> q;             ///< queries (n_q, d)
+  KeptMatrixRef<Cache> k;             ///< keys (n_k, d)
+  KeptMatrixRef<Cache> v;             ///< values (n_k, d_v)
+  Mask mask{};                        ///< which keys each query sees
+  std::span<const float> key_bias{};  ///< log-weights (n_k), or empty
+  double alibi_slope = 0;             ///< as in Inputs
+};
+
 /// Where a backward pass writes the gradients by its inputs: overwritten, not added to. Must not overlap the inputs or
 /// one another. Dropped queries and keys get zeros.
 template <class T>

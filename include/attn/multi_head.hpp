@@ -85,8 +85,8 @@ inline void check_offsets(const char* name, std::span<const Index> offsets, Inde
 }
 
 /// Lengths and offsets are within the arrays.
-template <class T>
-void check_items(const HeadItems<T>& in) {
+template <class T, class Cache>
+void check_items(const HeadItems<T, Cache>& in) {
   if (in.query_offsets.size() != in.key_offsets.size()) {
     refuse(kMultiHeadName, "query_offsets has %zu entries, key_offsets has %zu", in.query_offsets.size(),
            in.key_offsets.size());
@@ -109,8 +109,8 @@ void check_items(const HeadItems<T>& in) {
 }
 
 /// The number of masks and slopes, and the shapes of one head with each of them.
-template <class T>
-void check_masks(const HeadItems<T>& in) {
+template <class T, class Cache>
+void check_masks(const HeadItems<T, Cache>& in) {
   if (in.masks.size() > 1 && static_cast<Index>(in.masks.size()) != in.count()) {
     refuse(kMultiHeadName, "masks has %zu entries, should have none, one, or one for each of the %td batch items",
            in.masks.size(), in.count());
@@ -124,7 +124,7 @@ void check_masks(const HeadItems<T>& in) {
     check_length(kMultiHeadName, "keep_query", mask.keep_query.size(), "q", in.q.length);
   }
   for (Index b = 0; b < in.different_items(); ++b) {
-    const Inputs<T> first = in(b, 0);
+    const auto first = in(b, 0);
     if (first.q.rows() == 0 || first.k.rows() == 0) continue;
     check_inputs(kMultiHeadName, first);
     for (const double slope : in.alibi_slopes) check_positions(kMultiHeadName, first.mask, slope);
@@ -132,9 +132,12 @@ void check_masks(const HeadItems<T>& in) {
 }
 
 /// All that can be checked without the method.
-template <class T>
-void check_heads(const HeadItems<T>& in, const HeadsView<const T>& out) {
-  for (const auto& [name, x] : {std::pair{"q", in.q}, {"k", in.k}, {"v", in.v}, {"out", out}}) check_view(name, x);
+template <class T, class Cache>
+void check_heads(const HeadItems<T, Cache>& in, const HeadsView<const T>& out) {
+  check_view("q", in.q);
+  check_view("k", in.k);
+  check_view("v", in.v);
+  check_view("out", out);
   check_count("k.batch", in.k.batch, "q.batch", in.q.batch);
   check_count("v.batch", in.v.batch, "q.batch", in.q.batch);
   check_count("out.batch", out.batch, "q.batch", in.q.batch);
@@ -143,15 +146,15 @@ void check_heads(const HeadItems<T>& in, const HeadsView<const T>& out) {
   if (in.q.heads % in.k.heads != 0) {
     refuse(kMultiHeadName, "q has %td heads, k has %td, which do not divide them", in.q.heads, in.k.heads);
   }
-  check_inputs(kMultiHeadName, Inputs<T>{in.q(0, 0), in.k(0, 0), in.v(0, 0)});
+  check_inputs(kMultiHeadName, typename HeadItems<T, Cache>::Item{in.q(0, 0), in.k(0, 0), in.v(0, 0)});
   check_shape(kMultiHeadName, "out", out(0, 0), in.q.length, in.v.dim);
   check_items(in);
   check_masks(in);
 }
 
 /// No head of a result shares memory with one of an input, or of another result, or with a mask.
-template <class T>
-void check_heads_apart(const Memories& results, const HeadItems<T>& in) {
+template <class T, class Cache>
+void check_heads_apart(const Memories& results, const HeadItems<T, Cache>& in) {
   constexpr Index kBytes = sizeof(T);
   const auto& [bias, batch_stride, head_stride] = in.key_bias;
   const Index biases = bias == nullptr ? 0 : in.k.length;
@@ -190,12 +193,22 @@ void check_gradients(const HeadItems<T>& in, const HeadsView<const T>& out, cons
   check_apart_from(kMultiHeadName, results, of_forward);
 }
 
-/// Refuses what forward would refuse amid the batch.
 template <Approximator A>
-void check_supported(const A& a, const HeadItems<typename A::Scalar>& heads) {
+bool supports(const A& a, const Inputs<typename A::Scalar>& in) {
+  return a.supports(in);
+}
+/// Methods that take caches take them with every mask.
+template <Approximator A, NarrowScalar Cache>
+bool supports(const A&, const CacheInputs<Cache>&) {
+  return true;
+}
+
+/// Refuses what forward would refuse amid the batch.
+template <Approximator A, class Cache>
+void check_supported(const A& a, const HeadItems<typename A::Scalar, Cache>& heads) {
   for (Index b = 0; b < heads.different_items(); ++b) {
-    const Inputs<typename A::Scalar> in = heads(b, 0);
-    if (sees_nothing(in) || a.supports(in)) continue;
+    const auto in = heads(b, 0);
+    if (sees_nothing(in) || supports(a, in)) continue;
     const std::string_view name = method_name(a);
     refuse(kMultiHeadName, "%.*s does not support batch item %td: %td queries, %td keys%s%s%s%s%s%s",
            static_cast<int>(name.size()), name.data(), b, in.q.rows(), in.k.rows(),
@@ -244,15 +257,15 @@ void for_each_unlike_problem(Index n, const Cost& cost, Context& context, const 
 
 /// Multiply-adds of the exact scores and sums of one head with so many queries and keys: few queries take as long as
 /// 16.
-template <class T>
-Index multiply_adds(const HeadItems<T>& in, Range queries, Range keys) {
+template <class T, class Cache>
+Index multiply_adds(const HeadItems<T, Cache>& in, Range queries, Range keys) {
   constexpr Index kFewQueries = 16;
   return std::max(queries.last - queries.first, kFewQueries) * (keys.last - keys.first) * (in.k.dim + in.v.dim);
 }
 
 /// body(b, h, context) for every item b and every h in [0, heads), each of about factor heads' multiply-adds.
-template <class T, class Body>
-void for_each_head(const HeadItems<T>& in, Index heads, Index factor, Context& context, const Body& body) {
+template <class T, class Cache, class Body>
+void for_each_head(const HeadItems<T, Cache>& in, Index heads, Index factor, Context& context, const Body& body) {
   const Index n = in.count() * heads;
   const auto run = [&](Index i, Context& on) { body(i / heads, i % heads, on); };
   if (in.uniform()) {
@@ -264,8 +277,8 @@ void for_each_head(const HeadItems<T>& in, Index heads, Index factor, Context& c
 }
 
 /// x's rows of head h that are padding of item b <- 0, where that has rows up to length.
-template <class T, class U>
-void clear_padding(const HeadItems<T>& in, const HeadsView<U>& x, Index b, Index h, Index length) {
+template <class T, class Cache, class U>
+void clear_padding(const HeadItems<T, Cache>& in, const HeadsView<U>& x, Index b, Index h, Index length) {
   if (!in.lengths.empty() && length < x.length) set_zero(in.head(x, b, h, {length, x.length}));
 }
 
@@ -274,8 +287,9 @@ template <class S, class A>
 concept SavedHeadsOf = std::same_as<S, std::vector<typename A::Saved>>;
 
 /// All that is refused before anything is written.
-template <Approximator A>
-void check_call(const A& a, const HeadItems<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out) {
+template <Approximator A, class Cache>
+void check_call(const A& a, const HeadItems<typename A::Scalar, Cache>& inputs,
+                const HeadsView<typename A::Scalar>& out) {
   check_heads<typename A::Scalar>(inputs, out);
   check_disjoint("out", out);
   const Memory result = memory_of("out", out);
@@ -284,10 +298,10 @@ void check_call(const A& a, const HeadItems<typename A::Scalar>& inputs, const H
 }
 
 /// forward(b, h, inputs, out, context) for every query head h of every item b that has queries and keys.
-template <class T, class Forward>
-void run_heads(const HeadItems<T>& inputs, const HeadsView<T>& out, Context& context, const Forward& forward) {
+template <class T, class Cache, class Forward>
+void run_heads(const HeadItems<T, Cache>& inputs, const HeadsView<T>& out, Context& context, const Forward& forward) {
   for_each_head(inputs, inputs.q.heads, 1, context, [&](Index b, Index h, Context& on) {
-    const Inputs<T> in = inputs(b, h);
+    const auto in = inputs(b, h);
     const MatrixRef<T> to = inputs.of_queries(out, b, h);
     sees_nothing(in) ? set_zero(to) : forward(b, h, in, to, on);
     clear_padding(inputs, out, b, h, to.rows());
@@ -302,8 +316,8 @@ concept SharesKeys = Approximator<A> && requires(const A& a, Index d) {
 };
 
 /// Query heads that are computed together.
-template <Approximator A>
-Index heads_at_once(const A& a, const HeadItems<typename A::Scalar>& in) {
+template <Approximator A, class Cache>
+Index heads_at_once(const A& a, const HeadItems<typename A::Scalar, Cache>& in) {
   if constexpr (SharesKeys<A>) {
     if (in.heads_differ()) return 1;
     return std::clamp<Index>(a.most_shared_queries(in.q.dim) / in.q.length, 1, in.q.heads / in.k.heads);
@@ -312,8 +326,8 @@ Index heads_at_once(const A& a, const HeadItems<typename A::Scalar>& in) {
 }
 
 /// The queries of heads [first, last) of item b one after another, copied.
-template <class T>
-MatrixRef<T> stacked_queries(const HeadItems<T>& in, Index b, Range heads, Scratch& scratch) {
+template <class T, class Cache>
+MatrixRef<T> stacked_queries(const HeadItems<T, Cache>& in, Index b, Range heads, Scratch& scratch) {
   const Range queries = in.queries(b);
   const Index n_q = queries.last - queries.first;
   MatrixRef<T> rows = scratch.matrix<T>((heads.last - heads.first) * n_q, in.q.dim);
@@ -332,17 +346,17 @@ inline std::span<const std::uint8_t> repeated(std::span<const std::uint8_t> keep
 }
 
 /// Query heads [first, last) of batch item b, which share a key head, as rows of one product.
-template <SharesKeys A>
-void run_heads_together(const A& a, const HeadItems<typename A::Scalar>& inputs,
+template <SharesKeys A, class Cache>
+void run_heads_together(const A& a, const HeadItems<typename A::Scalar, Cache>& inputs,
                         const HeadsView<typename A::Scalar>& out, Index b, Range heads, Context& context) {
   using T = typename A::Scalar;
   const auto& method = wide_method(a);
   Scratch scratch = context.scratch();
-  Inputs<T> in = inputs(b, heads.first);
+  auto in = inputs(b, heads.first);
   const Index count = heads.last - heads.first, n_q = in.q.rows();
   const MatrixRef<T> q = stacked_queries(inputs, b, heads, scratch);
   in.mask.keep_query = repeated(in.mask.keep_query, count, scratch);
-  auto from = arithmetic_sources(Inputs<T>{q, in.k, in.v, in.mask, in.key_bias}, scratch);
+  auto from = arithmetic_sources(decltype(in){q, in.k, in.v, in.mask, in.key_bias}, scratch);
   from.heads = count;
   method.check(from);
   const MatrixRef<T> results = scratch.matrix<T>(count * n_q, out.dim);
@@ -354,9 +368,9 @@ void run_heads_together(const A& a, const HeadItems<typename A::Scalar>& inputs,
 }
 
 /// Some query heads of each key head at a time.
-template <Approximator A>
-void run_groups(const A& a, const HeadItems<typename A::Scalar>& inputs, const HeadsView<typename A::Scalar>& out,
-                Index at_once, Context& context) {
+template <Approximator A, class Cache>
+void run_groups(const A& a, const HeadItems<typename A::Scalar, Cache>& inputs,
+                const HeadsView<typename A::Scalar>& out, Index at_once, Context& context) {
   if constexpr (SharesKeys<A>) {
     const Index group = inputs.q.heads / inputs.k.heads, parts = (group + at_once - 1) / at_once;
     for_each_head(inputs, inputs.k.heads * parts, 1, context, [&](Index b, Index i, Context& on) {
@@ -432,8 +446,8 @@ concept GivesLogSums =
              std::span<Arithmetic<typename A::Scalar>> lse, Context& context) { a.forward(in, out, lse, context); };
 
 /// lse is (batch, H_q, n_q), the entries of a head side by side.
-template <class T, class LogSum>
-void check_log_sums(const HeadItems<T>& in, const HeadsView<T>& out, const HeadsView<LogSum>& lse) {
+template <class T, class Cache, class LogSum>
+void check_log_sums(const HeadItems<T, Cache>& in, const HeadsView<T>& out, const HeadsView<LogSum>& lse) {
   check_view("lse", lse);
   if (lse.batch != in.q.batch || lse.heads != in.q.heads || lse.length != in.q.length || lse.dim != 1 ||
       lse.row_stride != 1) {
@@ -457,10 +471,10 @@ void check_log_sums(const HeadItems<T>& in, const HeadsView<T>& out, const Heads
 /// Throws std::invalid_argument before anything is written when shapes disagree or are empty, any head of out overlaps
 /// another or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the
 /// calling thread, with out partly written.
-template <Approximator A>
-void multi_head(const A& a, const HeadInputs<typename A::Scalar>& in, const HeadsView<typename A::Scalar>& out,
+template <Approximator A, class Cache = typename A::Scalar>
+void multi_head(const A& a, const HeadInputs<typename A::Scalar, Cache>& in, const HeadsView<typename A::Scalar>& out,
                 Context& context) {
-  const detail::HeadItems<typename A::Scalar> inputs{in};
+  const detail::HeadItems<typename A::Scalar, Cache> inputs{in};
   detail::check_call(a, inputs, out);
   const Index at_once = detail::heads_at_once(a, inputs);
   if (at_once > 1) return detail::run_groups(a, inputs, out, at_once, context);
@@ -483,11 +497,11 @@ void multi_head(const A& a, const HeadInputs<typename A::Scalar>& in, const Head
 
 /// The same for an exact method, and lse (batch, H_q, n_q, 1) <- log sum_j kappa_ij of every row, -infinity for one
 /// that sees no key, of narrow types in float. The entries of a head lie side by side: row_stride is 1.
-template <detail::GivesLogSums A>
-void multi_head(const A& a, const HeadInputs<typename A::Scalar>& in, const HeadsView<typename A::Scalar>& out,
+template <detail::GivesLogSums A, class Cache = typename A::Scalar>
+void multi_head(const A& a, const HeadInputs<typename A::Scalar, Cache>& in, const HeadsView<typename A::Scalar>& out,
                 const HeadsView<detail::Arithmetic<typename A::Scalar>>& lse, Context& context) {
   using LogSum = detail::Arithmetic<typename A::Scalar>;
-  const detail::HeadItems<typename A::Scalar> inputs{in};
+  const detail::HeadItems<typename A::Scalar, Cache> inputs{in};
   detail::check_call(a, inputs, out);
   detail::check_log_sums(inputs, out, lse);
   for (Index b = 0; b < lse.batch; ++b) {

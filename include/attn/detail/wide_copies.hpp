@@ -93,6 +93,13 @@ Sources<Arithmetic<T>> arithmetic_sources(const Inputs<T>& in, Scratch& scratch)
           in.alibi_slope};
 }
 
+/// Those with a cache of another type.
+template <class SomeMask = Mask, NarrowScalar Cache>
+Sources<float> arithmetic_sources(const CacheInputs<Cache>& in, Scratch&) {
+  return {TokenRows<float>(in.q), TokenRows<float>(in.k), TokenRows<float>(in.v), SomeMask(in.mask), in.key_bias,
+          in.alibi_slope};
+}
+
 /// A backward pass in To: backward(inputs, out, dout, gradients) is of matrices of that type, whose results are
 /// converted once.
 template <class To, class T, class Backward>

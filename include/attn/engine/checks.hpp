@@ -189,8 +189,8 @@ struct Shape {
 
 /// The shapes of inputs, and how many key biases there are.
 struct InputShapes {
-  template <class T>
-  InputShapes(const Inputs<T>& in)  // NOLINT: implicit, so that inputs can be passed as they are
+  template <class In>
+  InputShapes(const In& in)  // NOLINT: implicit, so that inputs can be passed as they are
       : q(in.q), k(in.k), v(in.v), mask(in.mask), key_biases(in.key_bias.size()), alibi_slope(in.alibi_slope) {}
 
   Shape q, k, v;
@@ -273,8 +273,9 @@ struct Memories {
 }
 
 /// All that a call reads.
-template <class T>
-std::array<Memory, 6> memory_of(const Inputs<T>& in) {
+template <class In>
+  requires requires(const In& in) { in.mask.keep_query; }
+std::array<Memory, 6> memory_of(const In& in) {
   return {Memory::of("q", in.q),
           Memory::of("k", in.k),
           Memory::of("v", in.v),
@@ -314,8 +315,8 @@ void check_backward(std::string_view who, const Inputs<T>& in, const ConstMatrix
 
 /// Of inputs that are checked, out has the shape of the result, lse is empty or has an entry for each of its rows, and
 /// both overlap nothing.
-template <class T, class LogSum = T>
-void check_results(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
+template <class In, class T, class LogSum = T>
+void check_results(std::string_view who, const In& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
   check_shape(who, "out", out, in.q.rows(), in.v.cols());
   check_length(who, "lse", lse.size(), "q", in.q.rows());
   const Memory results[] = {Memory::of("out", out), Memory::of("lse", lse)};
@@ -323,8 +324,8 @@ void check_results(std::string_view who, const Inputs<T>& in, const MatrixRef<T>
 }
 
 /// check_inputs and check_results.
-template <class T, class LogSum = T>
-void check(std::string_view who, const Inputs<T>& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
+template <class In, class T, class LogSum = T>
+void check(std::string_view who, const In& in, const MatrixRef<T>& out, std::span<LogSum> lse = {}) {
   check_inputs(who, in);
   check_results(who, in, out, lse);
 }
@@ -460,8 +461,8 @@ std::array<Memory, 3> memory_of(const States& states) {
 }
 
 /// states are those of the rows of in, which may have no keys and be of a narrower type, and overlap nothing.
-template <class T, class States>
-void check_partial(std::string_view who, const Inputs<T>& in, const States& states) {
+template <class In, class States>
+void check_partial(std::string_view who, const In& in, const States& states) {
   check_inputs(who, in, 0);
   check_states(who, states, in.q.rows(), in.v.cols());
   check_apart(who, memory_of(states), memory_of(in));
