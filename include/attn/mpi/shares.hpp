@@ -82,10 +82,10 @@ class Shares {
   void check(std::string_view who) const {
     for (int rank = 1; rank < ranks.count; ++rank) {
       const ShareFacts &one = of(rank), &first = of(0);
-      if (one.method != first.method)
-        refuse(who, "rank %d has another method, or other options of it, than rank 0", rank);
       if (one.d != first.d) refuse(who, "k has %td columns on rank %d, %td on rank 0", one.d, rank, first.d);
       if (one.d_v != first.d_v) refuse(who, "v has %td columns on rank %d, %td on rank 0", one.d_v, rank, first.d_v);
+      if (one.method != first.method)
+        refuse(who, "rank %d has another method, or other options of it, than rank 0", rank);
       if (one.causal != first.causal) refuse(who, "rank %d has another causal mask than rank 0", rank);
     }
     if (n_q() == 0) refuse(who, "q is empty on every rank");
