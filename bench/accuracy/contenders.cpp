@@ -14,7 +14,7 @@ namespace accuracy {
 namespace {
 
 /// Each row the mean of the values that its query sees.
-void take_means(const attn::Inputs<float>& in, Matrix<float>& out) {
+void average_values(const attn::Inputs<float>& in, Matrix<float>& out) {
   if (in.mask.causal == attn::Causal::none) {
     out.rowwise() = in.v.colwise().mean();
     return;
@@ -50,7 +50,7 @@ void attend_to_sample(const attn::Inputs<float>& in, Index m, std::uint64_t seed
 Forward make_forward(const Contender& contender, std::uint64_t seed, const attn::Inputs<float>& in) {
   const std::string& name = contender.method;
   const Index m = contender.m;
-  if (name == kMean) return take_means;
+  if (name == kMean) return average_values;
   const auto context = std::make_shared<attn::Context>();
   if (name == kSample || name == kWildCat || name == kBinnedWildCat) {
     if (in.mask.causal != attn::Causal::none) return {};
