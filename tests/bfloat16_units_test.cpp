@@ -75,6 +75,7 @@ struct Masks {
           {.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal, .keep_key = keep_key, .keep_query = keep_query}});
       all.push_back({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}, .key_bias = bias});
       if (causal == Causal::none) continue;
+      all.push_back({.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = causal}, .key_bias = bias, .alibi_slope = 0.125});
       for (const Index window : {1, 20, 67}) {
         const Mask mask{.causal = causal, .window = window, .num_sinks = window % 4};
         all.push_back({.q = x.q, .k = x.k, .v = x.v, .mask = mask, .key_bias = bias});
