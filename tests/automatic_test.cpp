@@ -77,7 +77,7 @@ TEST(AutomaticAttention, MeetsTheErrorByItsPlan) {
     EXPECT_NEAR(choice.estimate.error, error(out, in), 0.4 * error(out, in));
     EXPECT_LE(choice.estimate.lower, choice.estimate.error);
     EXPECT_GT(choice.estimate.upper, choice.estimate.error);
-    EXPECT_GE(choice.estimate.rows, 48);
+    EXPECT_GE(choice.estimate.rows, 40);
   }
 }
 

@@ -102,7 +102,7 @@ class LevelSearch {
   static constexpr Index kFewest = 12, kMostGroups = 24;
   static constexpr int kMostTries = 6;
   static constexpr double kMostAtFirst = 0.13, kMost = 0.15, kWorthwhile = 0.95, kMostAtLast = 0.17, kBeyond = 0.15,
-                          kStep = 0.3, kTight = 1.15, kSaving = 0.08;
+                          kStep = 0.3, kTight = 1.15, kSaving = 0.08, kPromising = 0.95;
 
   double exact_cost() const { return static_cast<double>(levels_.n_k); }
   Index most() const { return std::clamp(levels_.usual.groups / 4, kFewest, kMostGroups); }
@@ -179,6 +179,10 @@ class LevelSearch {
     Index groups = few();
     while (tries_ < kMostTries && pays(level) && (groups > few() || affords(level))) {
       const double step = wanted(level, groups, trials, sample, context);
+      if (step > 0 && groups == few() && estimate_.error < kPromising * max_error_) {
+        groups = enough(level);
+        continue;
+      }
       if (step > 0) {
         fails = level;
         level += step + kBeyond;
