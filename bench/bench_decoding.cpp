@@ -4,11 +4,14 @@
 ///
 ///   for each round, for each contender:   ratio = (time to read k and v) / (time of a call)
 ///   table: median over the rounds, with quartiles and extremes
+///
+/// Multipole attention, of a token by a KeyCache, reads a part of the keys alone: its ratio is above 1.
 #include "common/parse_options.hpp"
 #include "common/read_rate.hpp"
 #include "common/samples.hpp"
 
 #include <attn/exact.hpp>
+#include <attn/key_cache.hpp>
 #include <attn/matrix.hpp>
 #include <attn/multi_head.hpp>
 
@@ -62,6 +65,10 @@ struct Cache {
   }
 
   std::size_t size() const { return static_cast<std::size_t>(kKeyHeads * length * dim); }
+  /// Reads all of it.
+  std::uint64_t read() const {
+    return bench::read_all(k.data(), size() * sizeof(T)) | bench::read_all(v.data(), size() * sizeof(T));
+  }
   attn::HeadsView<const T> view(const std::vector<T>& x) const {
     return attn::head_major(x.data(), 1, kKeyHeads, length, dim);
   }
@@ -98,11 +105,33 @@ Contender contender(const std::shared_ptr<Cache<T>>& cache, Index heads, Index n
                      cache->view(cache->k), cache->view(cache->v),
                      attn::head_major(state->out.data(), 1, heads, n_q, cache->dim), {}, state->context);
   };
-  const auto read = [=] {
-    for (const auto* x : {&cache->k, &cache->v}) state->seen |= bench::read_all(x->data(), x->size() * sizeof(T));
-  };
+  const auto read = [=] { state->seen |= cache->read(); };
   return {.name = type_name<T>() + "/heads:" + std::to_string(heads) + "/" + std::to_string(kKeyHeads) + "/n_q:" +
                   std::to_string(n_q) + "/n_k:" + std::to_string(cache->length) + "/d:" + std::to_string(cache->dim),
+          .run = run,
+          .read = read};
+}
+
+/// A token of each head by multipole attention. The nodes of the past are made once, before anything is timed.
+template <class T>
+Contender multipole_contender(const std::shared_ptr<Cache<T>>& cache) {
+  struct State {
+    attn::KeyCache<T> tokens;
+    attn::Matrix<T> q, out;
+    attn::Context context{};
+    std::uint64_t seen = 0;
+  };
+  const Index width = kKeyHeads * cache->dim;
+  const attn::CacheShape shape{.heads = kKeyHeads, .key_heads = kKeyHeads, .d = cache->dim, .d_v = cache->dim};
+  const auto state = std::make_shared<State>(
+      State{attn::KeyCache<T>(shape), attn::Matrix<T>::Constant(1, width, T(1)), attn::Matrix<T>(1, width)});
+  const attn::ConstMatrixRef<T> k(cache->k.data(), cache->length, width, width),
+      v(cache->v.data(), cache->length, width, width);
+  state->tokens.append(k, v, k);
+  const auto run = [=] { state->tokens.attend(state->q, state->out, state->context); };
+  const auto read = [=] { state->seen |= cache->read(); };
+  return {.name = type_name<T>() + "/multipole/heads:" + std::to_string(kKeyHeads) +
+                  "/n_q:1/n_k:" + std::to_string(cache->length) + "/d:" + std::to_string(cache->dim),
           .run = run,
           .read = read};
 }
@@ -112,6 +141,7 @@ void add_contenders(const Settings& settings, Index n_k, std::vector<Contender>&
   const auto cache = std::make_shared<Cache<T>>(n_k, settings.dim);
   for (const Index n_q : {1, 2, 4, 8}) contenders.push_back(contender(cache, kKeyHeads, n_q));
   contenders.push_back(contender(cache, 4 * kKeyHeads, 1));
+  if constexpr (std::is_same_v<T, float>) contenders.push_back(multipole_contender(cache));
 }
 
 /// All contenders of one length, of which float caches are the first.

@@ -31,39 +31,43 @@ inline Index chunks_before(Index seen) {
 struct CausalNode {
   Index first, chunks;
 
+  friend bool operator==(const CausalNode&, const CausalNode&) = default;
   Range range() const { return {first, first + chunks}; }
   /// The queries that use it are those of so many complete chunks.
   Range users() const { return {first + chunks, first + 2 * chunks}; }
 
   /// The i-th of its size, and how many there are for queries of up to most chunks.
   static CausalNode of(Index i, Index chunks) { return {2 * i * chunks, chunks}; }
+  Index number() const { return first / (2 * chunks); }
   static Index count(Index most, Index chunks) { return (most / chunks + 1) / 2; }
 };
 
 /// Tokens that masks keep, in order: row numbers, and of each query how many of the keys it sees.
 struct CausalTokens {
-  std::span<Index> keys, queries, seen;
+  std::span<const Index> keys, queries, seen;
+  Index first_queries = kFirstQueries;  ///< which see all keys as they are
 
   template <class T>
   static CausalTokens make(const Sources<T>& in, const CausalLimits& limits, Scratch& scratch) {
     const Index n_k = count_kept(in.k.rows(), kept_keys(in)), n_q = count_kept(in.q.rows(), kept_queries(in));
-    const CausalTokens made{scratch.array<Index>(n_k), scratch.array<Index>(n_q), scratch.array<Index>(n_q)};
+    const std::span<Index> keys = scratch.array<Index>(n_k), queries = scratch.array<Index>(n_q),
+                           seen = scratch.array<Index>(n_q);
     for (Index row = 0, i = 0; row < in.k.rows(); ++row) {
-      if (keeps_key(in, row)) made.keys.data()[i++] = row;
+      if (keeps_key(in, row)) keys.data()[i++] = row;
     }
     for (Index row = 0, i = 0, j = 0; row < in.q.rows(); ++row) {
       if (!keeps_query(in, row)) continue;
-      while (j < n_k && made.keys.data()[j] <= limits.of(row)) ++j;
-      made.queries.data()[i] = row;
-      made.seen.data()[i++] = j;
+      while (j < n_k && keys.data()[j] <= limits.of(row)) ++j;
+      queries.data()[i] = row;
+      seen.data()[i++] = j;
     }
-    return made;
+    return {keys, queries, seen};
   }
 
   Index query_count() const { return static_cast<Index>(queries.size()); }
 
   /// Complete chunks of the i-th query.
-  Index chunks(Index i) const { return i < kFirstQueries ? 0 : chunks_before(seen.data()[i]); }
+  Index chunks(Index i) const { return i < first_queries ? 0 : chunks_before(seen.data()[i]); }
   Index most_chunks() const { return queries.empty() ? 0 : chunks(query_count() - 1); }
 
   /// Queries whose number of complete chunks is in a range.

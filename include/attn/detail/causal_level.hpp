@@ -15,6 +15,7 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <span>
 
@@ -26,6 +27,17 @@ struct UsedNode {
   Range branches;  ///< among those of all chunks
   Range queries;   ///< that use it, among those that masks keep
 };
+
+/// rows, from first on, <- the given ones by the landmark that is nearest to each, those of one in their order;
+/// starts <- where those of each landmark begin, and the end.
+inline void sort_rows(std::span<const Index> given, const Index* nearest, Index first, Index* rows,
+                      std::span<Index> starts) {
+  std::fill(starts.begin(), starts.end(), Index{0});
+  for (std::size_t i = 0; i < given.size(); ++i) ++starts.data()[nearest[i]];
+  Index end = first;
+  for (Index& start : starts) start = end += start;
+  for (std::size_t i = given.size(); i-- > 0;) rows[--starts.data()[nearest[i]]] = given.data()[i];
+}
 
 /// What a worker needs for nodes of one size; it turns to one after another.
 template <class T>
@@ -63,7 +75,7 @@ class NodeLevel {
         counts_(counts.within(branches_)),
         count_(CausalNode::count(tokens.most_chunks(), size)),
         landmarks_(NodeLandmarks<T>::make(product.in, product.kernel,
-                                          cut_queries(product.in, tokens, size, counts_, context, scratch),
+                                          cut_queries(product.in, tokens, {0, count_}, size, counts_, context, scratch),
                                           counts_.landmarks_in_a_region, context, scratch)),
         of_regions_(
             Summaries<T>::make(all_open() ? 0 : count_ * counts_.regions() * branches_, keys.tokens.cols(), scratch)),
@@ -122,17 +134,12 @@ class NodeLevel {
       workers[worker].finder.find(landmarks_, landmarks_of(strip.node), tokens_.queries.data() + strip.queries.first,
                                   strip.queries.last - strip.queries.first, nearest.data() + strip.queries.first);
     });
-    context_.for_each(count_, [&](Index i, int) { sort_rows(node(i), nearest.data()); });
-  }
-
-  void sort_rows(const UsedNode& node, const Index* nearest) const {
-    Index* const starts = starts_.data() + node.number * (counts_.landmarks + 1);
-    std::fill_n(starts, counts_.landmarks + 1, Index{0});
-    for (Index i = node.queries.first; i < node.queries.last; ++i) ++starts[nearest[i]];
-    for (Index l = 0, end = node.queries.first; l <= counts_.landmarks; ++l) starts[l] = end += starts[l];
-    for (Index i = node.queries.last; i-- > node.queries.first;) {
-      rows_.data()[--starts[nearest[i]]] = tokens_.queries.data()[i];
-    }
+    context_.for_each(count_, [&](Index i, int) {
+      const Range some = node(i).queries;
+      sort_rows(part_of(std::span<const Index>(tokens_.queries), some.first, some.last - some.first),
+                nearest.data() + some.first, some.first, rows_.data(),
+                part_of(starts_, i * (counts_.landmarks + 1), counts_.landmarks + 1));
+    });
   }
 
   /// A branch as all regions of a node see it.
@@ -148,13 +155,9 @@ class NodeLevel {
               NodeWorker<T>& worker) const {
     const Index* const starts = starts_.data() + node.number * (counts_.landmarks + 1) + landmark;
     if (starts[0] == starts[1]) return;
-    const Index l = landmarks_of(node.number).first + landmark, region = landmarks_.region(l);
-    Index sample[array_size(NodeViewer<T>::kSample)];
-    const Index count = landmarks_.sample(l, NodeViewer<T>::kSample, sample);
     worker.turn_to(keys_, node);
-    const NodeView<T> view = worker.viewer.view(
-        all_open() ? of_regions_ : of_regions_.part(region * branches_, branches_), landmarks_.of_region(region),
-        landmarks_.landmark(l), sample, count, node.branches.first == 0);
+    const NodeView<T> view = view_of(landmarks_, landmarks_of(node.number).first + landmark, of_regions_, branches_,
+                                     node.branches.first == 0, worker.viewer);
     worker.runner.attend(view, part_of(std::span<const Index>(rows_), starts[0], starts[1] - starts[0]), shift, to);
   }
 

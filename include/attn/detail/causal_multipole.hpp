@@ -28,36 +28,28 @@
 
 namespace attn::detail {
 
-/// All queries of a causal product. counts(size): NodeCounts of nodes of so many chunks, of which clusters of larger
-/// nodes are so many of smaller ones together, and branches are whole numbers of them.
-template <class T, class Counts>
-class CausalMultipole {
+/// Queries of a causal product, but for nodes: what they see as it is, and their results.
+template <class T>
+class CausalAttention {
  public:
-  CausalMultipole(const Product<T>& product, const Counts& counts, Context& context, Scratch& scratch)
+  CausalAttention(const Product<T>& product, const CausalTokens& tokens, Context& context, Scratch& scratch)
       : product_(product),
-        counts_(counts),
         context_(context),
-        tokens_(CausalTokens::make(product.in, product.limits, scratch)),
+        tokens_(tokens),
         rows_(CausalRows<T>::make(product.in.q.rows(), product.in.v.cols(), scratch)) {}
 
   /// Whether any query has a complete chunk before it.
   bool has_nodes() const { return tokens_.most_chunks() > 0; }
 
-  /// out <- all rows; lse: their log-sums, or null.
-  void attend(const ResultRows<T>& out, RowLog<T>* lse) {
-    add_recent();
-    if (has_nodes()) add_nodes();
-    finish(out, lse);
-  }
-
- private:
+ protected:
   void add_recent() const {
     constexpr Index kRows = RecentRunner<T>::kRows;
     Scratch scratch = context_.scratch();
-    const Index chunks = tokens_.most_chunks(), *const queries = tokens_.queries.data();
+    const Index chunks = tokens_.most_chunks();
+    const Index* const queries = tokens_.queries.data();
     const std::span<RecentBlock> blocks = scratch.array<RecentBlock>(product_.in.q.rows() / kRows + chunks + 1);
     Index count = 0;
-    for (Index m = 0; m <= chunks; ++m) {
+    for (Index m = chunks == 0 ? 0 : tokens_.chunks(0); m <= chunks; ++m) {
       const Range some = tokens_.with_chunks({m, m + 1});
       if (some.first == some.last) continue;
       const Index last = queries[some.last - 1] + 1;
@@ -71,48 +63,7 @@ class CausalMultipole {
     context_.for_each(count, [&](Index b, int worker) { runners[worker].attend(tokens_, blocks.data()[b], rows_); });
   }
 
-  void add_nodes() const {
-    Scratch scratch = context_.scratch();
-    const Index chunks = tokens_.most_chunks();
-    const NodeCounts finest = counts_(1);
-    LogKernel<T> kernel = product_.kernel;
-    kernel.bias_origins.common = bias_origin();
-    const auto shift = [&](Index row) {
-      if (kernel.bias_origins.of_queries == nullptr) return T(0);
-      return std::numbers::log2e_v<T> * (kernel.bias_origins.common - kernel.bias_origins.of(row));
-    };
-    const ClusteredRows cut =
-        cut_chunks(product_.in, tokens_, chunks, finest.clusters, finest.clusters_in_a_branch, context_, scratch);
-    const auto keys =
-        KeyClusters<T>::make_tokens(product_.in, kernel, {cut, finest.clusters_in_a_branch}, context_, scratch);
-    for (Index size = 1; size <= chunks;) {
-      Scratch of_clusters = context_.scratch();
-      const NodeCounts counts = counts_(size);
-      const NestedRows tree{merged(cut, finest.clusters / counts.clusters, of_clusters), counts.clusters_in_a_branch};
-      const KeyClusters<T> in_clusters = keys.in_clusters(tree, false, context_, of_clusters);
-      for (; size <= chunks && counts_(size).same_clusters(counts); size *= 2) {
-        Scratch of_level = context_.scratch();
-        NodeLevel<T>(product_, tokens_, in_clusters, size, counts_(size), context_, of_level).attend(shift, rows_);
-      }
-    }
-  }
-
-  /// The largest finite bias in the first chunk: every query that sees a node sees that.
-  T bias_origin() const {
-    LargestBias<T> largest;
-    for (Index j = 0; j < kChunkKeys && !product_.in.key_bias.empty(); ++j) {
-      largest.add(product_.in.key_bias.data()[tokens_.keys.data()[j]]);
-    }
-    return largest.origin();
-  }
-
-  /// Clusters of so many neighbouring ones each.
-  static ClusteredRows merged(const ClusteredRows& finest, Index together, Scratch& scratch) {
-    const ClusteredRows made{finest.rows, scratch.array<Index>(finest.count() / together + 1)};
-    for (Index c = 0; c <= made.count(); ++c) made.starts.data()[c] = finest.starts.data()[c * together];
-    return made;
-  }
-
+  /// out <- all rows; lse: their log-sums, or null.
   void finish(const ResultRows<T>& out, RowLog<T>* lse) const {
     constexpr Index kRows = 64;
     Scratch scratch = context_.scratch();
@@ -124,6 +75,12 @@ class CausalMultipole {
     });
   }
 
+  const Product<T>& product_;
+  Context& context_;
+  CausalTokens tokens_;
+  CausalRows<T> rows_;
+
+ private:
   /// A row without keys, or of a dropped query, whose sum is 0, becomes 0.
   void finish_row(Index i, const ResultRows<T>& out, RowLog<T>* lse, T* buffer) const {
     const T sum = rows_.sum[i], maximum = rows_.maximum[i];
@@ -152,12 +109,73 @@ class CausalMultipole {
     if (kernel.center != nullptr) add_row(T(-1), kernel.center, buffer, d);
     return kernel.bias * squared_norm(buffer, d);
   }
+};
 
-  const Product<T>& product_;
+/// Clusters of so many neighbouring ones each.
+inline ClusteredRows merged(const ClusteredRows& finest, Index together, Scratch& scratch) {
+  const ClusteredRows made{finest.rows, scratch.array<Index>(finest.count() / together + 1)};
+  for (Index c = 0; c <= made.count(); ++c) made.starts.data()[c] = finest.starts.data()[c * together];
+  return made;
+}
+
+/// All queries of a causal product. counts(size): NodeCounts of nodes of so many chunks, of which clusters of larger
+/// nodes are so many of smaller ones together, and branches are whole numbers of them.
+template <class T, class Counts>
+class CausalMultipole : public CausalAttention<T> {
+  using Base = CausalAttention<T>;
+  using Base::context_;
+  using Base::product_;
+  using Base::rows_;
+  using Base::tokens_;
+
+ public:
+  CausalMultipole(const Product<T>& product, const Counts& counts, Context& context, Scratch& scratch)
+      : Base(product, CausalTokens::make(product.in, product.limits, scratch), context, scratch), counts_(counts) {}
+
+  /// out <- all rows; lse: their log-sums, or null.
+  void attend(const ResultRows<T>& out, RowLog<T>* lse) {
+    this->add_recent();
+    if (this->has_nodes()) add_nodes();
+    this->finish(out, lse);
+  }
+
+ private:
+  void add_nodes() const {
+    Scratch scratch = context_.scratch();
+    const Index chunks = tokens_.most_chunks();
+    const NodeCounts finest = counts_(1);
+    LogKernel<T> kernel = product_.kernel;
+    kernel.bias_origins.common = bias_origin();
+    const auto shift = [&](Index row) {
+      if (kernel.bias_origins.of_queries == nullptr) return T(0);
+      return std::numbers::log2e_v<T> * (kernel.bias_origins.common - kernel.bias_origins.of(row));
+    };
+    const ClusteredRows cut =
+        cut_chunks(product_.in, tokens_, {0, chunks}, finest.clusters, finest.clusters_in_a_branch, context_, scratch);
+    const auto keys =
+        KeyClusters<T>::make_tokens(product_.in, kernel, {cut, finest.clusters_in_a_branch}, context_, scratch);
+    for (Index size = 1; size <= chunks;) {
+      Scratch of_clusters = context_.scratch();
+      const NodeCounts counts = counts_(size);
+      const NestedRows tree{merged(cut, finest.clusters / counts.clusters, of_clusters), counts.clusters_in_a_branch};
+      const KeyClusters<T> in_clusters = keys.in_clusters(tree, false, context_, of_clusters);
+      for (; size <= chunks && counts_(size).same_clusters(counts); size *= 2) {
+        Scratch of_level = context_.scratch();
+        NodeLevel<T>(product_, tokens_, in_clusters, size, counts_(size), context_, of_level).attend(shift, rows_);
+      }
+    }
+  }
+
+  /// The largest finite bias in the first chunk: every query that sees a node sees that.
+  T bias_origin() const {
+    LargestBias<T> largest;
+    for (Index j = 0; j < kChunkKeys && !product_.in.key_bias.empty(); ++j) {
+      largest.add(product_.in.key_bias.data()[tokens_.keys.data()[j]]);
+    }
+    return largest.origin();
+  }
+
   const Counts& counts_;
-  Context& context_;
-  CausalTokens tokens_;
-  CausalRows<T> rows_;
 };
 
 }  // namespace attn::detail

@@ -49,16 +49,17 @@ struct NodeCounts {
   }
 };
 
-/// Row numbers of keys in the order of clusters, those of each chunk by bisection: so many to a chunk, of which so many
-/// make a branch. The first ones of all are before them, in no cluster.
+/// Row numbers of keys of some chunks in the order of clusters, those of each chunk by bisection: so many to a chunk,
+/// of which so many make a branch. The first ones of all are before them, in no cluster.
 template <class T>
-ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Index chunks, Index clusters,
+ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Range chunks, Index clusters,
                          Index in_a_branch, Context& context, Scratch& scratch) {
-  const ClusteredRows all{scratch.array<Index>(chunks * kChunkKeys), scratch.array<Index>(chunks * clusters + 1)};
-  std::copy_n(tokens.keys.data(), kSinkKeys, all.rows.data());
-  context.for_each_call(chunks, [&](Index c, Context& own) {
-    const auto rows = tokens.keys_of_chunk(c);
-    const Index first = c == 0 ? kSinkKeys : c * kChunkKeys;
+  const Index count = chunks.last - chunks.first;
+  const ClusteredRows all{scratch.array<Index>(count * kChunkKeys), scratch.array<Index>(count * clusters + 1)};
+  if (chunks.first == 0) std::copy_n(tokens.keys.data(), kSinkKeys, all.rows.data());
+  context.for_each_call(count, [&](Index c, Context& own) {
+    const auto rows = tokens.keys_of_chunk(chunks.first + c);
+    const Index first = (c + 1) * kChunkKeys - static_cast<Index>(rows.size());
     Scratch temporary = own.scratch();
     const ClusteredRows part{part_of(all.rows, first, static_cast<Index>(rows.size())),
                              temporary.array<Index>(clusters + 1)};
@@ -69,16 +70,16 @@ ClusteredRows cut_chunks(const Sources<T>& in, const CausalTokens& tokens, Index
   return all;
 }
 
-/// The queries that landmarks of nodes are means of: row numbers, so many landmarks for each node of a size, one node's
+/// The queries that landmarks of some nodes of a size are means of: row numbers, so many landmarks for each, one node's
 /// after another's. They are those that see a key of the node's last chunk as their last one, which are most like the
 /// queries to come; or where these are few, the first queries of all, which see no node.
 template <class T>
-ClusteredRows cut_queries(const Sources<T>& in, const CausalTokens& tokens, Index size, const NodeCounts& counts,
-                          Context& context, Scratch& scratch) {
-  const Index nodes = CausalNode::count(tokens.most_chunks(), size), landmarks = counts.landmarks;
+ClusteredRows cut_queries(const Sources<T>& in, const CausalTokens& tokens, Range some, Index size,
+                          const NodeCounts& counts, Context& context, Scratch& scratch) {
+  const Index nodes = some.last - some.first, landmarks = counts.landmarks;
   const std::span<Index> firsts = scratch.array<Index>(nodes + 1);
   const auto queries_of = [&](Index i) {
-    const CausalNode node = CausalNode::of(i, size);
+    const CausalNode node = CausalNode::of(some.first + i, size);
     const Range own = tokens.of_chunk(node.first + node.chunks - 1);
     return own.last - own.first < kFirstQueries ? Range{0, kFirstQueries} : own;
   };
@@ -234,5 +235,17 @@ class NodeViewer : public FieldChoice<T> {
   FieldStrip<T> sample_;
   T* rows_;
 };
+
+/// What a landmark sees, good until the viewer's next one. of_regions: the node's branches as each region sees them,
+/// none where all are open. sinks: as in view.
+template <class T>
+NodeView<T> view_of(const NodeLandmarks<T>& landmarks, Index landmark, const Summaries<T>& of_regions, Index branches,
+                    bool sinks, NodeViewer<T>& viewer) {
+  const Index region = landmarks.region(landmark);
+  Index sample[array_size(NodeViewer<T>::kSample)];
+  const Index count = landmarks.sample(landmark, NodeViewer<T>::kSample, sample);
+  return viewer.view(of_regions.tokens.rows() == 0 ? of_regions : of_regions.part(region * branches, branches),
+                     landmarks.of_region(region), landmarks.landmark(landmark), sample, count, sinks);
+}
 
 }  // namespace attn::detail
