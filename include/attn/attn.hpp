@@ -16,6 +16,7 @@
 #include <attn/head_inputs.hpp>
 #include <attn/heads.hpp>
 #include <attn/kernel.hpp>
+#include <attn/key_cache.hpp>
 #include <attn/kernel_matmul.hpp>
 #include <attn/landmarks.hpp>
 #include <attn/lifted_softmax.hpp>

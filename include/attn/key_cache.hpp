@@ -82,11 +82,11 @@ class GrowingHeads {
 /// what Multipole gives under a causal mask for the whole sequence: recent keys and the first ones exactly, the past
 /// before in nodes of clusters, which are kept from call to call; attend_exactly gives softmax attention. In
 /// whatever pieces tokens are appended and attended to, the bits are the same, and those of Multipole for the whole
-/// sequence once that has more than 576 tokens (below it is exact attention by default, and differs in rounding).
+/// sequence once that has more than 544 tokens (below it is exact attention by default, and differs in rounding).
 /// Matrices hold a token a row, all heads side by side: q (n, heads d), k (n, key_heads d), v (n, key_heads d_v).
 ///
 /// Memory: heads d + key_heads (d + d_v) numbers a token, and for nodes key_heads (d + d_v) of what arithmetic is in,
-/// and with clusters of a default size at most twice that for each query head. Appending takes a copy, and room for
+/// and with clusters of a default size at most that for each query head. Appending takes a copy, and room for
 /// half as many tokens again where there is none; nodes take O(log n) (d + d_v) time a token, in steps of a chunk of
 /// 512. Not for use by several threads at once; heads are spread over the workers of a call.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
