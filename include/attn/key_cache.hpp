@@ -86,7 +86,7 @@ class GrowingHeads {
 /// Matrices hold a token a row, all heads side by side: q (n, heads d), k (n, key_heads d), v (n, key_heads d_v).
 ///
 /// Memory: heads d + key_heads (d + d_v) numbers a token, and for nodes key_heads (d + d_v) of what arithmetic is in,
-/// and with clusters of a default size at most that for each query head. Appending takes a copy, and room for
+/// and with clusters of a default size about that at most for each query head. Appending takes a copy, and room for
 /// half as many tokens again where there is none; nodes take O(log n) (d + d_v) time a token, in steps of a chunk of
 /// 512. Not for use by several threads at once; heads are spread over the workers of a call.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
