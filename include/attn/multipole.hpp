@@ -174,11 +174,10 @@ struct CausalCounts {
   static constexpr Index kUsualClusters = 64, kUsualBranches = 8, kMostClusters = kChunkKeys - kSinkKeys;
 
   static NodeCounts usual(Index size) {
+    const Index in_a_branch = size < 32 ? 8 : size < 128 ? 16 : 32;
     return {.clusters = kUsualClusters,
-            .clusters_in_a_branch = kUsualClusters / kUsualBranches,
-            .landmarks = size == 1  ? 8
-                         : size < 8 ? 16
-                                    : 32,
+            .clusters_in_a_branch = in_a_branch,
+            .landmarks = size == 1 ? 8 : 16,
             .landmarks_in_a_region = size < 8 ? 1 : 4,
             .open = 8,
             .near = size == 1   ? 8
