@@ -213,7 +213,7 @@ struct OwnMethod {
     method.backward(in, out, dout, saved, gradients, context);
   }
 
-  attn::SoftmaxAttention<T> method{};
+  attn::SoftmaxAttention<T> method{attn::Products::float32};
 };
 
 template <class T>
@@ -225,11 +225,12 @@ TYPED_TEST(NarrowMultiHeadBackward, AddsGroupsUpInFloatAndRoundsOnce) {
   for (const Index key_heads : {1, 2, 4}) {
     SCOPED_TRACE(key_heads);
     const Trained<float, T> wide(attn::SoftmaxAttention<float>{}, key_heads, 40);
-    const Trained<T> narrow(attn::SoftmaxAttention<T>{}, key_heads, 40);
+    const Trained<T> narrow(attn::SoftmaxAttention<T>{attn::Products::float32}, key_heads, 40);
     EXPECT_TRUE(is_rounded(narrow.dq, wide.dq));
     EXPECT_TRUE(is_rounded(narrow.dk, wide.dk));
     EXPECT_TRUE(is_rounded(narrow.dv, wide.dv));
-    const Trained<T> chosen(attn::make_approximator<T>("softmax"), key_heads, 40);
+    const Trained<T> chosen(attn::make_approximator<T>("softmax", {.products = attn::Products::float32}), key_heads,
+                            40);
     EXPECT_EQ(chosen.dq, narrow.dq);
     EXPECT_EQ(chosen.dk, narrow.dk);
     EXPECT_EQ(chosen.dv, narrow.dv);

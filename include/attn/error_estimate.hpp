@@ -33,9 +33,10 @@ struct ErrorSample {
 
 /// An estimate of |out - exact|_F / |exact|_F.
 struct ErrorEstimate {
-  double error = 0;             ///< the estimate
-  double lower = 0, upper = 0;  ///< bounds of it: about 19 in 20 times the true error lies between them
-  Index rows = 0;               ///< computed exactly
+  double error = 0;  ///< the estimate
+  double lower = 0;  ///< about 19 in 20 times the true error lies from here
+  double upper = 0;  ///< to here
+  Index rows = 0;    ///< computed exactly
 };
 
 namespace detail {
