@@ -66,6 +66,24 @@ Index nth_largest(const Get& bits, Index n, Index count, Bits* least) {
   return *least == std::numeric_limits<Bits>::max() ? 0 : at_least(*least + 1);
 }
 
+/// nth_largest of so few values that counting how many are larger than each is the shortest way.
+inline constexpr Index kFewValues = 32;
+[[gnu::noinline]] inline Index nth_largest_of_few(const std::uint32_t* values, Index n, Index count,
+                                                  std::uint32_t* least) {
+  alignas(64) std::uint32_t all[kFewValues] = {};
+  std::copy_n(values, n, all);
+  for (Index i = 0;; ++i) {
+    std::uint32_t larger = 0, at_least = 0;
+    for (const std::uint32_t x : all) {
+      larger += x > all[i] ? 1U : 0U;
+      at_least += x >= all[i] ? 1U : 0U;
+    }
+    if (static_cast<Index>(larger) >= count || static_cast<Index>(at_least) < count) continue;
+    *least = all[i];
+    return static_cast<Index>(larger);
+  }
+}
+
 /// Cuts rows in two until there are as many parts as wanted: a node of w rows and p parts into floor(w l / p) rows, for
 /// l parts, and the others, by their order along the direction of largest variance; ties go by row number. l is
 /// floor(p / 2), but a multiple of the parts in a set as long as p is above that, so that sets are nodes too. One for
@@ -162,7 +180,8 @@ class Bisection {
     Index* const rows = clusters_.rows.data() + range.first;
     const Index n = range.last - range.first, half = range.last - middle;
     std::uint32_t pivot = 0;
-    const Index beyond = nth_largest([&](Index i) { return places[i]; }, n, half, &pivot);
+    const Index beyond = n <= kFewValues ? nth_largest_of_few(places, n, half, &pivot)
+                                         : nth_largest([&](Index i) { return places[i]; }, n, half, &pivot);
     Index first = 0, second = 0, ties = std::count(places, places + n, pivot) - (half - beyond);
     for (Index i = 0; i < n; ++i) {
       const bool stays = places[i] < pivot || (places[i] == pivot && ties-- > 0);

@@ -170,7 +170,7 @@ class NodeViewer : public FieldChoice<T> {
 
   /// Branch b as a landmark sees it. landmark: s l.
   void summarize(const T* landmark, Index b, const Summaries<T>& to, Index i) {
-    summarizer_.summarize_branch(landmark, b, to, i);
+    summarizer_.summarize_branch({landmark, to, i}, b);
   }
 
   /// branches: those of the landmark's region. sinks: whether the first keys of all go with the node. Good until the
@@ -188,7 +188,7 @@ class NodeViewer : public FieldChoice<T> {
       this->choose_branches();
       sum_closed();
     }
-    summarizer_.summarize_clusters(landmark, numbers(open_, sizes_.open), clusters_);
+    summarizer_.summarize_clusters({landmark, clusters_, 0}, numbers(open_, sizes_.open));
     T *const total = lanes_ + kTileWidth<T>, *const correction = total + kTileWidth<T>;
     this->weigh_clusters(sample_, correction, total);
     const Index near = this->choose_near(sample_, landmark, total);

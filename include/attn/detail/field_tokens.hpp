@@ -25,6 +25,12 @@ constexpr Index padded(Index n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+/// Fetches a row that will soon be read or written: rows in the order of clusters lie anywhere.
+inline void fetch_row(const MemoryRows& rows, Index i) {
+  constexpr Index kLine = 64;
+  for (Index byte = 0; byte < rows.row_bytes; byte += kLine) __builtin_prefetch(rows.row(i) + byte, 0, 2);
+}
+
 /// What is known of clusters of keys whoever looks at them.
 template <class T>
 struct KeySpreads {
@@ -76,6 +82,7 @@ struct KeyClusters {
   /// All but spreads.
   static KeyClusters make_tokens(const Sources<T>& in, const LogKernel<T>& kernel, const NestedRows& tree,
                                  Context& context, Scratch& scratch) {
+    constexpr Index kAhead = 8;  // rows
     const Index d = in.k.cols(), d_v = in.v.cols(), n = static_cast<Index>(tree.parts.rows.size());
     const bool has_bias = kernel.bias != 0 || !in.key_bias.empty();
     const KeySpreads<T> none{{nullptr, 0, 0, 0}, nullptr};
@@ -88,7 +95,12 @@ struct KeyClusters {
                            d_v};
     constexpr Index kBlock = 64;
     context.for_each((n + kBlock - 1) / kBlock, [&](Index block, int) {
-      for (Index j = block * kBlock; j < std::min(n, (block + 1) * kBlock); ++j) keys.set_key(in, kernel, j);
+      for (Index j = block * kBlock; j < std::min(n, (block + 1) * kBlock); ++j) {
+        const Index soon = tree.parts.rows.data()[std::min(j + kAhead, n - 1)];
+        fetch_row(in.k.memory(), soon);
+        fetch_row(in.v.memory(), soon);
+        keys.set_key(in, kernel, j);
+      }
     });
     return keys;
   }

@@ -192,15 +192,15 @@ class FieldBackward {
     const NestedRows& groups = given_.queries.tree;
     for (Index region = regions.first; region < regions.last; ++region) {
       const T* const landmark = row_of(given_.queries.region_means, region);
-      for (Index b = 0; b < branches_.count(); ++b) summarizer_.summarize_branch(landmark, b, branches_.of, b);
+      for (Index b = 0; b < branches_.count(); ++b) summarizer_.summarize_branch({landmark, branches_.of, b}, b);
       branches_.clear();
       const Range some = groups.parts_of(region);
       for (Index group = some.first; group < some.last; ++group) add_group(group, gradients);
       if (branches_.count() == 0) continue;
       begin_landmark();
       for (Index b = 0; b < branches_.count(); ++b) {
-        summarizer_.look(landmark, b);
-        add_summary(landmark, given_.keys.tree.range(b), branches_, b, gradients);
+        summarizer_.summarize_branch({landmark, branches_.of, b}, b);
+        add_summary(landmark, given_.keys.tree.range(b), summarizer_.shares(0), branches_, b, gradients);
       }
       scatter_landmark(groups.range(region));
     }
@@ -224,16 +224,17 @@ class FieldBackward {
   void add_group(Index group, const KeyGradients<T>& to) {
     const T* const landmark = row_of(given_.queries.means, group);
     const std::span<const Index> open = open_to(group);
-    summarizer_.summarize_clusters(landmark, open, clusters_.of);
+    summarizer_.summarize_clusters({landmark, clusters_.of, 0}, open);
     clusters_.clear();
     for (Index b = 0; b < given_.blocks.count(group); ++b) add_block(given_.blocks.block(group, b), open, to);
     begin_landmark();
     Index i = 0;
     for (const Index b : open) {
-      summarizer_.look(landmark, b);
+      summarizer_.summarize_clusters({landmark, clusters_.of, i}, {&b, 1});
       const Range clusters = given_.keys.tree.parts_of(b);
       for (Index c = clusters.first; c < clusters.last; ++c, ++i) {
-        add_summary(landmark, given_.keys.tree.parts.range(c), clusters_, i, to);
+        add_summary(landmark, given_.keys.tree.parts.range(c), summarizer_.shares(c - clusters.first), clusters_, i,
+                    to);
       }
     }
     scatter_landmark(given_.queries.tree.parts.range(group));
@@ -333,25 +334,24 @@ class FieldBackward {
 
   void begin_landmark() { std::fill_n(dland_, value_offset_, T(0)); }
 
-  /// From the gradients by the i-th of some summaries, of a cluster in the branch looked at, those by its keys and
-  /// values; dland_ <- dland_ + the gradient by s l. landmark: s l, in units of log2.
-  void add_summary(const T* landmark, Range cluster, const SummaryGradients<T>& summaries, Index i,
+  /// From the gradients by the i-th of some summaries, of a cluster whose shares are r_j, those by its keys and values;
+  /// dland_ <- dland_ + the gradient by s l. landmark: s l, in units of log2.
+  void add_summary(const T* landmark, Range cluster, const T* shares, const SummaryGradients<T>& summaries, Index i,
                    const KeyGradients<T>& to) {
     const Index stride = to.dk.outerStride();
-    T *const token = row_of(summaries.of.tokens, i), *const gradient = row_of(summaries.by.tokens, i);
+    const T* const token = row_of(summaries.of.tokens, i);
+    T* const gradient = row_of(summaries.by.tokens, i);
     const T de = summaries.by.bias[i], to_natural = std::numbers::ln2_v<T>;
-    summarizer_.sum_up(cluster, token);
     add_row(-to_natural * de, landmark, gradient, value_offset_);
     add_row(-de, token, dland_, value_offset_);
     const T dot = dot_product(gradient, token, width_) - de;
-    const T* const shares = summarizer_.shares(cluster);
     for (Index first = cluster.first; first < cluster.last; first += kLanes<T>) {
       const Index count = std::min<Index>(kLanes<T>, cluster.last - first);
       const T* const share = shares + first - cluster.first;
       alignas(64) T slopes[array_size(kLanes<T>)];
       store(slopes, load_unaligned(share) *
                         (row_products(given_.keys.row(first), width_, count, gradient, width_) - broadcast(dot)));
-      sum_scaled_rows(slopes, count, given_.keys.row(first), width_, value_offset_, row_);
+      sum_scaled_rows<1>({slopes}, count, given_.keys.row(first), width_, value_offset_, {row_});
       add_row(T(1), row_, dland_, value_offset_);
       for (Index j = 0; j < count; ++j) {
         T* const dtoken = to.dk.data() + (first + j) * stride;

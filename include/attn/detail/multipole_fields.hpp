@@ -29,6 +29,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <span>
 #include <type_traits>
 
@@ -42,6 +43,25 @@ struct FieldRecord {
   Count *open, *near, *near_count;
   Index most_near;
   std::conditional_t<std::is_const_v<Count>, const RowLog<T>, RowLog<T>>* lse;
+};
+
+/// to <- n elements, whole packets. A call of a library's copy would take as long as the copy.
+template <class T>
+inline void copy_packets(const T* from, Index n, T* to) {
+  for (Index c = 0; c < n; c += kLanes<T>) store(to + c, load(from + c));
+}
+
+/// A group of queries: the branches that are open to it, the summaries of their clusters, and its strips.
+template <class T>
+struct GroupField {
+  Index* open;
+  Summaries<T> clusters;
+  FieldStrip<T>* strips;
+
+  GroupField(const KeyClusters<T>& keys, const FieldSizes& sizes, Index strip_count, Index branches, Scratch& scratch)
+      : open(scratch.elements<Index>(sizes.open)),
+        clusters(Summaries<T>::make(sizes.open * keys.tree.parts_in_a_set, keys.tokens.cols(), scratch)),
+        strips(scratch.make<FieldStrip<T>>(strip_count, keys.d, keys.d_v, branches, scratch)) {}
 };
 
 /// Computes regions of queries. One for each worker.
@@ -69,17 +89,20 @@ class FieldRunner : FieldChoice<T> {
         blocks_(blocks),
         kernel_(product.in, Maximum::running, nullptr, scratch),
         near_keys_(keys, scratch),
-        values_(scratch.matrix<T>(std::max(branch_count_, cluster_count_), keys.d_v)),
+        values_(scratch.matrix<T>(std::max(branch_count_, cluster_count_), padded<T>(keys.d_v))),
         rows_(scratch.elements<T>(kLanes<T> * std::max(keys.d, keys.d_v))) {
-    strips_ =
-        scratch.make<FieldStrip<T>>(branch_count_ == 0 ? 1 : blocks.most(), keys.d, keys.d_v, branch_count_, scratch);
+    const Index strips = branch_count_ == 0 ? 1 : blocks.most();
+    fields_ = scratch.make<GroupField<T>>(2, keys, sizes, strips, branch_count_, scratch);
   }
 
   /// Branch b as the landmarks of some regions see it, one region's summaries of all branches after another's.
   void summarize(Index b, Range regions, const Summaries<T>& to) {
-    for (Index r = regions.first; r < regions.last; ++r) {
-      summarizer_.summarize_branch(row_of(groups_.region_means, r), b, to, (r - regions.first) * branch_count_ + b);
-    }
+    const auto view = [&](Index r) {
+      return LandmarkView<T>{row_of(groups_.region_means, r), to, (r - regions.first) * branch_count_ + b};
+    };
+    Index r = regions.first;
+    for (; r + 1 < regions.last; r += 2) summarizer_.summarize_branch(view(r), view(r + 1), b);
+    if (r < regions.last) summarizer_.summarize_branch(view(r), b);
   }
 
   /// Rows of out of one of the region's groups, likewise.
@@ -89,17 +112,53 @@ class FieldRunner : FieldChoice<T> {
   }
 
   /// Rows of out of the region's queries. branches: what its landmark knows of all branches; not used if all are open.
+  /// Two groups at a time, which have most open branches in common.
   void attend(Index region, const Summaries<T>& branches, const ResultRows<T>& out, const FieldRecord<T>& record) {
     std::construct_at(&branches_, branches);
     const Range groups = groups_.tree.parts_of(region);
-    for (Index group = groups.first; group < groups.last; ++group) attend_group(region, group, out, record);
+    for (Range some{groups.first, groups.first}; some.first < groups.last; some.first = some.last) {
+      some.last = std::min(groups.last, some.first + 2);
+      for (Index group = some.first; group < some.last; ++group) {
+        turn_to(group - some.first);
+        choose_open(region, group);
+      }
+      summarize_clusters(some);
+      for (Index group = some.first; group < some.last; ++group) {
+        turn_to(group - some.first);
+        attend_group(group, out, record);
+      }
+    }
   }
 
  private:
-  void attend_group(Index region, Index group, const ResultRows<T>& out, const FieldRecord<T>& record) {
-    choose_open(region, group);
+  void turn_to(Index i) {
+    open_ = fields_[i].open;
+    strips_ = fields_[i].strips;
+    std::construct_at(&clusters_, fields_[i].clusters);
+  }
+
+  /// Of one group, or of two.
+  void summarize_clusters(Range groups) {
+    const auto view = [&](Index i) {
+      return LandmarkView<T>{row_of(groups_.means, groups.first + i), fields_[i].clusters, 0};
+    };
+    const auto open = [&](Index i) { return numbers(fields_[i].open, sizes_.open); };
+    if (groups.last - groups.first == 2) {
+      summarizer_.summarize_clusters(view(0), open(0), view(1), open(1));
+    } else {
+      summarizer_.summarize_clusters(view(0), open(0));
+    }
+  }
+
+  /// Fetches what a group's queries will read or write.
+  void fetch_rows(const MemoryRows& rows, Index group) const {
+    const Range queries = groups_.tree.parts.range(group);
+    for (Index i = queries.first; i < queries.last; ++i) fetch_row(rows, groups_.tree.parts.rows.data()[i]);
+  }
+
+  void attend_group(Index group, const ResultRows<T>& out, const FieldRecord<T>& record) {
+    fetch_rows(out.memory(), group);
     if (record.open != nullptr) std::copy_n(open_, sizes_.open, record.open + group * sizes_.open);
-    summarizer_.summarize_clusters(row_of(groups_.means, group), numbers(open_, sizes_.open), clusters_);
     for (Index b = 0; b < blocks_.count(group); ++b) {
       FieldStrip<T>& strip = strips_[branch_count_ == 0 ? 0 : b];
       if (branch_count_ == 0) load_queries(strip, blocks_.block(group, b));
@@ -120,6 +179,7 @@ class FieldRunner : FieldChoice<T> {
   /// open_ <- the branches that are open to a group, whose strips get what weights all branches have for them.
   void choose_open(Index region, Index group) {
     if (branch_count_ == 0) return this->open_all();
+    fetch_rows(product_.in.q.memory(), std::min(group + 1, groups_.tree.parts.count() - 1));
     this->begin_terms(branch_count_);
     for (Index b = 0; b < blocks_.count(group); ++b) {
       FieldStrip<T>& strip = strips_[b];
@@ -165,22 +225,22 @@ class FieldRunner : FieldChoice<T> {
   /// are moved up; its sum follows.
   void add_others(const FieldStrip<T>& strip, const Summaries<T>& summaries, Index count, std::span<const Index> some,
                   T* weights, T* correction) const {
-    const Index lanes = strip.lanes(), d_v = keys_.d_v;
+    const Index lanes = strip.lanes();
     Index others = 0;
     for (Index c = 0; c < count; ++c) {
       if (!some.empty() && some.front() == c) {
         some = some.subspan(1);
         continue;
       }
-      std::copy_n(row_of(summaries.tokens, c) + keys_.value_offset(), d_v, row_of(values_, others));
-      if (others < c) std::copy_n(weights + c * lanes, lanes, weights + others * lanes);
+      copy_packets(row_of(summaries.tokens, c) + keys_.value_offset(), values_.cols(), row_of(values_, others));
+      if (others < c) copy_packets(weights + c * lanes, lanes, weights + others * lanes);
       ++others;
     }
     add_sums(strip, others, weights);
     Index first = 0;
     do {  // once even where there are none: for the correction
       with_packets<kTilePackets>(strip.queries.packets, [&](auto packets) {
-        add_values<packets>(row_of(values_, first), d_v, d_v, weights + first * lanes,
+        add_values<packets>(row_of(values_, first), values_.cols(), keys_.d_v, weights + first * lanes,
                             std::min(others - first, kTileKeys<T>), correction, strip.state.weighted, {});
       });
       std::fill_n(correction, lanes, T(1));
@@ -235,6 +295,7 @@ class FieldRunner : FieldChoice<T> {
   NearKeys<T> near_keys_;
   MatrixRef<T> values_;  ///< of far summaries
   T* rows_;
+  GroupField<T>* fields_;  ///< two, of groups that are computed together
   FieldStrip<T>* strips_;
 };
 

@@ -5,11 +5,13 @@
 #include <attn/engine/packed.hpp>
 #include <attn/engine/rows.hpp>
 #include <attn/engine/simd.hpp>
+#include <attn/engine/tile.hpp>
 #include <attn/engine/tokens.hpp>
 #include <attn/matrix.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <span>
 
 namespace attn::detail {
@@ -31,7 +33,8 @@ class PrincipalAxes {
       : count_(std::min(kCoordinates, x.cols())),
         mean_(scratch.matrix<T>(1, x.cols())),
         axes_(scratch.matrix<T>(axes == Axes::principal ? count_ : 0, x.cols())),
-        features_(axes == Axes::features ? scratch.elements<Index>(count_) : nullptr) {
+        features_(axes == Axes::features ? scratch.elements<Index>(count_) : nullptr),
+        panel_(axes == Axes::principal && count_ < x.cols() ? scratch.elements<T>(x.cols() * kCoordinates) : nullptr) {
     set_zero(mean_);
     set_zero(axes_);
     Scratch own = context.scratch();
@@ -41,36 +44,54 @@ class PrincipalAxes {
     center(rows_of(sample, {0, finite}));
     if (features_ != nullptr) {
       choose_features(rows_of(sample, {0, finite}), own.template elements<T>(x.cols()));
-    } else if (count_ < x.cols()) {
+    } else if (panel_ != nullptr) {
       iterate(rows_of(sample, {0, finite}), context, own);
+      set_transposed<T>({panel_, x.cols(), kCoordinates, kCoordinates}, T(1), axes_);
     }
   }
 
-  /// to <- axes (x - mean) / largest, kCoordinates elements, or without axes where they have room; those beyond the
-  /// last 0; all 0 if the square of any is not finite. buffer has room for x, and may be x.
-  void set_coordinates(const T* x, T* buffer, T* to) const {
-    const Index d = mean_.cols();
-    for (Index c = 0; c < d; c += kLanes<T>) {
-      store_row(buffer, c, d, (load_row(x, c, d) - load_row(mean_.data(), c, d)) * broadcast(scale_));
-    }
-    if (count_ == d) {
-      std::copy_n(buffer, d, to);
-      std::fill(to + d, to + kCoordinates, T(0));
-    } else if (features_ != nullptr) {
-      for (Index a = 0; a < kCoordinates; ++a) to[a] = buffer[features_[a]];
-    } else {
-      for (Index a = 0; a < kCoordinates; a += kLanes<T>) {
-        store(to + a, row_products(row_of(axes_, a), d, kLanes<T>, buffer, d));
+  /// to <- axes (x - mean) / largest of some rows, at most kTileRows, kCoordinates elements each, or without axes where
+  /// they have room; those beyond the last 0; all 0 if the square of any is not finite. buffer has room for the rows.
+  void set_coordinates(const TokenRows<T>& x, std::span<const Index> rows, T* buffer, T* to) const {
+    const Index d = mean_.cols(), count = static_cast<Index>(rows.size());
+    for (Index i = 0; i < count; ++i) {
+      T* const centered = buffer + i * d;
+      const T* const row = x.row(rows.data()[i], centered);
+      for (Index c = 0; c < d; c += kLanes<T>) {
+        store_row(centered, c, d, (load_row(row, c, d) - load_row(mean_.data(), c, d)) * broadcast(scale_));
       }
+      if (panel_ == nullptr) set_features(centered, to + i * kCoordinates);
     }
-    FiniteLanes<T> squares;
-    for (Index c = 0; c < kCoordinates; c += kLanes<T>) squares.add(load(to + c) * load(to + c));
-    if (!squares.all()) std::fill_n(to, kCoordinates, T(0));
+    if (panel_ != nullptr) project(buffer, count, to);
+    for (Index i = 0; i < count; ++i) hide_unless_finite(to + i * kCoordinates);
   }
 
  private:
   static constexpr Index kSample = 256, kSmallSample = 128;
   static constexpr int kSteps = 4;
+
+  void set_features(const T* centered, T* to) const {
+    const Index d = mean_.cols();
+    if (count_ == d) {
+      std::copy_n(centered, d, to);
+      std::fill(to + d, to + kCoordinates, T(0));
+    } else {
+      for (Index a = 0; a < kCoordinates; ++a) to[a] = centered[features_[a]];
+    }
+  }
+
+  void project(const T* centered, Index count, T* to) const {
+    constexpr int kPackets = kCoordinates / kLanes<T>;
+    Packet<T> tile[array_size(kTileRows)][array_size(kPackets)];
+    multiply_tile(centered, count, axes_.cols(), 1, panel_, axes_.cols(), tile);
+    for (Index i = 0; i < count * kPackets; ++i) store(to + i * kLanes<T>, tile[i / kPackets][i % kPackets]);
+  }
+
+  static void hide_unless_finite(T* coordinates) {
+    FiniteLanes<T> squares;
+    for (Index c = 0; c < kCoordinates; c += kLanes<T>) squares.add(load(coordinates + c) * load(coordinates + c));
+    if (!squares.all()) std::fill_n(coordinates, kCoordinates, T(0));
+  }
 
   /// Evenly spaced rows, as far as they are finite. Returns how many.
   static Index copy_finite(const TokenRows<T>& x, std::span<const Index> rows, const MatrixRef<T>& sample) {
@@ -146,21 +167,23 @@ class PrincipalAxes {
   Index count_;
   MatrixRef<T> mean_, axes_;
   Index* features_;  ///< null where axes are principal ones
+  T* panel_;         ///< principal axes, transposed; null where there are none
   T scale_ = 1;
 };
 
 /// The coordinates of some rows, side by side.
 template <class T>
 T* coordinates_of(const TokenRows<T>& x, std::span<const Index> rows, Axes kind, Context& context, Scratch& scratch) {
-  constexpr Index kBlock = 64;
+  constexpr Index kBlock = 8 * kTileRows;
   const Index n = static_cast<Index>(rows.size()), d = x.cols();
   const PrincipalAxes<T> axes(x, rows, kind, context, scratch);
   T* const to = scratch.elements<T>(n * kCoordinates);
-  T* const buffers = scratch.elements<T>(context.workers() * d);
+  T* const buffers = scratch.elements<T>(context.workers() * kTileRows * d);
   context.for_each((n + kBlock - 1) / kBlock, [&](Index block, int worker) {
-    T* const buffer = buffers + worker * d;
-    for (Index i = block * kBlock; i < std::min(n, (block + 1) * kBlock); ++i) {
-      axes.set_coordinates(x.row(rows.data()[i], buffer), buffer, to + i * kCoordinates);
+    for (Index i = block * kBlock; i < std::min(n, (block + 1) * kBlock); i += kTileRows) {
+      axes.set_coordinates(
+          x, rows.subspan(static_cast<std::size_t>(i), static_cast<std::size_t>(std::min<Index>(kTileRows, n - i))),
+          buffers + worker * kTileRows * d, to + i * kCoordinates);
     }
   });
   return to;

@@ -8,6 +8,8 @@
 #include <attn/matrix.hpp>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 
 namespace attn::detail {
 
@@ -45,32 +47,49 @@ template <class T>
   return sums_of_lanes(total);
 }
 
-/// row_i.v in lane i, for the count first of kLanes rows of d elements that lie stride apart; the others give anything.
-template <class T>
-[[gnu::noinline]] Packet<T> row_products(const T* rows, Index stride, Index count, const T* v, Index d) {
+/// products[v] <- row_i.vectors[v] in lane i, for the count first of kLanes rows of d elements that lie stride apart; the
+/// others give anything. Rows are read once.
+template <std::size_t kVectors, class T>
+[[gnu::noinline]] void row_products(const T* rows, Index stride, Index count, const std::array<const T*, kVectors>& v,
+                                    Index d, std::array<Packet<T>, kVectors>& products) {
   constexpr int kAtOnce = std::min(4, kLanes<T>);
-  Packet<T> total[kLanes<T>];
+  Packet<T> total[kVectors][kLanes<T>];
   const Index whole = d - d % kLanes<T>;
   for (int i = 0; i < kLanes<T>; i += kAtOnce) {
     const T* row[array_size(kAtOnce)];
-    Packet<T> products[array_size(kAtOnce)];
+    Packet<T> sums[kVectors][array_size(kAtOnce)];
 #pragma GCC unroll 4
     for (int r = 0; r < kAtOnce; ++r) {
       row[r] = rows + std::min<Index>(i + r, count - 1) * stride;
-      products[r] = broadcast(T(0));
+#pragma GCC unroll 2
+      for (std::size_t n = 0; n < kVectors; ++n) sums[n][r] = broadcast(T(0));
     }
     for (Index c = 0; c < whole; c += kLanes<T>) {
-      const auto x = load_unaligned(v + c);
 #pragma GCC unroll 4
-      for (int r = 0; r < kAtOnce; ++r) products[r] = multiply_add(x, load_unaligned(row[r] + c), products[r]);
+      for (int r = 0; r < kAtOnce; ++r) {
+        const auto x = load_unaligned(row[r] + c);
+#pragma GCC unroll 2
+        for (std::size_t n = 0; n < kVectors; ++n) sums[n][r] = multiply_add(load_unaligned(v[n] + c), x, sums[n][r]);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kAtOnce; ++r) {
-      if (whole < d) products[r] = multiply_add(load_row(v, whole, d), load_row(row[r], whole, d), products[r]);
-      total[i + r] = products[r];
+#pragma GCC unroll 2
+      for (std::size_t n = 0; n < kVectors; ++n) {
+        if (whole < d) sums[n][r] = multiply_add(load_row(v[n], whole, d), load_row(row[r], whole, d), sums[n][r]);
+        total[n][i + r] = sums[n][r];
+      }
     }
   }
-  return sums_of_lanes(total);
+  for (std::size_t n = 0; n < kVectors; ++n) products[n] = sums_of_lanes(total[n]);
+}
+
+/// The same of one vector.
+template <class T>
+Packet<T> row_products(const T* rows, Index stride, Index count, const T* v, Index d) {
+  std::array<Packet<T>, 1> products;
+  row_products<1>(rows, stride, count, {v}, d, products);
+  return products[0];
 }
 
 /// row_i[c] <- scale_i panel[c] of lane i: the way back. Null rows are skipped.

@@ -351,20 +351,26 @@ inline bool any_positive(Packet<T> x) {
 #endif
 }
 
-/// In lane i the sum of the lanes of x[i], added up in the same order for all; x is overwritten. In pairs, which become
-/// half as many at each step: half the shuffles of a transposed block.
-template <int kStep = 1, class T>
-[[gnu::always_inline]] inline Packet<T> sums_of_lanes(Packet<T> (&x)[kLanes<T>]) {
+/// In lane i the lanes of x[i] combined by op, in the same order for all; x is overwritten. In pairs, which become half
+/// as many at each step: half the shuffles of a transposed block.
+template <int kStep = 1, class T, class Op>
+[[gnu::always_inline]] inline Packet<T> combine_lanes(Packet<T> (&x)[kLanes<T>], const Op& op) {
   if constexpr (kStep < kLanes<T>) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; i += 2 * kStep) {
       exchange<kStep>(x[i], x[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
-      x[i] = x[i] + x[i + kStep];
+      x[i] = op(x[i], x[i + kStep]);
     }
-    return sums_of_lanes<2 * kStep>(x);
+    return combine_lanes<2 * kStep>(x, op);
   } else {
     return x[0];
   }
+}
+
+/// In lane i the sum of the lanes of x[i], as combine_lanes.
+template <class T>
+[[gnu::always_inline]] inline Packet<T> sums_of_lanes(Packet<T> (&x)[kLanes<T>]) {
+  return combine_lanes(x, [](Packet<T> a, Packet<T> b) { return a + b; });
 }
 
 /// Transposes a square block of kLanes packets in registers.
