@@ -2,6 +2,7 @@
 #include <attn/multipole.hpp>
 
 #include <attn/exact.hpp>
+#include <attn/multi_head.hpp>
 
 #include "common/random_problem.hpp"
 #include "common/support.hpp"
@@ -835,6 +836,36 @@ TYPED_TEST(MultipoleOf, BitwiseEqualWhateverTheWorkers) {
       }
     });
   }
+}
+
+/// Clusters of a key head are built once for all query heads that share it.
+TYPED_TEST(MultipoleOf, HeadsThatShareKeysGetWhatEachHeadGetsAlone) {
+  using T = TypeParam;
+  constexpr Index kHeads = 5, kQueries = 70, kKeys = 120, kDim = 12;
+  const Tokens<T> x = test::make_tokens<T>(Family::smooth, {kHeads * kQueries, kKeys, kDim, kDim}, 1010);
+  const auto keep_key = test::random_keep(kKeys, 0.8, 1011), keep_query = test::random_keep(kQueries, 0.8, 1012);
+  const auto view = [](auto* data, Index heads, Index n) { return attn::head_major(data, 1, heads, n, kDim); };
+  for_each_kernel(kDim, [&](const auto& kernel, const auto&) {
+    for (const Clusters& counts : {Clusters{}, kCounts[0], kCounts[5]}) {
+      for (const Mask& mask : {Mask{}, Mask{.keep_key = keep_key, .keep_query = keep_query},
+                               Mask{.causal = attn::Causal::lower_right, .keep_key = keep_key}}) {
+        const Multipole<T, std::decay_t<decltype(kernel)>> method(counts, kernel);
+        EXPECT_EQ(method.prepares_keys(kQueries, kKeys), !(counts == Clusters{}));
+        for (const int workers : {1, 2, 3}) {
+          Context context{test::Threads{.count = workers}};
+          Matrix<T> out = Matrix<T>::Constant(kHeads * kQueries, kDim, T(-7));
+          attn::multi_head(method, view(x.q.data(), kHeads, kQueries), view(x.k.data(), 1, kKeys),
+                           view(x.v.data(), 1, kKeys), view(out.data(), kHeads, kQueries), mask, context);
+          for (Index h = 0; h < kHeads; ++h) {
+            const Matrix<T> q = x.q.middleRows(h * kQueries, kQueries);
+            EXPECT_TRUE(test::bitwise_equal<T>(out.middleRows(h * kQueries, kQueries),
+                                               forward(method, {.q = q, .k = x.k, .v = x.v, .mask = mask})))
+                << h << " of " << workers << " workers";
+          }
+        }
+      }
+    }
+  });
 }
 
 TYPED_TEST(MultipoleOf, GradientsStayFiniteOnHardInputs) {

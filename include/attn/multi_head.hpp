@@ -311,16 +311,30 @@ void run_heads(const HeadItems<T, Cache>& inputs, const HeadsView<T>& out, Conte
 /// a.most_shared_queries(d): up to so many queries, of query heads that share a key head, take less time as rows of one
 /// product, and get bitwise what they would get head by head.
 template <class A>
-concept SharesKeys = Approximator<A> && requires(const A& a, Index d) {
+concept SharesReading = Approximator<A> && requires(const A& a, Index d) {
   { a.most_shared_queries(d) } -> std::same_as<Index>;
 };
 
-/// Query heads that are computed together.
+/// a.prepares_keys(n_q, n_k): query heads that share a key head take less time together, however many they are, for
+/// what is known of the keys alone is computed once, and get bitwise what they would get head by head.
+template <class A>
+concept PreparesKeys = Approximator<A> && requires(const A& a, Index n) {
+  { a.prepares_keys(n, n) } -> std::same_as<bool>;
+};
+
+template <class A>
+concept SharesKeys = SharesReading<A> || PreparesKeys<A>;
+
+/// Query heads that are computed together: where keys are prepared, no more than leave every worker a problem.
 template <Approximator A, class Cache>
-Index heads_at_once(const A& a, const HeadItems<typename A::Scalar, Cache>& in) {
-  if constexpr (SharesKeys<A>) {
-    if (in.heads_differ()) return 1;
-    return std::clamp<Index>(a.most_shared_queries(in.q.dim) / in.q.length, 1, in.q.heads / in.k.heads);
+Index heads_at_once(const A& a, const HeadItems<typename A::Scalar, Cache>& in, Index workers) {
+  const Index group = in.q.heads / in.k.heads;
+  if (in.heads_differ()) return 1;
+  if constexpr (PreparesKeys<A>) {
+    const Index key_heads = std::max<Index>(1, in.count() * in.k.heads), parts = (workers + key_heads - 1) / key_heads;
+    return a.prepares_keys(in.q.length, in.k.length) ? std::max<Index>(1, group / parts) : 1;
+  } else if constexpr (SharesReading<A>) {
+    return std::clamp<Index>(a.most_shared_queries(in.q.dim) / in.q.length, 1, group);
   }
   return 1;
 }
@@ -467,7 +481,8 @@ void check_log_sums(const HeadItems<T, Cache>& in, const HeadsView<T>& out, cons
 ///   q (batch, H_q, n_q, d)   k (batch, H_k, n_k, d)   v (batch, H_k, n_k, d_v)   out (batch, H_q, n_q, d_v)
 /// An empty batch is allowed, and nothing is done; rows of an item without keys are 0. Rows of packed arrays that are
 /// of no sequence stay as they are. Results are bitwise those of a.forward, head by head, whatever the executor; few
-/// queries of an exact method read the keys that their heads share once. Scratch memory: that of a, once a worker.
+/// queries of an exact method read the keys that their heads share once, and multipole attention clusters them once.
+/// Scratch memory: that of a, once a worker.
 /// Throws std::invalid_argument before anything is written when shapes disagree or are empty, any head of out overlaps
 /// another or any input, or a does not support a mask or the shapes. What a.forward throws beyond that arrives on the
 /// calling thread, with out partly written.
@@ -476,7 +491,7 @@ void multi_head(const A& a, const HeadInputs<typename A::Scalar, Cache>& in, con
                 Context& context) {
   const detail::HeadItems<typename A::Scalar, Cache> inputs{in};
   detail::check_call(a, inputs, out);
-  const Index at_once = detail::heads_at_once(a, inputs);
+  const Index at_once = detail::heads_at_once(a, inputs, context.workers());
   if (at_once > 1) return detail::run_groups(a, inputs, out, at_once, context);
   detail::run_heads(inputs, out, context,
                     [&](Index, Index, const auto& from, const auto& to, Context& on) { a.forward(from, to, on); });

@@ -264,6 +264,7 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
   }
 
   void attend(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context, Saved* saved) const {
+    if (in.heads > 1) return attend_heads(in, out, context);
     if (in.mask.causal != Causal::none) return attend_causal(in, out, context, saved);
     const Index n_q = detail::count_kept(in.q.rows(), detail::kept_queries(in));
     const Index n_k = detail::count_kept(in.k.rows(), detail::kept_keys(in));
@@ -275,6 +276,11 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     }
     if (!exact) return attend_fields(in, counts, out, context, saved);
     attend_exactly(in, out, context, saved);
+  }
+
+  /// Whether heads that share keys share their clusters: see PreparesKeys.
+  bool prepares_keys(Index n_q, Index n_k) const {
+    return !detail::FieldCounts::of(clusters_, n_q, n_k).exact(clusters_, n_q, n_k);
   }
 
   auto pass(const detail::Sources<T>& in) const {
@@ -330,15 +336,57 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     method.attend(out, nullptr);
   }
 
+  /// Queries of several heads, one head's after another's, bitwise as head by head: keys are clustered once.
+  void attend_heads(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context) const {
+    using namespace detail;
+    const Index n_q = in.q.rows() / in.heads;
+    const auto head = [&](Index h) {
+      Sources<T> one = in;
+      one.heads = 1;
+      one.q = in.q.middle_rows(h * n_q, n_q);
+      if (!in.mask.keep_query.empty()) one.mask.keep_query = part_of(in.mask.keep_query, h * n_q, n_q);
+      return one;
+    };
+    const Sources<T> first = head(0);
+    const Index kept_q = count_kept(n_q, kept_queries(first)), kept_k = count_kept(in.k.rows(), kept_keys(first));
+    const auto counts = FieldCounts::of(clusters_, kept_q, kept_k);
+    if (in.mask.causal != Causal::none || counts.exact(clusters_, kept_q, kept_k)) {
+      for (Index h = 0; h < in.heads; ++h) attend(head(h), out.middle_rows(h * n_q, n_q), context, nullptr);
+      return;
+    }
+    Scratch scratch = context.scratch();
+    const auto keys = clusters_of(product_of(first, scratch), counts, context, scratch);
+    for (Index h = 0; h < in.heads; ++h) {
+      attend_clusters(head(h), keys, counts, out.middle_rows(h * n_q, n_q), context, nullptr);
+    }
+  }
+
+  /// Keys in clusters. They depend on no query.
+  detail::KeyClusters<T> clusters_of(const detail::Product<T>& product, const detail::FieldCounts& counts,
+                                     Context& context, Scratch& scratch) const {
+    using namespace detail;
+    const Sources<T>& in = product.in;
+    const NestedRows clusters =
+        cluster_rows(in.k, kept_keys(in), counts.clusters, counts.clusters_in_a_branch, context, scratch);
+    return KeyClusters<T>::make(in, product.kernel, clusters, counts.all_open(), context, scratch);
+  }
+
   void attend_fields(const detail::Sources<T>& in, const detail::FieldCounts& counts, const detail::ResultRows<T>& out,
                      Context& context, Saved* saved) const {
+    Scratch scratch = context.scratch();
+    const auto keys = clusters_of(product_of(in, scratch), counts, context, scratch);
+    attend_clusters(in, keys, counts, out, context, saved);
+  }
+
+  void attend_clusters(const detail::Sources<T>& in, const detail::KeyClusters<T>& keys,
+                       const detail::FieldCounts& counts, const detail::ResultRows<T>& out, Context& context,
+                       Saved* saved) const {
     using namespace detail;
     Scratch scratch = context.scratch();
     const Product<T> product = product_of(in, scratch);
-    const NestedRows clusters = cluster_rows(in.k, kept_keys(in), counts.clusters, counts.clusters_in_a_branch, context,
-                                             scratch),
-                     groups = cluster_rows(in.q, kept_queries(in), counts.groups, counts.groups_in_a_region, context,
-                                           scratch);
+    const NestedRows& clusters = keys.tree;
+    const NestedRows groups =
+        cluster_rows(in.q, kept_queries(in), counts.groups, counts.groups_in_a_region, context, scratch);
     const QueryBlocks blocks(groups.parts, kTileWidth<T>, scratch);
     const FieldSizes sizes{counts.open, counts.near};
     FieldRecord<T> record{};
@@ -347,7 +395,6 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
       record = saved->record(groups.parts.count(), blocks.count(), sizes);
     }
     if (static_cast<Index>(groups.parts.rows.size()) < out.rows()) out.set_zero();
-    const auto keys = KeyClusters<T>::make(in, product.kernel, clusters, counts.all_open(), context, scratch);
     const auto queries = QueryGroups<T>::make(in, product.kernel, groups, context, scratch);
     auto* const runners =
         scratch.make<FieldRunner<T>>(context.workers(), product, keys, queries, blocks, sizes, scratch);

@@ -172,6 +172,13 @@ class ResultRows : public ConvertibleRows<void (*)(const T* from, char* row, Ind
     for (Index i = 0; i < this->rows(); ++i) std::fill_n(row(i), this->memory_.row_bytes, char{0});  // 0 of any type
   }
 
+  ResultRows middle_rows(Index first, Index count) const {
+    ResultRows some = *this;
+    some.memory_.data = this->memory_.row(first);
+    some.memory_.rows = count;
+    return some;
+  }
+
  private:
   char* row(Index i) const { return const_cast<char*>(this->memory_.row(i)); }
 };
