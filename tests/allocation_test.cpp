@@ -267,11 +267,14 @@ class Calls {
     attn::multi_head(attn::Skyformer<T>(attn::UniformSample{.num_landmarks = 24}), q, k, v, out, masks, context);
   }
 
-  /// Heads that share keys, two queries each.
+  /// Heads that share keys.
   void run_shared_keys(Context& context) {
     const auto view = [](auto* data, Index heads, Index n) { return attn::head_major(data, 1, heads, n, kWidth); };
     attn::multi_head(attn::SoftmaxAttention<T>{}, view(tokens_.q.data(), 6, 2), view(tokens_.k.data(), 2, 900),
                      view(tokens_.v.data(), 2, 900), view(out_.data(), 6, 2), {}, context);
+    attn::multi_head(attn::Multipole<T>({.num_clusters = 24, .num_groups = 3, .num_near = 4}),
+                     view(tokens_.q.data(), 6, 90), view(tokens_.k.data(), 2, 300), view(tokens_.v.data(), 2, 300),
+                     view(out_.data(), 6, 90), {}, context);
   }
 
  private:
