@@ -50,9 +50,10 @@ void sum_some_packets(const std::array<const T*, kSums>& factors, Range rows_of_
                       Index c, const std::array<T*, kSums>& to) {
   Packet<T> total[kSums][array_size(kPackets)];
   const bool more = rows_of_sum.first > 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < kPackets * int{kSums}; ++i) {
-    total[i / kPackets][i % kPackets] = more ? load(to[i / kPackets] + c + i % kPackets * kLanes<T>) : broadcast(T(0));
+#pragma GCC unroll 2
+  for (std::size_t s = 0; s < kSums; ++s) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPackets; ++p) total[s][p] = more ? load(to[s] + c + p * kLanes<T>) : broadcast(T(0));
   }
   const T* row = rows + rows_of_sum.first * stride + c;
   for (Index j = rows_of_sum.first; j < rows_of_sum.last; ++j, row += stride) {
@@ -66,9 +67,10 @@ void sum_some_packets(const std::array<const T*, kSums>& factors, Range rows_of_
       for (std::size_t s = 0; s < kSums; ++s) total[s][p] = multiply_add(factor[s], x, total[s][p]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kPackets * int{kSums}; ++i) {
-    store(to[i / kPackets] + c + i % kPackets * kLanes<T>, total[i / kPackets][i % kPackets]);
+#pragma GCC unroll 2
+  for (std::size_t s = 0; s < kSums; ++s) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPackets; ++p) store(to[s] + c + p * kLanes<T>, total[s][p]);
   }
 }
 
