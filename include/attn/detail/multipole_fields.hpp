@@ -108,7 +108,10 @@ class FieldRunner : FieldChoice<T> {
   /// Rows of out of one of the region's groups, likewise.
   void attend_one(Index region, Index group, const Summaries<T>& branches, const ResultRows<T>& out) {
     std::construct_at(&branches_, branches);
-    attend_group(region, group, out, {});
+    turn_to(0);
+    choose_open(region, group);
+    summarize_clusters({group, group + 1});
+    attend_group(group, out, {});
   }
 
   /// Rows of out of the region's queries. branches: what its landmark knows of all branches; not used if all are open.

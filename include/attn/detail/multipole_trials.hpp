@@ -47,7 +47,8 @@ class MultipoleTrials {
     auto* const summarizers = scratch.make<Summarizer<T>>(context.workers(), keys_, scratch);
     context.for_each(clusters_.sets(), [&](Index b, int worker) {
       for (Index r = 0; r < groups_.sets(); ++r) {
-        summarizers[worker].summarize_branch(row_of(queries_.region_means, r), b, summaries_, r * clusters_.sets() + b);
+        summarizers[worker].summarize_branch({row_of(queries_.region_means, r), summaries_, r * clusters_.sets() + b},
+                                             b);
       }
     });
     if (static_cast<Index>(groups_.parts.rows.size()) < rows.rows()) ResultRows<T>(rows).set_zero();
