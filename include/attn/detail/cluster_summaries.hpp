@@ -74,8 +74,8 @@ void sum_some_packets(const std::array<const T*, kSums>& factors, Range rows_of_
   }
 }
 
-/// to[s] <- the sum of factors[s][i] row_i, for count padded rows of d elements that lie stride apart, some packets at a
-/// time. Rows are read once.
+/// to[s] <- the sum of factors[s][i] row_i, for count padded rows of d elements that lie stride apart, some packets at
+/// a time. Rows are read once.
 template <std::size_t kSums, class T>
 [[gnu::noinline]] void sum_scaled_rows(const std::array<const T*, kSums>& factors, Index count, const T* rows,
                                        Index stride, Index d, const std::array<T*, kSums>& to) {

@@ -47,8 +47,8 @@ template <class T>
   return sums_of_lanes(total);
 }
 
-/// products[v] <- row_i.vectors[v] in lane i, for the count first of kLanes rows of d elements that lie stride apart; the
-/// others give anything. Rows are read once.
+/// products[v] <- row_i.vectors[v] in lane i, for the count first of kLanes rows of d elements that lie stride apart;
+/// the others give anything. Rows are read once.
 template <std::size_t kVectors, class T>
 [[gnu::noinline]] void row_products(const T* rows, Index stride, Index count, const std::array<const T*, kVectors>& v,
                                     Index d, std::array<Packet<T>, kVectors>& products) {
