@@ -204,10 +204,14 @@ class NodeRunner {
     constexpr auto kRows = static_cast<std::size_t>(kStrips * kTileWidth<T>);
     for (; !rows.empty(); rows = rows.subspan(std::min(rows.size(), kRows))) {
       load(rows.first(std::min(rows.size(), kRows)));
-      for (Index c = 0; c < view.far.tokens.rows(); c += kTileKeys<T>) {
-        add(view.far.tile({c, std::min(view.far.tokens.rows(), c + kTileKeys<T>)}, keys_.value_offset()));
+      if (count_ == 1) fetch_near(view);
+      const MemoryRows far = MemoryRows::of(view.far.tokens);
+      for (Index c = 0; c < far.rows; c += kTileKeys<T>) {
+        const Index next = std::min(far.rows, c + kTileKeys<T>), half = next + kTileKeys<T> / 2;
+        add(view.far.tile({c, next}, keys_.value_offset()),
+            {Prefetch::of(far, {next, half}), Prefetch::of(far, {half, next + kTileKeys<T>})});
       }
-      near_keys_.for_each_tile(view.others, view.near, [&](const KeyTile<T>& tile) { add(tile); });
+      near_keys_.for_each_tile(view.others, view.near, [&](const KeyTile<T>& tile) { add(tile, {}); });
       for (Index s = 0; s < count_; ++s) {
         const FieldStrip<T>& strip = strips_[s];
         to.add(strip.state, strip.lanes(), rows.data() + s * kTileWidth<T>, strip.queries.count, shift);
@@ -227,8 +231,18 @@ class NodeRunner {
     }
   }
 
-  void add(const KeyTile<T>& tile) const {
-    for (Index s = 0; s < count_; ++s) kernel_.add(strips_[s].queries, strips_[s].state, tile, CausalLimits::kNone, {});
+  /// Near keys come late, and from many places.
+  void fetch_near(const NodeView<T>& view) const {
+    const MemoryRows rows = MemoryRows::of(keys_.tokens);
+    for (const Index c : view.near) Prefetch::of(rows, keys_.tree.parts.range(c)).fetch();
+  }
+
+  /// prefetch: what is used next, which a single strip has not at hand.
+  void add(const KeyTile<T>& tile, const std::array<Prefetch, 2>& prefetch) const {
+    for (Index s = 0; s < count_; ++s) {
+      kernel_.add(strips_[s].queries, strips_[s].state, tile, CausalLimits::kNone,
+                  count_ == 1 ? prefetch : std::array<Prefetch, 2>{});
+    }
   }
 
   const Product<T>& product_;
