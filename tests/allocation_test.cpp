@@ -344,7 +344,9 @@ class Calls {
     const Index n_q = in.q.rows(), n_k = in.k.rows();
     auto out = out_.topRows(n_q);
     for (const auto& method : methods_) {
-      if (!method.supports(in)) continue;
+      constexpr Index kMostCausal = 544;  // keys, beyond which causal multipole attention has no backward pass
+      const bool trains = method.name() != "multipole" || in.mask.causal == attn::Causal::none || n_k <= kMostCausal;
+      if (!method.supports(in) || !trains) continue;
       if (next_saved_ == saved_.size()) saved_.emplace_back();
       auto& saved = saved_[next_saved_++];
       method.forward(in, out, context, saved);

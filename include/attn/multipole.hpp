@@ -318,7 +318,8 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     detail::multiply<Kernel, T>(kernel_, in, out, {nullptr, saved == nullptr ? nullptr : saved->lse.data()}, context);
   }
 
-  /// Exact attention where nothing is set and no query has a complete chunk before it.
+  /// Exact attention where nothing is set and no query has a complete chunk before it. Without complete chunks the
+  /// result is that of exact attention anyway, and so are gradients.
   void attend_causal(const detail::Sources<T>& in, const detail::ResultRows<T>& out, Context& context,
                      Saved* saved) const {
     using namespace detail;
@@ -328,12 +329,14 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
     CausalMultipole<T, CausalCounts> method(product, counts, context, scratch);
     const bool exact = counts.exact() || (clusters_ == Clusters{} && !method.has_nodes());
     if (saved != nullptr) {
-      if (!exact) refuse(kName, "causal masks are not supported by the backward pass");
-      saved->exact = exact;
+      if (!exact && method.has_nodes()) {
+        refuse(kName, "under causal masks there is no backward pass for more than %td keys", kChunkKeys + kRecentKeys);
+      }
+      saved->exact = true;
       saved->lse.resize(static_cast<std::size_t>(in.q.rows()));
     }
     if (exact) return attend_exactly(in, out, context, saved);
-    method.attend(out, nullptr);
+    method.attend(out, saved == nullptr ? nullptr : saved->lse.data());
   }
 
   /// Queries of several heads, one head's after another's, bitwise as head by head: keys are clustered once.
