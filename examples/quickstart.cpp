@@ -11,7 +11,7 @@ int main() {
   // Exact softmax attention in one line
   const attn::Matrix<float> exact = attn::attention(attn::SoftmaxAttention<float>{}, q, k, v);
 
-  // The cheapest setting of multipole attention within an error of 3 %, or exact attention if none is
+  // Multipole attention within an error of 3 %, or exact attention where no setting is found
   attn::Context context;  // keeps scratch memory from call to call
   attn::Matrix<float> out(4096, 64);
   attn::Choice choice;  // what was chosen

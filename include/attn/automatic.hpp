@@ -64,7 +64,7 @@ struct AutomaticSaved {
 /// Multipole's, but for the summaries of all regions at once.
 template <class T, ScoreKernel Kernel = SoftmaxKernel>
 struct Automatic {
-  double max_error = 0.03;     ///< at least 0, of exact attention
+  double max_error = 0.03;     ///< at least 0, of exact attention: 0.03 is 3 %
   Kernel kernel{};             ///< what scores become
   std::optional<Plan> hint{};  ///< of an earlier call
   std::uint64_t seed = 0;      ///< of the rows that are computed exactly

@@ -136,7 +136,7 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
   template <class M>
     requires(requires { typename detail::EigenType<M>; } && !WritableRowMajorWithContiguousRows<M, T> &&
              !std::same_as<std::remove_cvref_t<M>, MatrixRef>)
-  MatrixRef(M&&) = delete;  // results need rows that can be written: an attn::Matrix<T>, not const, or a view of one
+  MatrixRef(M&&) = delete;  // results need rows that can be written: an attn::Matrix<T>, not const, nor column-major
 
   /// Writable however the view itself is qualified, as for any pointer.
   T* data() const { return const_cast<T*>(Map::data()); }
