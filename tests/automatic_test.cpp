@@ -61,6 +61,17 @@ Matrix<T> by_plan(const Plan& plan, const Inputs<T>& in) {
                     : test::forward(attn::Multipole<T>(plan.clusters), in);
 }
 
+/// Rows that the search has not tried show what these do not.
+TEST(AutomaticAttention, MeetsTheErrorWithOneLargeKey) {
+  auto x = smooth<float>();
+  x.k.row(5).setConstant(100);
+  for (const std::uint64_t seed : {0, 1, 2, 3}) {
+    Choice choice;
+    const Matrix<float> out = forward(Automatic<float>{.max_error = 0.1, .seed = seed}, inputs(x), choice);
+    EXPECT_LE(error(out, inputs(x)), 0.15) << seed;
+  }
+}
+
 TEST(AutomaticAttention, MeetsTheErrorByItsPlan) {
   const Inputs<float> in = inputs(smooth<float>());
   double before = 1;

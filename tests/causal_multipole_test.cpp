@@ -352,6 +352,23 @@ TYPED_TEST(NarrowCausalMultipole, IsThatOfFloatRoundedOnce) {
       out == forward(Multipole<float>(kFew), {.q = wide.q, .k = wide.k, .v = wide.v, .mask = mask}).template cast<T>());
 }
 
+/// Tokens are not measured from a key that is far from all others, though it is the first.
+TEST(CausalMultipole, OfAFirstKeyFarFromAllOthersKeepsItsDigits) {
+  test::Tokens<float> x = test::make_tokens<float>(Family::init, {700, 700, 16, 5}, 1109);
+  for (const float far : {10.0F, 1e3F, 1e4F}) {
+    x.k.row(0).setConstant(far);
+    const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::upper_left}};
+    for (const Rows rows : {Rows::raw, Rows::normalized}) {
+      const GaussianKernel kernel{.rows = rows};
+      const reference::Result exact =
+          attend(reference::gaussian_kernel(16, {}, rows == Rows::normalized), test::to_reference(in));
+      const Matrix<float> out =
+          forward(Multipole<float, GaussianKernel>({.num_near = 1000000, .num_open = 100000}, kernel), in);
+      EXPECT_LT(test::relative_error(out, exact.out), 2e-6) << far;
+    }
+  }
+}
+
 TEST(CausalMultipole, SaysWhatItSupports) {
   const Problem<float> problem({kLength, kLength, 8, 5});
   for (const Causal causal : {Causal::upper_left, Causal::lower_right}) {

@@ -177,4 +177,31 @@ TEST(ErrorEstimates, RefuseWhatIsWrong) {
             "estimate_error: num_rows is 0, should be at least 1");
 }
 
+TEST(ErrorEstimate, KnowsWeightsThatFallWithDistance) {
+  const auto x = test::make_tokens<float>(Family::init, {300, 300, 16, 7}, 9);
+  const auto keep = test::random_keep(300, 0.9, 10);
+  for (const Index window : {0, 50}) {
+    const Inputs<float> in{.q = x.q,
+                           .k = x.k,
+                           .v = x.v,
+                           .mask = {.causal = Causal::upper_left, .keep_key = keep, .window = window},
+                           .alibi_slope = 0.5};
+    Context context;
+    const Matrix<float> out = test::forward(attn::SoftmaxAttention<float>{}, in);
+    EXPECT_LT(estimate_error(SoftmaxKernel{}, in, out, {}, context).error, 2e-6) << window;
+  }
+}
+
+TEST(ErrorEstimate, SeesOneHugeNumber) {
+  const auto x = test::make_tokens<float>(Family::init, {700, 700, 16, 7}, 11);
+  const Inputs<float> in{.q = x.q, .k = x.k, .v = x.v};
+  Context context;
+  const Matrix<float> exact = test::forward(attn::SoftmaxAttention<float>{}, in);
+  for (const float huge : {1e30F, 3e38F, std::numeric_limits<float>::infinity()}) {
+    Matrix<float> out = exact;
+    out(333, 2) = huge;
+    EXPECT_GT(estimate_error(SoftmaxKernel{}, in, out, {}, context).error, 1e20) << huge;
+  }
+}
+
 }  // namespace

@@ -325,6 +325,26 @@ TEST(HeadInputOfApproximations, IsTrimmedToo) {
   }
 }
 
+TEST(HeadInputs, OfAnEmptyItemLeaveNothingOfAnEarlierStepToTheBackwardPass) {
+  Arrays<float> x(1, 2, 2, 5, 7);
+  HeadInputs<float> in = x.inputs();
+  const std::vector<Lengths> empty = {{0, 7}};
+  const SoftmaxAttention<float> method;
+  std::vector<SoftmaxAttention<float>::Saved> saved;
+  Context context;
+  const auto out = x.of_q(x.out, x.d_v);
+  multi_head(method, in, out, context, saved);
+  in.lengths = empty;
+  multi_head(method, in, out, context, saved);
+  in.lengths = {};
+  Arrays<float> of(1, 2, 2, 5, 7);
+  EXPECT_NE(error_of([&] {
+              multi_head_backward(method, in, out, x.of_q(x.dout, x.d_v), saved,
+                                  {of.of_q(of.q, of.d), of.of_k(of.k, of.d), of.of_k(of.v, of.d_v)}, context);
+            }),
+            "no error");
+}
+
 TEST(HeadInputs, AreChecked) {
   Arrays<float> x(2, 4, 2, 5, 7);
   const auto error = [&](const auto& change, const auto& method) {

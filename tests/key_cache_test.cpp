@@ -185,6 +185,24 @@ TEST(KeyCache, ClearedKeepsItsRoom) {
   EXPECT_TRUE(test::bitwise_equal(x.pieces(cache, {500}, context), first));
 }
 
+TEST(KeyCache, ThatWasMovedFromIsEmpty) {
+  const Sequence<float> x(kGrouped, 1200);
+  Context context;
+  KeyCache<float> cache(kGrouped);
+  const Matrix<float> first = x.pieces(cache, {1200}, context);
+  KeyCache<float> other(std::move(cache));
+  EXPECT_EQ(other.length(), 1200);
+  EXPECT_EQ(cache.length(), 0);  // NOLINT: what is tested
+  EXPECT_TRUE(test::bitwise_equal(x.pieces(cache, {700}, context), first));
+  KeyCache<float>& same = other;
+  other = std::move(same);
+  Matrix<float> again(300, first.cols());
+  other.attend(x.q.bottomRows(300), again, context);
+  EXPECT_TRUE(test::bitwise_equal(again, Matrix<float>(first.bottomRows(300))));
+  EXPECT_THROW(other.reserve((Index{1} << 61) + 700), std::bad_alloc);
+  EXPECT_EQ(other.length(), 1200);
+}
+
 TEST(KeyCache, CanBeAttendedToAgain) {
   const Sequence<float> x(kGrouped, 1300);
   KeyCache<float> cache(kGrouped);

@@ -38,7 +38,6 @@ static_assert(
 static_assert(!std::is_convertible_v<Matrix<double>, KeptMatrixRef<double>>);
 static_assert(!std::is_convertible_v<const Matrix<double>, KeptMatrixRef<double>>);
 static_assert(!std::is_convertible_v<Eigen::VectorXd, KeptMatrixRef<double>>);
-static_assert(!std::is_convertible_v<const ColumnMajor&, KeptMatrixRef<double>>);
 
 Matrix<double> counted(Index rows, Index cols) {
   Matrix<double> m(rows, cols);

@@ -219,6 +219,12 @@ TEST(Position, IsRefusedWhereItMeansNothing) {
             "softmax: first_query and first_key need the causal mask upper_left");
   EXPECT_EQ(error(softmax, {.causal = Causal::upper_left, .first_query = -3}, 0),
             "softmax: first_query is -3, should be at least 0");
+  constexpr Index kMost = std::numeric_limits<Index>::max();
+  EXPECT_EQ(error(softmax, {.causal = Causal::upper_left, .first_query = kMost}, 0),
+            "softmax: first_query is " + std::to_string(kMost) + ", first_key 0, should be at most " +
+                std::to_string(kMost / 4));
+  EXPECT_EQ(error(softmax, {.causal = Causal::upper_left}, 1e30),
+            "softmax: alibi_slope is 1e+30, should be at most 1.84467e+19");
   EXPECT_EQ(error(attn::Skyformer<float>{}, {.causal = Causal::upper_left}, 0.5),
             "skyformer: causal masks are not supported");
   EXPECT_EQ(attn::detail::MaskSupport{.causal = true}.lacks(Inputs<float>{
@@ -242,6 +248,23 @@ TEST(Position, IsTheSameInABackwardPass) {
   in.alibi_slope = 0.5;
   in.mask.first_query = 2;
   EXPECT_EQ(backward_error(), "softmax: saved is of a forward pass with another mask");
+
+  in.mask = {.causal = Causal::upper_left, .window = 1, .num_sinks = 1, .first_query = 1, .first_key = 1};
+  softmax.forward(in, out, context, saved);
+  in.mask.first_query = in.mask.first_key = 0;  // of which the first row is one that stays in sight
+  EXPECT_EQ(backward_error(), "softmax: saved is of a forward pass with another mask");
+}
+
+TEST(Position, OfAWindowMayBeAsLongAsAnIndexIs) {
+  auto x = tokens<float>(40, 40, 12);
+  x.v(30, 0) = kNaN<float>;
+  constexpr Index kMost = std::numeric_limits<Index>::max();
+  for (const Index window : {kMost, kMost - 1, Index{40}}) {
+    const Matrix<float> out =
+        forward(attn::SoftmaxAttention<float>{},
+                Inputs<float>{.q = x.q, .k = x.k, .v = x.v, .mask = {.causal = Causal::upper_left, .window = window}});
+    for (Index i = 0; i < 40; ++i) EXPECT_EQ(std::isnan(out(i, 0)), i >= 30) << window << ", " << i;
+  }
 }
 
 }  // namespace

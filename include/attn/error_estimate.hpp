@@ -144,7 +144,9 @@ double set_result_squares(const TokenRows<T>& out, const Keeps& keeps, T* buffer
   std::size_t at = 0;
   for (Index i = 0; i < out.rows(); ++i) {
     if (!keeps(i)) continue;
-    const auto square = static_cast<double>(squared_norm(out.row(i, buffer), out.cols()));
+    const T* const row = out.row(i, buffer);
+    double square = 0;  // in double, for those of large floats overflow
+    for (Index c = 0; c < out.cols(); ++c) square += static_cast<double>(row[c]) * static_cast<double>(row[c]);
     squares.data()[at++] = {i, square};
     total += square;
   }
@@ -161,12 +163,9 @@ ErrorEstimate estimate_error_of(const Kernel& kernel, const Sources<T>& in, cons
   const std::span<ResultSquare> squares = scratch.array<ResultSquare>(kept);
   T* const buffer = scratch.elements<T>(out.cols());
   double total = set_result_squares(out, kept_queries(in), buffer, squares);
-  if (is_nan(total)) return {total, total, total, 0};
-  if (!is_finite(total)) {  // by overflow, or by an infinity
-    for (ResultSquare& row : squares) row.square = 0;
-  }
+  if (!is_finite(total)) return {total, total, total, 0};
   const std::span<SampledRow> rows = scratch.array<SampledRow>(count);
-  draw_rows(squares, is_finite(total) ? total : 0, options.seed, rows);
+  draw_rows(squares, total, options.seed, rows);
   const std::span<Index> numbers = scratch.array<Index>(count);
   std::transform(rows.begin(), rows.end(), numbers.begin(), [](const SampledRow& row) { return row.row; });
   const MatrixRef<T> exact = scratch.matrix<T>(count, out.cols());
@@ -182,7 +181,7 @@ ErrorEstimate estimate_error_of(const Kernel& kernel, const Sources<T>& in, cons
 /// About |out - exact|_F / |exact|_F of any method's out (n_q, d_v), exact being attention with this kernel of the same
 /// inputs, masks included. A few rows are computed exactly, drawn at random from the kept queries and independent
 /// of how out was made; |out_i| of all rows is used to draw more wisely, and for the size of the others. The same seed
-/// draws the same rows for the same out. A row of a narrow type counts with its rounding. NaN if out has one in a kept
+/// draws the same rows for the same out. A row of a narrow type counts with its rounding. NaN, or infinite, if out is in a kept
 /// query. Throws std::invalid_argument when shapes disagree or are empty, or for no rows. Time as of exact attention of
 /// so many queries, for a causal mask some more; O(n_q + rows (d + d_v)) memory.
 template <ScoreKernel Kernel, class T>

@@ -19,8 +19,11 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <new>
 #include <numeric>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace attn {
@@ -48,6 +51,7 @@ class GrowingHeads {
   /// Makes room for so many rows of each head, of which the first length are kept.
   void reserve(Index rows, Index length) {
     if (rows <= capacity_) return;
+    if (rows > PTRDIFF_MAX / Index{sizeof(T)} / (heads_ * dim_)) throw std::bad_alloc();
     std::vector<T> data(static_cast<std::size_t>(heads_ * rows * dim_));
     for (Index h = 0; h < heads_; ++h) {
       std::copy_n(data_.data() + h * capacity_ * dim_, length * dim_, data.data() + h * rows * dim_);
@@ -80,9 +84,10 @@ class GrowingHeads {
 
 /// Keys and values of the tokens of one sequence so far, for causal attention of those that are appended. attend gives
 /// what Multipole gives under a causal mask for the whole sequence: recent keys and the first ones exactly, the past
-/// before in nodes of clusters, which are kept from call to call; attend_exactly gives softmax attention. In
-/// whatever pieces tokens are appended and attended to, the bits are the same, and those of Multipole for the whole
-/// sequence once that has more than 544 tokens (below it is exact attention by default, and differs in rounding).
+/// before in nodes of clusters, which are kept from call to call; attend_exactly gives softmax attention. In whatever
+/// pieces tokens are appended and attended to, the bits are the same, and those of Multipole for the whole sequence once
+/// that has more than 544 tokens (below it is exact attention by default, as it always is with 508 or more clusters, and
+/// agrees to rounding).
 /// Matrices hold a token a row, all heads side by side: q (n, heads d), k (n, key_heads d), v (n, key_heads d_v).
 ///
 /// Memory: heads d + key_heads (d + d_v) numbers a token, and for nodes key_heads (d + d_v) of what arithmetic is in,
@@ -107,9 +112,28 @@ class KeyCache {
     detail::check_kernel<Wide>(kName, kernel, shape.d);
   }
 
-  /// @{ A cache can be moved, not copied.
-  KeyCache(KeyCache&&) noexcept = default;
-  KeyCache& operator=(KeyCache&&) noexcept = default;
+  /// @{ A cache can be moved, not copied. One that was moved from is empty.
+  KeyCache(KeyCache&& other) noexcept
+      : shape_(other.shape_),
+        clusters_(other.clusters_),
+        kernel_(other.kernel_),
+        q_(shape_.heads, shape_.d),
+        k_(shape_.key_heads, shape_.d),
+        v_(shape_.key_heads, shape_.d_v) {
+    *this = std::move(other);
+  }
+  KeyCache& operator=(KeyCache&& other) noexcept {
+    std::swap(shape_, other.shape_);
+    std::swap(clusters_, other.clusters_);
+    std::swap(kernel_, other.kernel_);
+    std::swap(q_, other.q_);
+    std::swap(k_, other.k_);
+    std::swap(v_, other.v_);
+    numbers_.swap(other.numbers_);
+    nodes_.swap(other.nodes_);
+    std::swap(length_, other.length_);
+    return *this;
+  }
   KeyCache(const KeyCache&) = delete;
   KeyCache& operator=(const KeyCache&) = delete;
   /// @}
@@ -145,6 +169,7 @@ class KeyCache {
     detail::check_shape(kName, "k", k, n, shape_.key_heads * shape_.d);
     detail::check_shape(kName, "v", v, n, shape_.key_heads * shape_.d_v);
     detail::check_shape(kName, "q", q, n, shape_.heads * shape_.d);
+    nodes_.resize(static_cast<std::size_t>(shape_.key_heads));  // a cache that was moved from has none
     if (length_ + n > capacity()) reserve(std::max(length_ + n, capacity() + capacity() / 2));
     k_.set(length_, k);
     v_.set(length_, v);
@@ -221,6 +246,7 @@ class KeyCache {
                      TokenRows<Wide>(v_.first(length_)(0, key_head)), Mask{.causal = Causal::lower_right}};
     Product<Wide> made = make_product(kernel_, *scratch.make<Sources<Wide>>(1, in), Maximum::running, 1, scratch);
     made.bounded = false;  // what a cluster weighs is not at most 1
+    if (made.kernel.center != nullptr) made.kernel.center = early_center(made.in, scratch);
     return *scratch.make<Product<Wide>>(1, made);
   }
 

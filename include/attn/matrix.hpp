@@ -156,10 +156,19 @@ class MatrixRef : public Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStr
 template <class T>
 class KeptMatrixRef : public ConstMatrixRef<T> {
  public:
-  using ConstMatrixRef<T>::ConstMatrixRef;
+  /// As for a ConstMatrixRef.
+  KeptMatrixRef(const T* data, Index rows, Index cols, Index row_stride)
+      : ConstMatrixRef<T>(data, rows, cols, row_stride) {}
 
   /// What view views.
   KeptMatrixRef(const ConstMatrixRef<T>& view) : ConstMatrixRef<T>(view) {}  // NOLINT: implicit, as every view is
+
+  /// View of m. Whatever else it may be converts too, so that compilers come to the reason why it cannot be viewed
+  /// rather than find no function for a call with it in braces.
+  template <class M>
+    requires(requires { typename detail::EigenType<M>; } && !std::derived_from<M, ConstMatrixRef<T>>)
+  KeptMatrixRef(const M& m)  // NOLINT: likewise
+      : ConstMatrixRef<T>(m) {}
 
   template <detail::OwnsElements M>
     requires(!std::is_lvalue_reference_v<M>)

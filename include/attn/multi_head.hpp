@@ -505,6 +505,10 @@ void multi_head(const A& a, const HeadInputs<typename A::Scalar>& in, const Head
   const detail::HeadItems<typename A::Scalar> inputs{in};
   detail::check_call(a, inputs, out);
   saved.resize(static_cast<std::size_t>(inputs.count() * in.q.heads));
+  for (Index b = 0; b < inputs.count(); ++b) {  // items that are left out keep nothing of an earlier call
+    if (!detail::sees_nothing(inputs(b, 0))) continue;
+    for (Index h = 0; h < in.q.heads; ++h) saved[static_cast<std::size_t>(b * in.q.heads + h)] = typename A::Saved();
+  }
   detail::run_heads(inputs, out, context, [&](Index b, Index h, const auto& from, const auto& to, Context& on) {
     a.forward(from, to, on, saved[static_cast<std::size_t>(b * in.q.heads + h)]);
   });

@@ -324,7 +324,8 @@ class Multipole : public MethodBase<Multipole<T, Kernel>, T, detail::MultipoleSa
                      Saved* saved) const {
     using namespace detail;
     Scratch scratch = context.scratch();
-    const Product<T> product = product_of(in, scratch);
+    Product<T> product = product_of(in, scratch);
+    if (product.kernel.center != nullptr) product.kernel.center = early_center(in, scratch);
     const CausalCounts counts{clusters_};
     CausalMultipole<T, CausalCounts> method(product, counts, context, scratch);
     const bool exact = counts.exact() || (clusters_ == Clusters{} && !method.has_nodes());

@@ -28,6 +28,27 @@
 
 namespace attn::detail {
 
+/// What tokens of a causal product are measured from, d numbers: of each feature the median of the first kept key, the
+/// first kept query and 0. No row sees more of the tokens than these, and one of them may be far from all others.
+template <class T>
+const T* early_center(const Sources<T>& in, Scratch& scratch) {
+  const Index d = in.k.cols();
+  T *const center = scratch.elements<T>(2 * d), *const query = center + d;
+  std::fill_n(center, 2 * d, T(0));
+  const auto copy_first = [](const TokenRows<T>& x, const auto& keeps, T* to) {
+    for (Index i = 0; i < x.rows(); ++i) {
+      if (keeps(i)) return x.copy_row(i, to);
+    }
+  };
+  copy_first(in.k, kept_keys(in), center);
+  copy_first(in.q, kept_queries(in), query);
+  for (Index c = 0; c < d; ++c) {
+    const T x = is_finite(center[c]) ? center[c] : T(0), y = is_finite(query[c]) ? query[c] : T(0);
+    center[c] = with_few_digits(std::max(std::min(x, y), std::min(std::max(x, y), T(0))));
+  }
+  return center;
+}
+
 /// Queries of a causal product, but for nodes: what they see as it is, and their results.
 template <class T>
 class CausalAttention {

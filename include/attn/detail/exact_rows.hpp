@@ -43,7 +43,7 @@ class ExactCausalRows {
   void run() const {
     constexpr Index kTogether = 8;
     for (Range some{0, 0}; some.first < q_.rows(); some.first = some.last) {
-      some.last = std::min(q_.rows(), some.first + (limits_.has_window() ? 1 : kTogether));
+      some.last = std::min(q_.rows(), some.first + (limits_.has_window() || in_.alibi_slope != 0 ? 1 : kTogether));
       attend(some);
     }
     finish(kernel_, states_, in_.q.cols(), states_.weighted);
@@ -64,7 +64,15 @@ class ExactCausalRows {
   }
 
   void set(const RowStates<T>& states, Range some, Range keys) const {
-    multiply_partial<Kernel, T>(kernel_, keys_of<T>(in_, rows_of(q_, some), keys), states, context_);
+    Sources<T> seen = keys_of<T>(in_, rows_of(q_, some), keys);
+    if (in_.alibi_slope != 0) {  // a single query, whose distances are counted from its last key
+      seen.alibi_slope = in_.alibi_slope;
+      seen.mask = SourceMask<T>(Mask{.causal = Causal::upper_left,
+                                     .keep_key = seen.mask.keep_key,
+                                     .first_query = limits_.of(rows_.data()[some.first]),
+                                     .first_key = keys.first});
+    }
+    multiply_partial<Kernel, T>(kernel_, seen, states, context_);
   }
 
   /// Keys up to the last one that the i-th query sees.

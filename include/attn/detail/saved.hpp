@@ -31,6 +31,7 @@ struct PassInputs {
   std::uint64_t dropped_queries = 0, dropped_keys = 0;
   Causal causal = Causal::none;
   Index window = 0, num_sinks = 0, offset = 0;
+  Index first_key = 0;  ///< where there are first keys that stay in sight
   bool has_bias = false;
   double alibi_slope = 0;
   ScoreParameters kernel{};
@@ -48,6 +49,7 @@ struct PassInputs {
             .window = in.mask.window,
             .num_sinks = in.mask.num_sinks,
             .offset = in.mask.first_query - in.mask.first_key,
+            .first_key = in.mask.window > 0 && in.mask.num_sinks > 0 ? in.mask.first_key : 0,
             .has_bias = !in.key_bias.empty(),
             .alibi_slope = in.alibi_slope,
             .kernel = score_parameters(kernel, in.k.cols())};
@@ -62,7 +64,7 @@ struct PassInputs {
     const char* other = nullptr;
     if (has_bias != now.has_bias) other = has_bias ? "key biases" : "no key biases";
     if (dropped_queries != now.dropped_queries || dropped_keys != now.dropped_keys || causal != now.causal ||
-        window != now.window || num_sinks != now.num_sinks || offset != now.offset)
+        window != now.window || num_sinks != now.num_sinks || offset != now.offset || first_key != now.first_key)
       other = "another mask";
     if (alibi_slope != now.alibi_slope) other = "another alibi_slope";
     if (other != nullptr) refuse(who, "saved is of a forward pass with %s", other);

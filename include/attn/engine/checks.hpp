@@ -206,12 +206,19 @@ struct InputShapes {
   if (mask.window > 0 && mask.causal == Causal::none) refuse(who, "a window needs a causal mask");
   if (mask.first_query < 0) refuse(who, "first_query is %td, should be at least 0", mask.first_query);
   if (mask.first_key < 0) refuse(who, "first_key is %td, should be at least 0", mask.first_key);
+  constexpr Index kMostRows = std::numeric_limits<Index>::max() / 4;  // sums of two do not overflow
+  if (mask.first_query > kMostRows || mask.first_key > kMostRows) {
+    refuse(who, "first_query is %td, first_key %td, should be at most %td", mask.first_query, mask.first_key,
+           kMostRows);
+  }
   if ((mask.first_query > 0 || mask.first_key > 0) && mask.causal != Causal::upper_left) {
     refuse(who, "first_query and first_key need the causal mask upper_left");
   }
   if (!(alibi_slope >= 0 && std::isfinite(alibi_slope))) {
     refuse(who, "alibi_slope is %g, should be finite and at least 0", alibi_slope);
   }
+  constexpr double kSteepest = 0x1p64;  // times the largest distance a float
+  if (alibi_slope > kSteepest) refuse(who, "alibi_slope is %g, should be at most %g", alibi_slope, kSteepest);
   if (alibi_slope > 0 && mask.causal == Causal::none) refuse(who, "an alibi_slope needs a causal mask");
 }
 

@@ -58,7 +58,7 @@ struct CausalLimits {
       limits.offset = length_kept(in.k.rows(), mask.keep_key) - length_kept(queries, mask.keep_query);
     }
     if (mask.window == 0) return limits;
-    limits.window = mask.window;
+    limits.window = std::min<Index>(mask.window, kNone / 4);  // all of them
     const Index first = mask.first_key > 0 ? -mask.first_key : first_kept(mask.keep_key);
     limits.sinks = std::clamp<Index>(first + std::min(mask.num_sinks, mask.first_key + in.k.rows()), 0, in.k.rows());
     return limits;
