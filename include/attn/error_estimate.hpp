@@ -178,12 +178,12 @@ ErrorEstimate estimate_error_of(const Kernel& kernel, const Sources<T>& in, cons
 
 }  // namespace detail
 
-/// About |out - exact|_F / |exact|_F of any method's out (n_q, d_v), exact being attention with this kernel of the same
-/// inputs, masks included. A few rows are computed exactly, drawn at random from the kept queries and independent
+/// About |out - exact|_F / |exact|_F of any method's out (n_q, d_v), exact being attention with this kernel of the
+/// same inputs, masks included. A few rows are computed exactly, drawn at random from the kept queries and independent
 /// of how out was made; |out_i| of all rows is used to draw more wisely, and for the size of the others. The same seed
-/// draws the same rows for the same out. A row of a narrow type counts with its rounding. NaN, or infinite, if out is in a kept
-/// query. Throws std::invalid_argument when shapes disagree or are empty, or for no rows. Time as of exact attention of
-/// so many queries, for a causal mask some more; O(n_q + rows (d + d_v)) memory.
+/// draws the same rows for the same out. A row of a narrow type counts with its rounding. NaN, or infinite, if out is
+/// in a kept query. Throws std::invalid_argument when shapes disagree or are empty, or for no rows. Time as of exact
+/// attention of so many queries, for a causal mask some more; O(n_q + rows (d + d_v)) memory.
 template <ScoreKernel Kernel, class T>
 ErrorEstimate estimate_error(const Kernel& kernel, const Inputs<T>& in, std::type_identity_t<ConstMatrixRef<T>> out,
                              const ErrorSample& options, Context& context) {

@@ -85,10 +85,10 @@ class GrowingHeads {
 /// Keys and values of the tokens of one sequence so far, for causal attention of those that are appended. attend gives
 /// what Multipole gives under a causal mask for the whole sequence: recent keys and the first ones exactly, the past
 /// before in nodes of clusters, which are kept from call to call; attend_exactly gives softmax attention. In whatever
-/// pieces tokens are appended and attended to, the bits are the same, and those of Multipole for the whole sequence once
-/// that has more than 544 tokens. Below it is exact attention by default, as it always is with 508 or more clusters, and
-/// agrees to rounding.
-/// Matrices hold a token a row, all heads side by side: q (n, heads d), k (n, key_heads d), v (n, key_heads d_v).
+/// pieces tokens are appended and attended to, the bits are the same, and those of Multipole for the whole sequence
+/// once that has more than 544 tokens. Below it is exact attention by default, as it always is with 508 or more
+/// clusters, and agrees to rounding. Matrices hold a token a row, all heads side by side: q (n, heads d), k (n,
+/// key_heads d), v (n, key_heads d_v).
 ///
 /// Memory: heads d + key_heads (d + d_v) numbers a token, and for nodes key_heads (d + d_v) of what arithmetic is in,
 /// and with clusters of a default size about that at most for each query head. Appending takes a copy, and room for
