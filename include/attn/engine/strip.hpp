@@ -96,10 +96,12 @@ template <int kPackets, int kFirst, class Feature, class T>
   for (Index first = 0;; first += kFeaturesAtOnce) {
     const Index count = std::min(d - first, kFeaturesAtOnce);
     multiply_tile<kFirst>(k + first, rows, k_stride, 1, queries + first * kPackets * kLanes<T>, count, score);
+    if (first > 0) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kTileRows * kPackets && first > 0; ++i) {
-      auto& x = score[i / kPackets][i % kPackets];
-      x = x + load(panel + i * kLanes<T>);
+      for (int i = 0; i < kTileRows * kPackets; ++i) {
+        auto& x = score[i / kPackets][i % kPackets];
+        x = x + load(panel + i * kLanes<T>);
+      }
     }
     if (first + count == d) return;
 #pragma GCC unroll 32
