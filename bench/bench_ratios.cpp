@@ -97,7 +97,7 @@ Contender peer(const Settings& settings, Causal causal = Causal::none) {
 template <class T = float>
 Contender approximation(const std::string& name, Index n, Index num_landmarks, double more_flops = 0) {
   auto tokens = std::make_shared<bench::Tokens<T>>(bench::make_tokens<T>(Family::smooth, n, kDim));
-  const auto method = attn::make_approximator<T>(name, {.num_landmarks = num_landmarks});
+  const auto method = attn::find_method<T>(name).make({.num_landmarks = num_landmarks});
   return {.name = name + "/" + type_name<T>() + "/n:" + std::to_string(n) + "/d:64/m:" + std::to_string(num_landmarks),
           .flops = bench::landmark_flops(n, num_landmarks, kDim) + more_flops,
           .run = [=](attn::Context& context) { method.forward(tokens->inputs(), tokens->out, context); },

@@ -37,7 +37,8 @@ TEST(Memory, OfApproximationsStaysBelow4MiBFor65536Tokens) {
   EXPECT_LT(scratch_after("skyformer", 65536, attn::Rows::normalized), std::size_t{4} << 20);
 }
 
-/// Beside keys and values in the order of clusters, what some regions know of all branches, and spreads of clusters.
+/// Beside keys and values in the order of clusters, what some regions know of all branches, two at a time, and spreads of
+/// clusters.
 TEST(Memory, OfMultipoleIsLittleBesideACopyOfKeysAndValues) {
   constexpr Index kTokens = 65536, kWidth = 64;
   const Matrix<float> x = Matrix<float>::Random(kTokens, kWidth);
@@ -46,7 +47,7 @@ TEST(Memory, OfMultipoleIsLittleBesideACopyOfKeysAndValues) {
   attn::Multipole<float>().forward({.q = x, .k = x, .v = x}, out, context);
   constexpr std::size_t kCopies = std::size_t{kTokens} * 2 * kWidth * sizeof(float);
   RecordProperty("multipole", std::to_string(context.scratch_bytes()));
-  EXPECT_LT(context.scratch_bytes(), kCopies + (std::size_t{12} << 20));
+  EXPECT_LT(context.scratch_bytes(), kCopies + (std::size_t{13} << 20));
 }
 
 TEST(Memory, HoldsNoCopiesOfNarrowTokens) {

@@ -91,6 +91,7 @@ struct Automatic {
 
   void backward(const Inputs<T>& in, ConstMatrixRef<T> out, ConstMatrixRef<T> dout, const Saved& saved,
                 const Gradients<T>& gradients, Context& context) const {
+    detail::check_backward(kName, in, out, dout, gradients);
     const Plan& plan = saved.choice.plan;
     if (plan.exact) return exact().backward(in, out, dout, saved.of_exact, gradients, context);
     multipole(plan).backward(in, out, dout, saved.of_multipole, gradients, context);

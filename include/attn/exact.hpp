@@ -80,6 +80,7 @@ class ExactAttention : public MethodBase<ExactAttention<T, Kernel>, T, detail::E
     detail::check(kName, in, out, lse);
     kernel_matmul(kernel_, in, out, lse, context);
   }
+  /// The same without log-sums.
   template <NarrowScalar Cache>
     requires std::is_same_v<T, float>
   void forward(const CacheInputs<Cache>& in, MatrixRef<T> out, Context& context) const {
