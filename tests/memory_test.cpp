@@ -37,8 +37,8 @@ TEST(Memory, OfApproximationsStaysBelow4MiBFor65536Tokens) {
   EXPECT_LT(scratch_after("skyformer", 65536, attn::Rows::normalized), std::size_t{4} << 20);
 }
 
-/// Beside keys and values in the order of clusters, what some regions know of all branches, two at a time, and spreads of
-/// clusters.
+/// Beside keys and values in the order of clusters, what some regions know of all branches, two at a time, and spreads
+/// of clusters.
 TEST(Memory, OfMultipoleIsLittleBesideACopyOfKeysAndValues) {
   constexpr Index kTokens = 65536, kWidth = 64;
   const Matrix<float> x = Matrix<float>::Random(kTokens, kWidth);
