@@ -81,7 +81,9 @@ TYPED_TEST(Narrow, EveryMethodIsThatOfFloatRoundedOnce) {
       method.forward(x.inputs(mask), out, context);
       wide.forward(x.wide_inputs(mask), expected, context);
       const bool by_float = entry.name != "automatic" || std::is_same_v<TypeParam, Eigen::half>;  // has no Products
-      if (by_float) EXPECT_TRUE(out == expected.template cast<TypeParam>()) << entry.name;
+      if (by_float) {
+        EXPECT_TRUE(out == expected.template cast<TypeParam>()) << entry.name;
+      }
     }
     const Mask causal{.causal = attn::Causal::upper_left};
     EXPECT_EQ(method.supports(x.inputs(causal)), wide.supports(x.wide_inputs(causal))) << entry.name;

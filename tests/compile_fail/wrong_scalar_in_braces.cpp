@@ -1,4 +1,4 @@
-// error: of another type: attn::Matrix<T> y = x.template cast<T>();
+// error: of another type: attn::Matrix<T> y = x.template cast<T>
 #include <attn/nystrom.hpp>
 
 void call(const attn::Matrix<double>& q, const attn::Matrix<float>& k, attn::Matrix<float>& out,
