@@ -152,7 +152,8 @@ TYPED_TEST(WideWindow, GivesLogSums) {
 /// A row with a hidden key that holds NaN has the bits that it has with any other.
 TYPED_TEST(WideWindow, HidesWhateverKeysHold) {
   using T = TypeParam;
-  for (const auto& [n_q, n_k] : {std::pair<Index, Index>{300, 300}, {4, 300}, {60, 400}}) {
+  for (const auto& [queries, keys] : {std::pair<Index, Index>{300, 300}, {4, 300}, {60, 400}}) {
+    const Index n_q = queries, n_k = keys;
     auto x = tokens<T>({n_q, n_k, 0, 0}, 5);
     const Mask mask{.causal = Causal::lower_right, .window = 40, .num_sinks = 2};
     const Matrix<T> dout = Random(6).normal(n_q, 6).template cast<T>();
