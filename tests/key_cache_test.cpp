@@ -172,6 +172,42 @@ TEST(KeyCache, TruncatedGoesOnAsIfWhatIsForgottenHadNeverBeen) {
   }
 }
 
+/// Nodes of what was forgotten are forgotten, though queries to come have nodes in the same places.
+TEST(KeyCache, TruncatedForgetsNodes) {
+  const Sequence<float> x(kGrouped, 1800), other(kGrouped, 1800, 2399);
+  const Matrix<float> whole = x.whole(Multipole<float>{});
+  Context context;
+  for (const Index kept : {1200, 600, 0}) {
+    KeyCache<float> cache(kGrouped);
+    x.append(cache, 0, kept);
+    other.append(cache, kept, 1800 - kept);
+    Matrix<float> last(50, whole.cols());
+    cache.attend(other.q.bottomRows(50), last, context);
+    cache.truncate(kept);
+    x.append(cache, kept, 1800 - kept);
+    cache.attend(x.q.bottomRows(50), last, context);
+    EXPECT_TRUE(test::bitwise_equal(last, Matrix<float>(whole.bottomRows(50)))) << kept;
+  }
+}
+
+TEST(KeyCache, TakesRowsOfWiderMatrices) {
+  const Sequence<float> x(kGrouped, 700);
+  const auto wider = [](const Matrix<float>& m, Index more) {
+    Matrix<float> made = Matrix<float>::Constant(m.rows(), m.cols() + more, test::kNaN<float>);
+    made.leftCols(m.cols()) = m;
+    return made;
+  };
+  const Matrix<float> q = wider(x.q, 3), k = wider(x.k, 5), v = wider(x.v, 1), whole = x.whole(Multipole<float>{});
+  Matrix<float> out = wider(whole, 2);
+  out.leftCols(whole.cols()).setZero();
+  KeyCache<float> cache(kGrouped);
+  Context context;
+  cache.append(k.leftCols(x.k.cols()), v.leftCols(x.v.cols()), q.leftCols(x.q.cols()));
+  cache.attend(q.leftCols(x.q.cols()), out.leftCols(whole.cols()), context);
+  EXPECT_TRUE(test::bitwise_equal(Matrix<float>(out.leftCols(whole.cols())), whole));
+  EXPECT_TRUE(out.rightCols(2).array().isNaN().all());
+}
+
 TEST(KeyCache, ClearedKeepsItsRoom) {
   const Sequence<float> x(kGrouped, 1200);
   KeyCache<float> cache(kGrouped);
