@@ -1,6 +1,7 @@
 /// Multipole attention under causal masks: nothing leaks, and what is exact is.
 #include <attn/multipole.hpp>
 
+#include "common/kernels.hpp"
 #include "common/support.hpp"
 
 #include <gtest/gtest.h>
@@ -26,6 +27,7 @@ using attn::SoftmaxKernel;
 using test::Context;
 using test::describe;
 using test::Family;
+using test::for_each_kernel;
 using test::forward;
 using test::Index;
 using test::Inputs;
@@ -37,28 +39,6 @@ using test::Tokens;
 constexpr Index kLength = 1700;
 constexpr Clusters kFew{.num_clusters = 24, .num_groups = 5, .num_near = 3, .num_branches = 6, .num_open = 4},
     kAllOpen{.num_clusters = 20, .num_near = 4}, kUsual{};
-
-/// A kernel of a user's, whose bias is not half its scale.
-struct OwnKernel {
-  double scale(Index) const { return 0.3; }
-  double bias(Index) const { return 0.1; }
-  Rows rows() const { return Rows::raw; }
-};
-
-/// body(kernel, the oracle's) for every kernel, for tokens of d features.
-template <class Body>
-void for_each_kernel(Index d, const Body& body) {
-  {
-    SCOPED_TRACE("softmax");
-    body(SoftmaxKernel{}, reference::softmax_kernel(d));
-  }
-  for (const Rows rows : {Rows::raw, Rows::normalized}) {
-    SCOPED_TRACE(rows == Rows::raw ? "Gaussian, raw" : "Gaussian, normalized");
-    body(GaussianKernel{.rows = rows}, reference::gaussian_kernel(d, {}, rows == Rows::normalized));
-  }
-  SCOPED_TRACE("own kernel");
-  body(OwnKernel{}, reference::Kernel{.scale = 0.3, .bias = 0.1, .normalized = false});
-}
 
 /// A problem with masks and a key bias of its own.
 template <class T>

@@ -4,6 +4,7 @@
 #include <attn/multi_head.hpp>
 #include <attn/nystrom.hpp>
 
+#include "common/exact_matches.hpp"
 #include "common/support.hpp"
 
 #include <gtest/gtest.h>
@@ -24,52 +25,6 @@ using attn::Rows;
 using attn::SoftmaxKernel;
 
 constexpr Causal kAlignments[] = {Causal::upper_left, Causal::lower_right};
-
-template <class T>
-constexpr double kTolerance = std::is_same_v<T, Eigen::half> ? 2e-3
-                              : sizeof(T) == 2               ? 1.6e-2
-                                                             : kExactTolerance<T>;
-
-template <class T>
-std::string text(const Inputs<T>& in) {
-  return describe(in) + ", window " + std::to_string(in.mask.window) + ", sinks " + std::to_string(in.mask.num_sinks);
-}
-
-/// Results and gradients are the oracle's.
-template <class T, class Kernel>
-void expect_matches(const Kernel& kernel, const reference::Kernel& oracle, const Inputs<T>& in) {
-  const attn::ExactAttention<T, Kernel> method{kernel};
-  typename attn::ExactAttention<T, Kernel>::Saved saved;
-  const reference::Problem p = to_reference(in);
-  Matrix<T> out(in.q.rows(), in.v.cols()), dq(in.q.rows(), in.q.cols()), dk(in.k.rows(), in.k.cols()),
-      dv(in.v.rows(), in.v.cols());
-  const Matrix<T> dout = Random(3).normal(out.rows(), out.cols()).template cast<T>();
-  Context context;
-  method.forward(in, out, context, saved);
-  method.backward(in, out, dout, saved, {dq, dk, dv}, context);
-  EXPECT_LE(relative_error(out, attend(oracle, p).out), kTolerance<T>);
-  Matrix<T> inference(in.q.rows(), in.v.cols());
-  method.forward(in, inference, context);
-  EXPECT_LE(relative_error(inference, attend(oracle, p).out), kTolerance<T>);
-  const auto expected = attend_backward(oracle, p, dout.template cast<double>());
-  const auto error = [&](const Matrix<T>& gradient, const reference::Matrix& of_oracle) {  // of rows of one key it is 0
-    return (gradient.template cast<double>() - of_oracle).norm() /
-           (of_oracle.norm() + dout.template cast<double>().norm());
-  };
-  EXPECT_LE(error(dq, expected.dq), 5 * kTolerance<T>);
-  EXPECT_LE(error(dk, expected.dk), 5 * kTolerance<T>);
-  EXPECT_LE(error(dv, expected.dv), 5 * kTolerance<T>);
-}
-
-template <class T>
-void expect_all_kernels_match(const Inputs<T>& in) {
-  SCOPED_TRACE(text(in));
-  const Index d = in.q.cols();
-  expect_matches(SoftmaxKernel{}, reference::softmax_kernel(d), in);
-  for (const Rows rows : {Rows::raw, Rows::normalized}) {
-    expect_matches(GaussianKernel{.rows = rows}, reference::gaussian_kernel(d, {}, rows == Rows::normalized), in);
-  }
-}
 
 template <class T>
 class Window : public ::testing::Test {};
